@@ -1,0 +1,229 @@
+"""The head's duties, beside its own node's: the table of nodes, the requests, the runs, the end.
+
+The head's agent publishes where it is (head.json), admits the other agents (`link`), writes what it
+knows of them (members.json), takes requests from the cluster directory, and runs one driver at a
+time, run after run. All file work is done off the event loop: shared storage that stalls must not
+look like a dead head. How a run goes on after a fault is the driver's business, not ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+from raylaunch import hosts, layout, runs, state
+from raylaunch.layout import Cluster, Head
+from raylaunch.link import Member, Members
+
+log = logging.getLogger("raylaunch.head")
+
+REQUEST_EVERY = 0.3
+SAVE_LIMIT = 60.0
+"""Seconds that a run gets to save when the cluster is to end, unless the request says otherwise."""
+ENDING_LIMIT = 10.0
+
+
+class HeadDuties:
+    """What the head's agent does for the whole cluster."""
+
+    def __init__(
+        self, directory: Path, cluster: Cluster, token: str, env: Mapping[str, str], stop: Callable[[str], None]
+    ) -> None:
+        self.directory, self.cluster, self._env, self._stop = directory, cluster, env, stop
+        self.members = Members(token, cluster.incarnation, self._member_changed)
+        self.exit_code = 0
+        self._queue: deque[str] = deque([cluster.run] if cluster.run else [])
+        self._queued = asyncio.Event()
+        self._table_changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._driver: asyncio.subprocess.Process | None = None
+        self._running: str | None = None
+        self._ending = False
+        if self._queue:
+            self._queued.set()
+
+    async def open(self, node: str, address: str, ports: hosts.Ports) -> None:
+        """Begin: listen for agents, publish head.json, take requests."""
+        await self.members.serve(address, ports.control)
+        self.head = Head(
+            canary=self.cluster.canary, incarnation=self.cluster.incarnation, node=node,
+            hostname=socket.gethostname(), address=address, control_port=ports.control,
+            gcs=f"{address}:{ports.gcs}", dashboard_port=ports.dashboard, time=time.time(),
+        )  # fmt: skip
+        await asyncio.to_thread(self.head.write, self.directory / layout.HEAD_FILE)
+        self._event("head", node=node, address=address, incarnation=self.cluster.incarnation)
+        for duty in (self._write_table(), self._take_requests(), self._run_queue()):
+            self._spawn(duty)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("duty failed", exc_info=task.exception())
+            self.exit_code = 1
+            self._stop(f"the head failed: {task.exception()}")
+
+    # -- the table of nodes ------------------------------------------------------------------
+
+    def _member_changed(self, member: Member, what: str) -> None:
+        log.info("member node=%s alive=%s state=%s what=%r", member.node, member.alive, member.info.get("state"), what)
+        self._table_changed.set()
+        if what == "joined":
+            self._event("node_joined", node=member.node, address=member.info.get("address"))
+        elif what == "changed":
+            self._event(f"node_{member.info['state']}", node=member.node, error=member.info.get("error"))
+        elif not self._ending and member.info.get("state") not in {"ended", "failed"}:
+            self._event("node_lost", node=member.node, reason=what)
+
+    def table(self) -> list[dict[str, Any]]:
+        """The nodes as members.json has them."""
+        return [
+            {
+                "name": m.node,
+                "role": "head" if m.node == self.head.node else "worker",
+                **m.info,
+                "state": m.info["state"] if m.alive or m.info["state"] in {"ended", "failed"} else "lost",
+                "since": m.since,
+            }
+            for m in self.members.table.values()
+        ]
+
+    async def _write_table(self) -> None:
+        while True:
+            await self._table_changed.wait()
+            self._table_changed.clear()
+            rows = self.table()
+            await asyncio.to_thread(
+                state.write_json, self.directory / layout.MEMBERS_FILE, {"canary": self.cluster.canary, "nodes": rows}
+            )
+
+    # -- requests ----------------------------------------------------------------------------
+
+    async def _take_requests(self) -> None:
+        folder = self.directory / layout.REQUESTS
+        while True:
+            for path in await asyncio.to_thread(lambda: sorted(folder.glob("[!.]*.json"))):
+                wanted = await asyncio.to_thread(state.read_json, path)
+                await asyncio.to_thread(path.unlink, missing_ok=True)
+                self._take(wanted or {})
+            await asyncio.sleep(REQUEST_EVERY)
+
+    def _take(self, wanted: Mapping[str, Any]) -> None:
+        log.info("request %s", dict(wanted))
+        match wanted.get("kind"):
+            case "run":
+                self._queue.append(str(wanted["run"]))
+                self._queued.set()
+            case "down" | "walltime" as kind:
+                self.begin_end(kind, float(wanted.get("save_limit", SAVE_LIMIT)))
+            case kind:
+                log.warning("unknown request kind=%r", kind)
+
+    # -- runs --------------------------------------------------------------------------------
+
+    async def _run_queue(self) -> None:
+        """One run after the other, the whole cluster for each."""
+        while True:
+            await self._queued.wait()
+            if not self._queue:
+                self._queued.clear()
+                continue
+            name = self._queue.popleft()
+            outcome = await self._run(name)
+            if self.cluster.run is not None and not self._ending:
+                self.exit_code = 0 if outcome == "finished" else 1
+                self.begin_end(f"run {name} {outcome}")
+
+    async def _run(self, name: str) -> str:
+        """Run a driver until it ends; the run's last state."""
+        directory = runs.directory(self.directory, name)
+        log_path = directory / layout.LOGS / "driver.log"
+        self._event("run_started", run=name)
+        with log_path.open("ab") as out:
+            self._driver = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "raylaunch.driver", str(self.directory), str(directory),
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**self._env, "RAY_ADDRESS": self.head.gcs},
+            )  # fmt: skip
+        self._running = name
+        status = await self._driver.wait()
+        self._running = None
+        outcome = await asyncio.to_thread(runs.settle, directory, status)
+        self._event("run_ended", run=name, state=outcome, status=status)
+        return outcome
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def begin_end(self, reason: str, save_limit: float = SAVE_LIMIT) -> None:
+        """End the cluster: save the run (bounded), then all agents, then this one."""
+        if not self._ending:
+            self._ending = True
+            self._event("ending", reason=reason)
+            self._spawn(self._end(reason, save_limit))
+
+    async def _end(self, reason: str, save_limit: float) -> None:
+        self._queue.clear()
+        if self._running is not None:
+            run, driver = runs.directory(self.directory, self._running), self._driver
+            assert driver is not None
+            await asyncio.to_thread(runs.request_stop, run, reason)
+            try:
+                await asyncio.wait_for(driver.wait(), save_limit)
+            except TimeoutError:
+                self._event("save_timed_out", run=self._running, seconds=save_limit)
+        self._stop(reason)
+
+    async def close(self, reason: str) -> None:
+        """Send the other agents home and wait for their word, bounded."""
+        self._ending = True
+        self.members.order("end", reason=reason)
+        deadline = time.monotonic() + ENDING_LIMIT
+        others = [m for m in self.members.table.values() if hasattr(self, "head") and m.node != self.head.node]
+        while any(m.alive for m in others) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._driver is not None and self._driver.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._driver.kill()
+            await self._driver.wait()
+        if self._running is not None:
+            await asyncio.to_thread(runs.settle, runs.directory(self.directory, self._running), -9)
+        self._unclean = {m.node: m.info.get("left", -1) for m in others if m.info.get("left") != 0}
+        if hasattr(self, "head"):
+            await asyncio.to_thread(
+                state.write_json,
+                self.directory / layout.MEMBERS_FILE,
+                {"canary": self.cluster.canary, "nodes": self.table()},
+            )
+        self.members.close()
+
+    def write_end(self, reason: str, left_here: int) -> None:
+        """The last word: ended.json and the job's exit code. Nodes that did not report count as unclean."""
+        unclean = dict(self._unclean) | ({self.head.node: left_here} if left_here else {})
+        state.write_text(self.directory / layout.EXIT_CODE_FILE, f"{self.exit_code}\n")
+        state.write_json(
+            self.directory / layout.ENDED_FILE,
+            {"canary": self.cluster.canary, "reason": reason, "unclean": unclean, "time": time.time(), "pid": os.getpid()},
+        )
+        self._event("ended", reason=reason, unclean=unclean)
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        """One line of the cluster's events; a write of a hundred bytes, kept off the loop."""
+        asyncio.get_running_loop().run_in_executor(
+            None, lambda: state.append_event(self.directory, kind, **fields)
+        )

@@ -1,0 +1,93 @@
+"""What lies in a cluster directory and in a run directory, by name.
+
+    CLUSTER/  cluster.json  who it is (written by `up`)      RUN/  config.yaml   resolved
+              config.yaml   resolved                               run.json      state, by the driver
+              script.sbatch as submitted                           events.jsonl  metrics.jsonl
+              token         0600                                   stop          present: save and end
+              canary        proves that the directory is shared    attempts/NNNN/outcome.json
+              head.json     who the head is, where to reach it     checkpoints/step-NNNNNNNN/
+              members.json  the nodes, by the head                 logs/         driver.log, rank logs
+              nodes/N.json  a node that could not start
+              requests/     what the command line asks of the head
+              events.jsonl  logs/  ended.json  exit_code
+
+Plain path arithmetic and the two records that travel between processes; no decisions.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from raylaunch import state
+
+CLUSTER_FILE, CONFIG_FILE, SCRIPT_FILE = "cluster.json", "config.yaml", "script.sbatch"
+TOKEN_FILE, CANARY_FILE = "token", "canary"
+HEAD_FILE, MEMBERS_FILE, ENDED_FILE, EXIT_CODE_FILE = "head.json", "members.json", "ended.json", "exit_code"
+RUN_FILE = "run.json"
+NODES, REQUESTS, LOGS = "nodes", "requests", "logs"
+FAILED_LINE = "RAYLAUNCH_FAILED"
+"""Begins a line in a job's output that names a node which could not use the cluster directory."""
+
+
+class Record:
+    """A dataclass that is one JSON file; unknown keys of a newer version are passed over."""
+
+    @classmethod
+    def parse(cls, value: dict[str, Any]) -> Self:
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{k: v for k, v in value.items() if k in known})
+
+    def write(self, path: Path) -> None:
+        state.write_json(path, asdict(self))  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Cluster(Record):
+    """cluster.json: written by `up`, read by everybody."""
+
+    name: str
+    backend: str
+    incarnation: int
+    canary: str
+    created: float
+    min_nodes: int
+    max_nodes: int
+    workers_per_node: int
+    jobs: tuple[str, ...] = ()
+    run: str | None = None
+    """For `submit`: the one run of this cluster, which ends with it."""
+
+    @classmethod
+    def read(cls, directory: Path) -> Cluster | None:
+        value = state.read_json(directory / CLUSTER_FILE)
+        return None if value is None else cls.parse({**value, "jobs": tuple(value.get("jobs", ()))})
+
+
+@dataclass(frozen=True)
+class Head(Record):
+    """head.json: where the head of this incarnation is."""
+
+    canary: str
+    incarnation: int
+    node: str
+    hostname: str
+    address: str
+    control_port: int
+    gcs: str
+    dashboard_port: int
+    time: float
+
+    @classmethod
+    def read(cls, directory: Path) -> Head | None:
+        value = state.read_json(directory / HEAD_FILE)
+        return None if value is None else cls.parse(value)
+
+
+def request(cluster: Path, kind: str, **values: Any) -> None:
+    """Ask something of the head's agent; requests are taken in the order of their names."""
+    name = f"{time.time():.6f}-{kind}-{uuid.uuid4().hex[:6]}.json"
+    state.write_json(cluster / REQUESTS / name, {"kind": kind, **values})

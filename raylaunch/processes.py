@@ -1,0 +1,93 @@
+"""Our own process tree, and ending it: never by name, never somebody else's.
+
+An agent is a subreaper: whatever it started, and whatever that started, stays its descendant even
+when the parents in between die. So "everything that belongs to us" is a walk over our children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Collection
+
+import psutil
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl failed")
+
+
+def become_subreaper() -> None:
+    """Orphans among our descendants become our children (prctl(2), Linux)."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    """Be SIGKILLed when the parent ends, however it ends (prctl(2), Linux)."""
+    parent = os.getppid()
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended in between
+        os._exit(1)
+
+
+def start_time(pid: int) -> float | None:
+    """When the process began (a pid alone may be somebody else's by now); None when it is gone."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def is_same(pid: int, started: float) -> bool:
+    """Whether `pid` still is the process that began at `started`."""
+    now = start_time(pid)
+    return now is not None and abs(now - started) < 0.05
+
+
+def end_tree(root: int, keep_root: bool = False, limit: float = 5.0) -> int:
+    """SIGKILL a process and all its descendants, again and again until none is left.
+
+    Returns how many are left after `limit` seconds (0: all gone). Zombies count as gone.
+    """
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            top = psutil.Process(root)
+        except psutil.NoSuchProcess:
+            return 0
+        targets = [p for p in top.children(recursive=True) if _running(p)]
+        if not keep_root and _running(top):
+            targets.append(top)
+        if not targets:
+            return 0
+        if time.monotonic() > deadline:
+            return len(targets)
+        for process in targets:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(targets, timeout=0.5)
+        reap_orphans(())
+
+
+def _running(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def reap_orphans(ours: Collection[int]) -> None:
+    """Collect the exit statuses of orphans that we inherited as subreaper, all but `ours`, whose
+    statuses somebody waits for."""
+    for child in psutil.Process().children():
+        if child.pid not in ours and not _running(child):
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child.pid, os.WNOHANG)

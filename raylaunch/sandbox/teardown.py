@@ -1,0 +1,70 @@
+"""Taking a sandbox down, whatever state it is in, and looking whether something is left.
+
+Nothing is read from the sandbox's own records: cgroups, links and directory follow from its
+name. The order matters: first the processes, which hold the namespaces and their mounts.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from raylaunch.errors import SandboxError
+from raylaunch.sandbox import cgroups, links
+from raylaunch.sandbox.layout import Layout
+
+
+def down(layout: Layout) -> bool:
+    """Remove all of a sandbox; True if there was something. SandboxError names what is left."""
+    if not leftovers(layout, processes=False):
+        return False
+    if cgroups.mount_point("cgroup2", layout) is not None:
+        group = cgroups.group(layout)
+        cgroups.kill(group)
+        cgroups.remove(group)
+    freezer = cgroups.freezer_group(layout)
+    if freezer is not None:
+        cgroups.remove(freezer)
+    links.remove_all(layout)
+    cgroups.unmount_own(layout)
+    if layout.dir.exists():
+        shutil.rmtree(layout.dir)
+    left = leftovers(layout)
+    if left:
+        raise SandboxError(
+            f"sandbox {layout.name!r} is down, but something is left: {'; '.join(left)}",
+            f"end what uses it, then again: raylaunch sandbox down --name {layout.name}",
+        )
+    return True
+
+
+def leftovers(layout: Layout, processes: bool = True) -> list[str]:
+    """What of the sandbox exists: directory, cgroups, links, and processes in its namespaces."""
+    found = []
+    if layout.dir.exists():
+        found.append(f"directory {layout.dir}")
+    kinds: tuple[cgroups.Kind, ...] = ("cgroup2", "freezer")
+    for kind in kinds:
+        root = cgroups.mount_point(kind, layout)
+        if root is not None and (root / layout.cgroup).exists():
+            found.append(f"cgroup {root / layout.cgroup}")
+    found += [f"network link {name}" for name in links.existing(layout)]
+    if processes:
+        found += [f"process {pid} in a node's mount namespace" for pid in _inside(layout)]
+    return found
+
+
+def _inside(layout: Layout) -> list[int]:
+    """Pids that still see a node's mounts: each node has /etc/hosts from the sandbox's directory."""
+    pids = []
+    needle = f" {layout.dir}/etc/hosts"
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            mounts = (entry / "mountinfo").read_text(errors="replace")
+        except OSError:  # ended meanwhile, or a zombie: it has no mounts
+            continue
+        if needle in mounts:
+            pids.append(int(entry.name))
+    return pids

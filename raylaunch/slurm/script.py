@@ -1,0 +1,154 @@
+"""Config → the text of the batch script. Pure: what `--dry-run` prints is what is submitted.
+
+The template is sbatch/cluster.sbatch. Options that raylaunch must own are refused by name when they
+come through `slurm.extra` or after `--`; every other sbatch option passes through as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from raylaunch.config import SlurmConfig
+from raylaunch.errors import UsageError
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "sbatch"
+
+# What raylaunch must own, and why a user's value would break it.
+OWNED = {
+    "--no-kill": "the job must survive a dead node",
+    "--kill-on-invalid-dep": "",
+    "--output": "the job's output goes to the cluster directory",
+    "--error": "the job's output goes to the cluster directory",
+    "--open-mode": "the job's output goes to the cluster directory",
+    "--parsable": "raylaunch reads sbatch's answer",
+    "--wait": "raylaunch waits itself",
+    "--wrap": "raylaunch is the script",
+    "--array": "a cluster is one job",
+    "--ntasks": "give slurm.nodes and slurm.ntasks_per_node",
+    "--chdir": "the job starts where raylaunch was called",
+    "--quiet": "raylaunch reads sbatch's answer",
+    "--test-only": "use --dry-run",
+}
+_SHORT = {"-k": "--no-kill", "-o": "--output", "-e": "--error", "-W": "--wait", "-a": "--array", "-n": "--ntasks",
+          "-D": "--chdir", "-Q": "--quiet", "-N": "--nodes", "-J": "--job-name", "-t": "--time", "-p": "--partition",
+          "-A": "--account", "-q": "--qos", "-C": "--constraint", "-w": "--nodelist", "-x": "--exclude",
+          "-c": "--cpus-per-task"}  # fmt: skip
+# These have a key of their own, and raylaunch needs to know their value.
+_KEYS = {"--nodes": "slurm.nodes", "--ntasks-per-node": "slurm.ntasks_per_node", "--signal": "slurm.signal",
+         "--job-name": "slurm.job_name", "--gpus-per-node": "slurm.gpus_per_node",
+         "--cpus-per-task": "slurm.cpus_per_task"}  # fmt: skip
+
+
+def check_extra(extra: Sequence[str]) -> None:
+    """Refuse, by name, the sbatch options that raylaunch must own."""
+    for option in extra:
+        if not option.startswith("-"):
+            continue  # the value of the option before it
+        name = option.split("=", 1)[0]
+        if not name.startswith("--"):
+            name = _SHORT.get(name[:2], name)
+        if name in OWNED:
+            raise UsageError(
+                f"the sbatch option {name} is raylaunch's own" + (f": {OWNED[name]}" if OWNED[name] else ""),
+                "Leave it out of slurm.extra and of what follows `--`.",
+            )
+        if name in _KEYS:
+            raise UsageError(
+                f"the sbatch option {name} has its own key", f"Set {_KEYS[name]} in place of passing it through."
+            )
+
+
+def options(slurm: SlurmConfig, name: str, cluster_dir: Path) -> list[str]:
+    """The #SBATCH options, in one fixed order; values are quoted where sbatch needs it."""
+    nodes = slurm.nodes.replace(":", "-")
+    given: list[tuple[str, object]] = [
+        ("job-name", slurm.job_name or f"raylaunch-{name}"),
+        ("nodes", nodes),
+        ("ntasks-per-node", workers_per_node(slurm)),
+        ("gpus-per-node", slurm.gpus_per_node or None),
+        ("gres", slurm.gres),
+        ("cpus-per-task", slurm.cpus_per_task),
+        ("mem", slurm.mem),
+        ("time", slurm.time),
+        ("account", slurm.account),
+        ("partition", slurm.partition),
+        ("qos", slurm.qos),
+        ("constraint", slurm.constraint),
+        ("reservation", slurm.reservation),
+        ("nodelist", slurm.nodelist),
+        ("exclude", slurm.exclude),
+        ("mail-type", slurm.mail_type),
+        ("mail-user", slurm.mail_user),
+        ("signal", slurm.signal),
+        ("comment", slurm.comment),
+        ("output", f"{cluster_dir}/logs/slurm-%j.out"),
+        ("open-mode", "append"),
+    ]
+    lines = [f"--{key}={_quote(str(value))}" for key, value in given if value is not None]
+    return [*lines, *(["--exclusive"] if slurm.exclusive else []), "--no-kill", "--no-requeue", *_joined(slurm.extra)]
+
+
+def _quote(value: str) -> str:
+    """sbatch takes a double-quoted value with spaces in it."""
+    return value if re.fullmatch(r"[^\s\"'#]+", value) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _joined(extra: Sequence[str]) -> list[str]:
+    """["--dependency", "singleton"] as one line each option."""
+    lines: list[str] = []
+    for word in extra:
+        if word.startswith("-") or not lines:
+            lines.append(word)
+        else:
+            lines[-1] += " " + _quote(word)
+    return lines
+
+
+def gpus_per_node(slurm: SlurmConfig) -> int:
+    """How many GPUs a node was asked for: `4`, `a100:4`, or a gres of `gpu[:type]:4`."""
+    for text in (str(slurm.gpus_per_node or ""), slurm.gres or ""):
+        for part in text.split(","):
+            words = part.split(":")
+            if text is slurm.gres and words[0] != "gpu":
+                continue
+            if words[-1].isdigit():
+                return int(words[-1])
+            if words[0] == "gpu":
+                return 1
+    return 0
+
+
+def workers_per_node(slurm: SlurmConfig) -> int:
+    """Training workers per node: as asked, else one per GPU, else one."""
+    return slurm.ntasks_per_node or gpus_per_node(slurm) or 1
+
+
+def _shell_value(value: str) -> str:
+    """A value for `export`: quoted, but ${NAME} is left to the shell on the node, so that no secret
+    stands in the script."""
+    parts = re.split(r"(\$\{\w+\})", value)
+    return "".join(f'"{part}"' if re.fullmatch(r"\$\{\w+\}", part) else shlex.quote(part) for part in parts if part)
+
+
+def render(slurm: SlurmConfig, name: str, cluster_dir: Path, canary: str, python: str = sys.executable) -> str:
+    """The whole batch script of a cluster."""
+    check_extra(slurm.extra)
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    return environment.get_template("cluster.sbatch").render(
+        options=options(slurm, name, cluster_dir),
+        name=name,
+        cluster_dir=shlex.quote(str(cluster_dir)),
+        canary=shlex.quote(canary),
+        env=[(key, _shell_value(value) or "''") for key, value in slurm.env.items()],
+        modules=[shlex.quote(module) for module in slurm.modules],
+        setup=slurm.setup,
+        python=shlex.quote(python),
+    )

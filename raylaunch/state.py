@@ -1,0 +1,143 @@
+"""The cluster and run directories: what lies where, and how it is written.
+
+    STATE/clusters/NAME/   one per cluster   STATE/runs/NAME/   one per run
+
+Every JSON file is replaced atomically (written beside, fsynced, renamed). Events and metrics are
+append-only, a line each. Readers tolerate a file that is not there yet and a torn last line.
+Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from raylaunch.errors import StateError
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+STOP_FILE = "stop"
+
+
+def default_state_dir() -> Path:
+    """$RAYLAUNCH_STATE_DIR, else ~/.raylaunch."""
+    return Path(os.environ.get("RAYLAUNCH_STATE_DIR") or Path.home() / ".raylaunch")
+
+
+def cluster_dir(state_dir: Path, name: str) -> Path:
+    return state_dir / "clusters" / name
+
+
+def run_dir(state_dir: Path, name: str) -> Path:
+    return state_dir / "runs" / name
+
+
+def attempt_dir(run: Path, attempt: int) -> Path:
+    return run / "attempts" / f"{attempt:04d}"
+
+
+@contextlib.contextmanager
+def _explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn an OSError on a state file into a StateError that says what to do about it."""
+    hints = {
+        errno.ENOSPC: "The disk is full: free some space, or choose another cluster.state_dir.",
+        errno.EDQUOT: "Your quota is used up: free some space, or choose another cluster.state_dir.",
+        errno.EROFS: "That file system is read-only: choose another cluster.state_dir (or --state-dir).",
+        errno.EACCES: "You may not write there: choose another cluster.state_dir (or --state-dir).",
+    }
+    try:
+        yield
+    except OSError as error:
+        hint = hints.get(error.errno or 0, "Check that path, or choose another cluster.state_dir (or --state-dir).")
+        raise StateError(f"cannot {doing} {path}: {error.strerror or error}", hint) from error
+
+
+def make_dir(path: Path, mode: int = 0o700) -> Path:
+    """Make a directory with its parents; StateError when that cannot be."""
+    with _explained(path, "make the directory"):
+        path.mkdir(parents=True, exist_ok=True, mode=mode)
+    return path
+
+
+def write_text(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace a file atomically: beside, fsync, rename."""
+    with _explained(path, "write"):
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            Path(temporary).chmod(mode)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value, or None when it is not there (yet)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StateError(f"cannot read {path}: {error}", "Move the file away and try again.") from error
+
+
+def append_event(directory: Path, kind: str, **fields: Any) -> None:
+    """Add one line to events.jsonl: time, kind, and what belongs to it. One write, so lines never mix."""
+    line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, default=str) + "\n"
+    with _explained(directory / EVENTS_FILE, "append to"):
+        fd = os.open(directory / EVENTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(fd, line.encode())
+        finally:
+            os.close(fd)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a .jsonl file; [] when it is not there."""
+    return LineReader(path).read()
+
+
+class LineReader:
+    """Reads a growing .jsonl file a bit at a time; a torn last line waits for its rest."""
+
+    def __init__(self, path: Path, at_end: bool = False) -> None:
+        self.path = path
+        self._offset = path.stat().st_size if at_end and path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The lines that were completed since the last call."""
+        try:
+            with self.path.open("rb") as source:
+                source.seek(self._offset)
+                chunk = source.read()
+        except FileNotFoundError:
+            return []
+        complete = chunk[: chunk.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        rows = []
+        for line in complete.splitlines():
+            with contextlib.suppress(ValueError):  # torn by a full disk: the next one counts
+                rows.append(json.loads(line))
+        return rows
+
+
+def new_token() -> str:
+    """A secret for one cluster: 256 random bits."""
+    return secrets.token_hex(32)

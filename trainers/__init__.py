@@ -1,0 +1,1 @@
+"""Training functions for raylaunch: `train(config, session)`; raylaunch itself never imports them."""
