@@ -138,8 +138,8 @@ class Agent:
         ray = await RayProcess.prepare(self.env, self.log_file)
         hosts.claim_temp_dir(self.temp)
         if self.here.is_head:
-            self.duties = HeadDuties(self.here.directory, self.cluster, self.token, self.env, self.stop)
-            await self.duties.open(self.here.node, self.address, self.lease.ports)
+            self.duties = HeadDuties(self.here.directory, self.cluster, self._as_head(), self.token, self.env, self.stop)
+            await self.duties.open()
         head = await wait_for_head(self.here)
         self.link = await self._connect(head)
         listener = asyncio.create_task(self._listen(self.link))
@@ -147,6 +147,14 @@ class Agent:
             await self._keep_ray(ray, head, self.link)
         finally:
             listener.cancel()
+
+    def _as_head(self) -> Head:
+        ports = self.lease.ports
+        return Head(
+            canary=self.cluster.canary, incarnation=self.cluster.incarnation, node=self.here.node,
+            hostname=socket.gethostname(), address=self.address, control_port=ports.control,
+            gcs=f"{self.address}:{ports.gcs}", dashboard_port=ports.dashboard, time=time.time(),
+        )  # fmt: skip
 
     def info(self) -> dict[str, object]:
         """What the head should know of this node."""

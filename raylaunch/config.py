@@ -250,6 +250,16 @@ class StepSchedulerConfig(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """The cosine ends at this share of lr."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_warmup(cls, values: Any) -> Any:
+        """The default warmup must not make a run of five steps, as one tries things with, an error."""
+        if isinstance(values, dict) and "warmup_steps" not in values:
+            steps = values.get("max_steps")
+            if isinstance(steps, int) and 0 < steps < 10:
+                return {**values, "warmup_steps": steps}
+        return values
+
     @model_validator(mode="after")
     def _one_batch(self) -> Self:
         if self.grad_acc_steps is not None and self.global_batch_size is not None:

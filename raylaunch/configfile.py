@@ -336,10 +336,16 @@ def _resolve(reading: _Reading, check_secrets: bool) -> Config:
         errors += _reworded(error, merged, fitting.broken)
     if config is not None and not errors:
         return config
-    lines = list(dict.fromkeys(f"{place.label}: {message}" for place, message in sorted(errors)))
+    lines = list(dict.fromkeys(_line(place, message) for place, message in sorted(errors)))
     if len(lines) == 1:
         raise ConfigError(lines[0])
     raise ConfigError(f"{len(lines)} errors in the configuration:\n  " + "\n  ".join(lines))
+
+
+def _line(place: Place, message: str) -> str:
+    """`--set slurm.nodes=0` names its key already."""
+    key, _, rest = message.partition(": ")
+    return f"{place.label}: {rest if place.label.startswith(f'--set {key}=') else message}"
 
 
 def _merge(low: Item, high: Item) -> Item:

@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-import os
-import socket
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from raylaunch import hosts, layout, runs, state
+from raylaunch import layout, runs, state
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Member, Members
 
 log = logging.getLogger("raylaunch.head")
+T = TypeVar("T")
 
 REQUEST_EVERY = 0.3
 SAVE_LIMIT = 60.0
@@ -37,9 +38,15 @@ class HeadDuties:
     """What the head's agent does for the whole cluster."""
 
     def __init__(
-        self, directory: Path, cluster: Cluster, token: str, env: Mapping[str, str], stop: Callable[[str], None]
+        self,
+        directory: Path,
+        cluster: Cluster,
+        head: Head,
+        token: str,
+        env: Mapping[str, str],
+        stop: Callable[[str], None],
     ) -> None:
-        self.directory, self.cluster, self._env, self._stop = directory, cluster, env, stop
+        self.directory, self.cluster, self.head, self._env, self._stop = directory, cluster, head, env, stop
         self.members = Members(token, cluster.incarnation, self._member_changed)
         self.exit_code = 0
         self._queue: deque[str] = deque([cluster.run] if cluster.run else [])
@@ -49,21 +56,22 @@ class HeadDuties:
         self._driver: asyncio.subprocess.Process | None = None
         self._running: str | None = None
         self._ending = False
+        self._unclean: dict[str, Any] = {}
+        self._files = ThreadPoolExecutor(1, "files")  # one thread: what is written first is there first
         if self._queue:
             self._queued.set()
 
-    async def open(self, node: str, address: str, ports: hosts.Ports) -> None:
+    async def open(self) -> None:
         """Begin: listen for agents, publish head.json, take requests."""
-        await self.members.serve(address, ports.control)
-        self.head = Head(
-            canary=self.cluster.canary, incarnation=self.cluster.incarnation, node=node,
-            hostname=socket.gethostname(), address=address, control_port=ports.control,
-            gcs=f"{address}:{ports.gcs}", dashboard_port=ports.dashboard, time=time.time(),
-        )  # fmt: skip
-        await asyncio.to_thread(self.head.write, self.directory / layout.HEAD_FILE)
-        self._event("head", node=node, address=address, incarnation=self.cluster.incarnation)
+        await self.members.serve(self.head.address, self.head.control_port)
+        await self._off_loop(self.head.write, self.directory / layout.HEAD_FILE)
+        self._event("head", node=self.head.node, address=self.head.address, incarnation=self.head.incarnation)
         for duty in (self._write_table(), self._take_requests(), self._run_queue()):
             self._spawn(duty)
+
+    async def _off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
+        """File work in its own thread; in order."""
+        return await asyncio.get_running_loop().run_in_executor(self._files, work, *arguments)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -106,20 +114,18 @@ class HeadDuties:
         while True:
             await self._table_changed.wait()
             self._table_changed.clear()
-            rows = self.table()
-            await asyncio.to_thread(
-                state.write_json, self.directory / layout.MEMBERS_FILE, {"canary": self.cluster.canary, "nodes": rows}
-            )
+            await self._off_loop(self._save_table, self.table())
+
+    def _save_table(self, rows: list[dict[str, Any]]) -> None:
+        state.write_json(self.directory / layout.MEMBERS_FILE, {"canary": self.cluster.canary, "nodes": rows})
 
     # -- requests ----------------------------------------------------------------------------
 
     async def _take_requests(self) -> None:
         folder = self.directory / layout.REQUESTS
         while True:
-            for path in await asyncio.to_thread(lambda: sorted(folder.glob("[!.]*.json"))):
-                wanted = await asyncio.to_thread(state.read_json, path)
-                await asyncio.to_thread(path.unlink, missing_ok=True)
-                self._take(wanted or {})
+            for wanted in await self._off_loop(_collect, folder):
+                self._take(wanted)
             await asyncio.sleep(REQUEST_EVERY)
 
     def _take(self, wanted: Mapping[str, Any]) -> None:
@@ -162,7 +168,7 @@ class HeadDuties:
         self._running = name
         status = await self._driver.wait()
         self._running = None
-        outcome = await asyncio.to_thread(runs.settle, directory, status)
+        outcome = await self._off_loop(runs.settle, directory, status)
         self._event("run_ended", run=name, state=outcome, status=status)
         return outcome
 
@@ -180,7 +186,7 @@ class HeadDuties:
         if self._running is not None:
             run, driver = runs.directory(self.directory, self._running), self._driver
             assert driver is not None
-            await asyncio.to_thread(runs.request_stop, run, reason)
+            await self._off_loop(runs.request_stop, run, reason)
             try:
                 await asyncio.wait_for(driver.wait(), save_limit)
             except TimeoutError:
@@ -192,7 +198,7 @@ class HeadDuties:
         self._ending = True
         self.members.order("end", reason=reason)
         deadline = time.monotonic() + ENDING_LIMIT
-        others = [m for m in self.members.table.values() if hasattr(self, "head") and m.node != self.head.node]
+        others = [m for m in self.members.table.values() if m.node != self.head.node]
         while any(m.alive for m in others) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for task in list(self._tasks):
@@ -202,28 +208,31 @@ class HeadDuties:
                 self._driver.kill()
             await self._driver.wait()
         if self._running is not None:
-            await asyncio.to_thread(runs.settle, runs.directory(self.directory, self._running), -9)
+            await self._off_loop(runs.settle, runs.directory(self.directory, self._running), -9)
         self._unclean = {m.node: m.info.get("left", -1) for m in others if m.info.get("left") != 0}
-        if hasattr(self, "head"):
-            await asyncio.to_thread(
-                state.write_json,
-                self.directory / layout.MEMBERS_FILE,
-                {"canary": self.cluster.canary, "nodes": self.table()},
-            )
+        await self._off_loop(self._save_table, self.table())
         self.members.close()
 
     def write_end(self, reason: str, left_here: int) -> None:
         """The last word: ended.json and the job's exit code. Nodes that did not report count as unclean."""
+        self._files.shutdown()
         unclean = dict(self._unclean) | ({self.head.node: left_here} if left_here else {})
+        state.append_event(self.directory, "ended", reason=reason, unclean=unclean)
         state.write_text(self.directory / layout.EXIT_CODE_FILE, f"{self.exit_code}\n")
         state.write_json(
             self.directory / layout.ENDED_FILE,
-            {"canary": self.cluster.canary, "reason": reason, "unclean": unclean, "time": time.time(), "pid": os.getpid()},
+            {"canary": self.cluster.canary, "reason": reason, "unclean": unclean, "time": time.time()},
         )
-        self._event("ended", reason=reason, unclean=unclean)
 
     def _event(self, kind: str, **fields: Any) -> None:
-        """One line of the cluster's events; a write of a hundred bytes, kept off the loop."""
-        asyncio.get_running_loop().run_in_executor(
-            None, lambda: state.append_event(self.directory, kind, **fields)
-        )
+        """One line of the cluster's events, written off the loop."""
+        self._files.submit(functools.partial(state.append_event, self.directory, kind, **fields))
+
+
+def _collect(folder: Path) -> list[dict[str, Any]]:
+    """Take the requests that lie there, oldest first."""
+    found = []
+    for path in sorted(folder.glob("[!.]*.json")):
+        found.append(state.read_json(path) or {})
+        path.unlink(missing_ok=True)
+    return found

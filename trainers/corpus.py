@@ -120,7 +120,10 @@ def list_files(text: list[str]) -> list[Path]:
     """The files that the entries of data.text name: entry by entry, sorted within each, no file twice."""
     files: dict[Path, None] = {}
     for entry in text:
-        found = _stdlib_files() if entry == "stdlib:" else _matching_files(entry)
+        try:
+            found = _stdlib_files() if entry == "stdlib:" else _matching_files(entry)
+        except OSError as error:
+            raise _unreadable(error) from error
         if not found:
             where = "" if entry == "stdlib:" or Path(entry).is_absolute() else f" (looked in {Path.cwd()})"
             raise RunError(
@@ -148,11 +151,22 @@ def _matching_files(entry: str) -> list[Path]:
 def _walk(root: Path, wanted: Callable[[Path], bool], skipped: set[str]) -> list[Path]:
     """All wanted files below root, sorted; hidden files and directories are left out."""
     found = []
-    for folder, folders, names in os.walk(root.absolute()):
+    for folder, folders, names in os.walk(root.absolute(), onerror=_raise):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         paths = [Path(folder, name) for name in names if not name.startswith(".")]
         found += [path for path in paths if wanted(path) and path.is_file()]
     return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error  # os.walk would leave out what it may not list
+
+
+def _unreadable(error: OSError) -> RunError:
+    return RunError(
+        f"data.text: cannot read {error.filename}: {error.strerror or error}",
+        "Make it readable for you, or leave it out of data.text.",
+    )
 
 
 def _chunks(
@@ -168,10 +182,7 @@ def _chunks(
                     beat()
                     yield np.frombuffer(piece, dtype=np.uint8).astype(np.uint16)
         except OSError as error:
-            raise RunError(
-                f"data.text: cannot read {path}: {error.strerror or error}",
-                "Make it readable for you, or leave it out of data.text.",
-            ) from error
+            raise _unreadable(error) from error
         if length:
             documents.append({"path": str(path), "bytes": length})
             yield np.array([SEPARATOR], dtype=np.uint16)

@@ -2,7 +2,7 @@
 
 Set up → data → model, sharded → the newest commit, or fresh values → steps → a last checkpoint.
 A step: micro-batches forward and backward, one small all-reduce (loss, gradient norm, the wish to
-stop), clip, AdamW. What a step reports is read when it is there: on a GPU while the next one runs,
+stop), clip, AdamW. What a step measured is read when it is there: on a GPU while the next one runs,
 so a stop takes effect one step later, on all ranks at the same one.
 Refused: a checkpoint of other data or another global batch; a loss that is no number.
 """
@@ -14,7 +14,6 @@ import time
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from raylaunch.checkpoint import dcp
@@ -24,14 +23,8 @@ from raylaunch.session import Session
 from trainers import corpus, parallel
 from trainers.data import Loader, MicroBatch, Plan
 from trainers.metrics import Meter, StepStats
-from trainers.model import Decoder, rotary_tables
-from trainers.optim import (
-    learning_rate,
-    local_gradients,
-    make_optimizer,
-    set_learning_rate,
-    state_tensors,
-)
+from trainers.model import Decoder
+from trainers.optim import learning_rate, local_gradients, make_optimizer, set_learning_rate, state_tensors
 
 
 def train(config: Config, session: Session) -> None:
@@ -39,40 +32,29 @@ def train(config: Config, session: Session) -> None:
     steps = config.step_scheduler
     device = set_up_device(session)
     group = dcp.make_group(config.distributed.comm_timeout)
-
-    store = corpus.prepare(
-        session.run_dir / "data",
-        config.data.text,
-        rank=session.rank,
-        attempt=session.attempt,
-        silence=config.distributed.comm_timeout,
-    )
-    loader = make_loader(config, session, store, pin=device.type == "cuda")
+    loader = make_loader(config, session, pin=device.type == "cuda")
 
     with torch.device("meta"):
         model = Decoder(config.model)
-    mesh = parallel.make_mesh(device, session.world_size)
-    sharded = parallel.shard(model, mesh, config.distributed, device)
-    parallel.materialize(model, device)
+    layout = parallel.make_layout(model, config, device, session.world_size)
+    parallel.shard(model, layout, compile_blocks=config.distributed.compile)
+    parallel.materialize(model, layout, config.data.seq_len)
     optimizer = make_optimizer(model, config.optimizer)
-    tables = rotary_tables(config.model, config.data.seq_len, device)
 
     keep, background = config.checkpoint.keep_last_n_checkpoints, config.checkpoint.async_save
     saver = dcp.Saver(session, group, keep=keep, background=background)
-    tensors = state_tensors(model, optimizer)
-    facts = data_facts(config, session, loader)
-    first = resume(session, group, tensors, facts)
-    if first == 0:
-        parallel.initialize(model, config.data.seed, device)
+    tensors, facts = state_tensors(model, optimizer), data_facts(config, session, loader)
+    step = resume(session, group, tensors, facts)
+    if step == 0:
+        parallel.initialize(model, layout, config.data.seed)
 
     tokens_per_step = session.global_batch_size * config.data.seq_len
-    meter = Meter(config, session, first_step=first, tokens_per_step=tokens_per_step, device=device)
-    step, stop = first, first >= steps.max_steps
-    while not stop:
+    meter = Meter(config, session, done=step, tokens_per_step=tokens_per_step, device=device)
+    while step < steps.max_steps and not meter.stop:
         lr = learning_rate(step, config.optimizer.lr, steps)
         set_learning_rate(optimizer, lr)
         stats = StepStats(device, stop=session.stop_requested())
-        forward_backward(model, sharded, loader.training(step), tables, tokens_per_step, stats)
+        forward_backward(model, layout, loader.training(step), tokens_per_step, stats)
         gradients = local_gradients(model)
         stats.exchange(gradients)
         if config.optimizer.max_grad_norm is not None:
@@ -82,18 +64,18 @@ def train(config: Config, session: Session) -> None:
         step += 1
 
         meter.push(step, lr, stats)
-        last = step == steps.max_steps or meter.stop
-        if last or step % steps.ckpt_every_steps == 0:
-            meter.flush()  # raises rather than letting a step without a finite loss be saved
-        stop = last or meter.stop
+        ends = step == steps.max_steps
+        save = ends or meter.stop or step % steps.ckpt_every_steps == 0
+        if save:
+            meter.flush()  # raises, rather than let a step without a finite loss be saved
         with meter.paused():
-            if steps.val_every_steps and (step % steps.val_every_steps == 0 or step == steps.max_steps):
-                validate(model, loader.validation(steps.val_batches), tables, session, step)
-            if stop or step % steps.ckpt_every_steps == 0:
+            if steps.val_every_steps and (ends or step % steps.val_every_steps == 0):
+                validate(model, loader.validation(steps.val_batches), device, session, step)
+            if save:
                 saver.save(step, tensors, facts)
         saver.check()
 
-    saver.wait()
+    saver.close()
     loader.close()
     session.finish("finished" if step >= steps.max_steps else "stopped", step)
 
@@ -108,7 +90,15 @@ def set_up_device(session: Session) -> torch.device:
     return device
 
 
-def make_loader(config: Config, session: Session, store: corpus.Store, pin: bool) -> Loader:
+def make_loader(config: Config, session: Session, *, pin: bool) -> Loader:
+    """The run's token store (made by rank 0 if need be), and what this rank reads of it."""
+    store = corpus.prepare(
+        session.run_dir / "data",
+        config.data.text,
+        rank=session.rank,
+        attempt=session.attempt,
+        silence=config.distributed.comm_timeout,
+    )
     plan = Plan(
         seq_len=config.data.seq_len,
         seed=config.data.seed,
@@ -151,49 +141,40 @@ def resume(
 
 
 def forward_backward(
-    model: Decoder,
-    sharded: FSDPModule,
-    batches: list[MicroBatch],
-    tables: tuple[Tensor, Tensor],
-    tokens_per_step: int,
-    stats: StepStats,
+    model: Decoder, layout: parallel.Layout, batches: list[MicroBatch], tokens_per_step: int, stats: StepStats
 ) -> None:
-    """Gradients of the step's mean loss per token; they are exchanged after the last micro-batch only."""
+    """Gradients of the step's mean loss per token, summed over the micro-batches and the ranks."""
     for index, batch in enumerate(batches):
-        last = index == len(batches) - 1
-        sharded.set_requires_gradient_sync(last)
-        sharded.set_is_last_backward(last)
-        loss = summed_loss(model, batch, tables)
+        parallel.begin_pass(model, layout, last=index == len(batches) - 1)
+        loss = summed_loss(model, batch.to(layout.device))
         (loss / tokens_per_step).backward()  # type: ignore[no-untyped-call]
         stats.add(loss, batch.samples)
 
 
-def summed_loss(model: Decoder, batch: MicroBatch, tables: tuple[Tensor, Tensor]) -> Tensor:
+def summed_loss(model: Decoder, batch: MicroBatch) -> Tensor:
     """Cross-entropy summed over the micro-batch's real tokens, float32."""
-    batch = batch.to(tables[0].device)
-    logits = model(batch.inputs, *tables)
+    logits: Tensor = model(batch.inputs)
     losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
     return (losses.view_as(batch.targets).sum(dim=1) * batch.weights).sum()
 
 
 @torch.no_grad()
 def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale the shards so that the norm of the whole gradient is at most max_norm; no host sync."""
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, scale.to(torch.float32))
+    """Scale the shards so that the norm of the whole gradient is at most max_norm, without a host sync."""
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
+    torch._foreach_mul_(gradients, scale)
 
 
 @torch.no_grad()
 def validate(
-    model: Decoder, batches: list[MicroBatch], tables: tuple[Tensor, Tensor], session: Session, step: int
+    model: Decoder, batches: list[MicroBatch], device: torch.device, session: Session, step: int
 ) -> None:
     """Report the mean loss per token on the held-out samples, the same ones each time."""
-    if not batches:
-        return
-    totals = torch.zeros(2, dtype=torch.float64, device=tables[0].device)
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        totals[0] += summed_loss(model, batch, tables)
+        totals[0] += summed_loss(model, batch.to(device))
         totals[1] += batch.samples * batch.targets.shape[1]
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
-    session.report(step=step, val_loss=loss / tokens)
+    if tokens:  # none when nothing is held out
+        session.report(step=step, val_loss=loss / tokens)

@@ -67,7 +67,7 @@ class Meter:
     """Reports every log_every_steps steps, and the last one; tells when all ranks are to stop."""
 
     def __init__(
-        self, config: Config, session: Session, *, first_step: int, tokens_per_step: int, device: torch.device
+        self, config: Config, session: Session, *, done: int, tokens_per_step: int, device: torch.device
     ) -> None:
         self.stop = False
         self._session = session
@@ -75,8 +75,8 @@ class Meter:
         self._tokens_per_step = tokens_per_step
         self._lag = 1 if device.type == "cuda" else 0
         self._waiting: deque[tuple[int, float, StepStats]] = deque()
-        self._first_step = first_step
-        self._reported_step, self._reported_at = first_step, time.monotonic()
+        self._first = done + 1
+        self._reported_step, self._reported_at = done, time.monotonic()
 
     def push(self, step: int, lr: float, stats: StepStats) -> None:
         """Hand in a step (the count of completed steps); reads what is ready by now."""
@@ -109,7 +109,7 @@ class Meter:
                 "optimizer.lr, lengthen step_scheduler.warmup_steps or set optimizer.max_grad_norm.",
             )
         self.stop = self.stop or stop > 0
-        if step == self._first_step + 1:
+        if step == self._first:
             self._session.event("first_step", step=step)
         if step % self._every == 0 or step == self._last_step or self.stop:
             self._report(step, lr, loss, norm)

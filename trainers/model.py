@@ -65,11 +65,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return out
 
 
 class Decoder(nn.Module):
-    """Tokens [B, S] int64 → logits [B, S, vocab_size]."""
+    """Tokens [B, S] int64 → logits [B, S, vocab_size]. Call `make_tables` before the first pass."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -79,14 +83,21 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """cos and sin come from `rotary_tables`: arguments, so that no buffer has to survive the
-        meta device and mixed precision leaves them in float32."""
+    def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, self.cos, self.sin)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    def make_tables(self, seq_len: int, device: torch.device) -> None:
+        """cos and sin of position times frequency, [seq_len, head_dim / 2] each, float32.
+
+        Plain attributes: buffers would have to survive the meta device and mixed precision."""
+        half = self.config.dim // self.config.n_heads // 2
+        frequencies = self.config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+        angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
+        self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
 
     def init_std(self, name: str) -> float | None:
         """Standard deviation of a parameter's initial values; None: all ones (the norms).
@@ -98,14 +109,6 @@ class Decoder(nn.Module):
         if name.endswith(("wo.weight", "down.weight")):
             return INIT_STD / math.sqrt(2 * self.config.n_layers)
         return INIT_STD
-
-
-def rotary_tables(config: ModelConfig, seq_len: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position times frequency, [S, head_dim / 2] each, float32."""
-    half = config.dim // config.n_heads // 2
-    frequencies = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
-    return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -123,6 +123,13 @@ class Saver:
             in_flight, self._in_flight = self._in_flight, None
             in_flight.result()
 
+    def close(self) -> None:
+        """Wait for the last save, then give back its buffers and the group."""
+        self.wait()
+        if self._stager is not None:
+            self._stager.close()
+        dist.destroy_process_group(self._group)
+
     def _after(self, written: Future[Any], path: Path, complete: Callable[[], None]) -> Future[None]:
         """A future that is done when `complete` is; it runs in the thread that has written."""
         done: Future[None] = Future()

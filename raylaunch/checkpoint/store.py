@@ -78,22 +78,26 @@ def commit(
             delete(target)  # not ours to trust: no commit ever leaves a directory without commit.json
         made = Commit(target, step, world_size, attempt, run, round(time.time(), 3), facts or {})
         record = {key: value for key, value in vars(made).items() if key != "path"}
-        with (pending_path / COMMIT_FILE).open("w", encoding="utf-8") as out:
-            out.write(json.dumps(record, indent=1) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        _sync(pending_path)
-        pending_path.rename(target)
-        _sync(directory)
+        try:
+            with (pending_path / COMMIT_FILE).open("w", encoding="utf-8") as out:
+                out.write(json.dumps(record, indent=1) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+            _sync(pending_path)
+            pending_path.rename(target)
+            _sync(directory)
+        except OSError:
+            shutil.rmtree(pending_path, ignore_errors=True)  # gives its space back; gone if renamed
+            raise
     return made
 
 
 def committed(directory: Path) -> list[Commit]:
     """The committed checkpoints, the newest (highest step) last; [] when the directory is not there."""
-    try:
-        names = [entry.name for entry in os.scandir(directory)]
-    except FileNotFoundError:
+    if not directory.exists():
         return []
+    with explained(directory, "look for"):
+        names = [entry.name for entry in os.scandir(directory)]
     found = (_read(directory / name) for name in names if _COMMITTED.fullmatch(name))
     return sorted((one for one in found if one is not None), key=lambda one: one.step)
 
@@ -151,7 +155,7 @@ def explanation(path: Path, doing: str, error: OSError) -> StateError:
     else:
         hint = "Check that path (shared by all nodes? writable?)"
     return StateError(
-        f"cannot {doing} the checkpoint {path}: {error.strerror or error}",
+        f"cannot {doing} checkpoint {path}: {error.strerror or error}",
         f"{hint}, or choose another checkpoint.checkpoint_dir.",
     )
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from raylaunch.errors import UsageError
 from raylaunch.sandbox import DEFAULT_NAME, Sandbox, Status, take_down
 
 _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which sandbox.")
@@ -50,17 +49,14 @@ def env(name: str) -> None:
         click.echo(f"export {variable}={shlex.quote(value)}")
 
 
-@sandbox.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@sandbox.command("exec", context_settings={"ignore_unknown_options": True})
 @_name
 @click.argument("node")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(name: str, node: str, command: tuple[str, ...]) -> None:
-    """Run COMMAND in NODE, with this terminal and its exit status."""
-    argv = command[1:] if command[0] == "--" else command
-    if not argv:
-        raise UsageError("no command to run", f"raylaunch sandbox exec {node} -- hostname")
+    """Run COMMAND in NODE, with this terminal and its exit status: exec NODE -- COMMAND …"""
     made = Sandbox.load(name)
-    line = made.command(node, argv)
+    line = made.command(node, command)
     os.environ.update(made.env())
     os.execvp(line[0], line)
 

@@ -49,9 +49,11 @@ def _mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") 
 def _restart_clocks() -> None:
     # The node's uptime starts now: Slurm tells a rebooted node by its boot time. The monotonic
     # clock moves too, as between real machines, where comparing it across nodes is a mistake.
-    uptime = int(float(Path("/proc/uptime").read_text().split()[0]))
-    monotonic = int(time.clock_gettime(time.CLOCK_MONOTONIC))
-    Path("/proc/self/timens_offsets").write_text(f"monotonic -{monotonic} 0\nboottime -{uptime} 0\n")
+    lines = []
+    for name, clock in (("monotonic", time.CLOCK_MONOTONIC), ("boottime", time.CLOCK_BOOTTIME)):
+        seconds, nanoseconds = divmod(-time.clock_gettime_ns(clock), 10**9)
+        lines.append(f"{name} {seconds} {nanoseconds}\n")
+    Path("/proc/self/timens_offsets").write_text("".join(lines))
 
 
 def _device(path: str, major: int, minor: int) -> None:

@@ -20,8 +20,6 @@ from typing import Any
 from raylaunch.errors import SandboxError
 from raylaunch.sandbox.layout import BASE, Layout, Spec
 
-_FORWARDING, _DISABLED = "3", "0"  # bridge port states
-
 
 def choose_network(layout: Layout) -> int:
     """A third byte for 10.213.x.0/24 that no route of this machine overlaps.
@@ -98,20 +96,23 @@ def unplug(layout: Layout, spec: Spec, node: str) -> None:
 
 
 def cut(layout: Layout, spec: Spec, node: str) -> None:
-    """The bridge drops all that comes from or goes to the node, which keeps its carrier."""
-    _set_port(layout, spec, node, _DISABLED)
+    """Take the node's cable off the bridge. Its carrier stays, so nobody notices but by silence."""
+    veth = layout.veth(spec.index(node))
+    # Off the bridge, the cable's end is an interface of the machine, which would answer
+    # questions for the gateway's address on any of its interfaces.
+    Path(f"/proc/sys/net/ipv4/conf/{veth}/arp_ignore").write_text("8")
+    _ip([f"link set {veth} nomaster"])
 
 
 def heal(layout: Layout, spec: Spec, node: str) -> None:
-    _set_port(layout, spec, node, _FORWARDING)
+    """Put the node's cable back on the bridge."""
+    _ip([f"link set {layout.veth(spec.index(node))} master {layout.bridge}"])
 
 
 def is_cut(layout: Layout, spec: Spec, node: str) -> bool:
-    state = Path(f"/sys/class/net/{layout.veth(spec.index(node))}/brport/state")
-    try:
-        return state.read_text().strip() != _FORWARDING
-    except FileNotFoundError:
-        return False  # no cable at all: the node is not up
+    """Whether the node has a cable that leads nowhere."""
+    link = Path("/sys/class/net", layout.veth(spec.index(node)))
+    return link.exists() and not (link / "master").exists()
 
 
 def existing(layout: Layout) -> list[str]:
@@ -122,10 +123,6 @@ def existing(layout: Layout) -> list[str]:
 def remove_all(layout: Layout) -> None:
     """Remove bridge and cables; those of dying nodes may vanish by themselves meanwhile."""
     _ip([f"link del {name}" for name in existing(layout)], forgive_missing=True)
-
-
-def _set_port(layout: Layout, spec: Spec, node: str, state: str) -> None:
-    _ip([f"link set {layout.veth(spec.index(node))} type bridge_slave state {state}"])
 
 
 def _mac(spec: Spec, index: int) -> str:
@@ -139,7 +136,8 @@ def _ip(batch: Sequence[str], forgive_missing: bool = False) -> None:
     done = subprocess.run(argv, input="\n".join(batch), capture_output=True, text=True, check=False)
     errors = [line for line in done.stderr.splitlines() if not line.startswith("Command failed")]
     if forgive_missing:
-        errors = [line for line in errors if "Cannot find device" not in line]
+        gone = ("Cannot find device", "No such device")  # before and after the kernel was asked
+        errors = [line for line in errors if not any(text in line for text in gone)]
     if errors or (done.returncode != 0 and not forgive_missing):
         raise SandboxError("ip failed: " + "; ".join(errors), "the lines were: " + "; ".join(batch))
 

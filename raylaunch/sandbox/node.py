@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -18,7 +19,7 @@ from typing import TypedDict
 from raylaunch.errors import SandboxError
 from raylaunch.sandbox import cgroups, conf, init, links
 from raylaunch.sandbox.layout import Layout, Spec
-from raylaunch.sandbox.procs import Proc
+from raylaunch.sandbox.procs import Proc, wait_for
 
 
 class NodePlan(TypedDict):
@@ -43,7 +44,9 @@ def system_env() -> dict[str, str]:
     return {**os.environ, "PATH": f"{path}:/usr/local/sbin:/usr/sbin:/sbin"}
 
 
-def boot(layout: Layout, spec: Spec, nodes: Sequence[str], before_go: Callable[[], None] | None = None) -> None:
+def boot(
+    layout: Layout, spec: Spec, nodes: Sequence[str], before_go: Callable[[], None] | None = None
+) -> None:
     """Start these nodes side by side; slurmd runs in each once `before_go` has returned."""
     started: dict[str, subprocess.Popen[str]] = {}
     pids: dict[str, int] = {}
@@ -93,12 +96,25 @@ def kill(layout: Layout, spec: Spec, node: str, silent: bool) -> None:
     if silent:
         links.unplug(layout, spec, node)
     proc.kill()
-    cgroups.kill(cgroups.group(layout, node))  # commands that were just entering it
+    os.utime(record(layout, node))  # when it ended, for `wait_next_second`
+    group = cgroups.group(layout, node)
+    cgroups.kill(group)  # commands that were just entering the node
     links.unplug(layout, spec, node)
-    # Slurm's own groups of jobs that are no more would be taken for running steps.
-    freezer = cgroups.freezer_group(layout, node)
-    if freezer is not None:
-        cgroups.remove(freezer)
+    # A group that was frozen would freeze the next init, and Slurm would take groups of jobs
+    # that are no more for running steps.
+    for path in (group, cgroups.freezer_group(layout, node)):
+        if path is not None:
+            cgroups.remove(path)
+
+
+def wait_next_second(layout: Layout, node: str) -> None:
+    """Wait until the second in which the node was killed is over.
+
+    Slurm compares whole seconds: of a node that returns within the second it would not notice
+    the reboot and keep its jobs as running. No machine boots that fast.
+    """
+    ended = int(record(layout, node).stat().st_mtime)
+    wait_for("the next second", lambda: int(time.time()) > ended, 5)
 
 
 def enter(layout: Layout, node: str, argv: Sequence[str], cwd: str | None = None) -> list[str]:
@@ -157,9 +173,10 @@ def _start_init(layout: Layout, spec: Spec, node: str) -> subprocess.Popen[str]:
             "SLURM_CONF": str(layout.slurm_conf),
         },
     )
+    script = str(Path(init.__file__).resolve())
     with (layout.log / f"{node}.init.log").open("a") as log:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(Path(init.__file__).resolve())],
+            [sys.executable, "-I", "-S", script, layout.name, node],  # the names are for ps
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

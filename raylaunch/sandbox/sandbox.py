@@ -210,11 +210,12 @@ class Sandbox:
                 f"{node_name} is running already", f"first: raylaunch sandbox kill {node_name}"
             )
         links.unplug(self.layout, self.spec, node_name)  # of an init that ended by itself
+        node.wait_next_second(self.layout, node_name)
+        before = slurm.slurmd_start(self.layout, node_name)
         node.boot(self.layout, self.spec, [node_name])
+        slurm.wait_registered(self.layout, node_name, before, timeout=60)
         if resume:
             slurm.wait_in_service(self.layout, [node_name], resume=True, timeout=60)
-        else:
-            slurm.wait_registered(self.layout, node_name, timeout=60)
 
     def cut(self, node_name: str) -> None:
         """Cut the node's network: nothing comes in or out, and nobody is told."""
@@ -324,6 +325,8 @@ def _write_configuration(layout: Layout, spec: Spec) -> None:
     write_atomic(etc / "gres.conf", conf.gres_conf(spec))
     write_atomic(etc / "hosts", conf.hosts(spec))
     write_atomic(etc / "resolv.conf", "")
+    # `sacct -c` of any user opens it for writing, though it only reads.
+    write_atomic(layout.log / "jobcomp.log", "", mode=0o666)
     if spec.accounting:
         write_atomic(etc / "slurmdbd.conf", conf.slurmdbd_conf(spec, layout), mode=0o600)
 

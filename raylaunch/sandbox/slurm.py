@@ -60,11 +60,17 @@ def wait_in_service(layout: Layout, nodes: Collection[str], resume: bool, timeou
     )
 
 
-def wait_registered(layout: Layout, node: str, timeout: float) -> None:
-    """Wait until the node's slurmd has spoken to slurmctld, whatever Slurm makes of it."""
+def slurmd_start(layout: Layout, node: str) -> str:
+    """When the slurmd that slurmctld knows of started, as Slurm writes it; to the second."""
+    text = call(layout, "scontrol", "--oneliner", "show", "node", node)
+    return text.partition("SlurmdStartTime=")[2].split(" ", 1)[0]
+
+
+def wait_registered(layout: Layout, node: str, before: str, timeout: float) -> None:
+    """Wait until another slurmd than the one started at `before` has reported to slurmctld."""
     wait_for(
         f"{node} registered",
-        lambda: not node_states(layout)[node][0].endswith("*"),
+        lambda: slurmd_start(layout, node) != before,
         timeout,
         lambda: tail(layout.log / f"{node}.slurmd.log"),
     )

@@ -1,0 +1,53 @@
+"""Following a run from outside: its state, metrics and events, as they are written. Reads files only,
+and asks the backend now and then whether the cluster still lives, so that nobody waits for the dead."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raylaunch import backends, layout, runs, state
+from raylaunch.layout import Cluster
+from raylaunch.runs import Run
+
+FILES_EVERY = 0.3
+CLUSTER_EVERY = 10.0
+
+
+@dataclass(frozen=True)
+class News:
+    """What came since the last look."""
+
+    run: Run
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    cluster_alive: bool
+
+
+def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterator[News]:
+    """News of a run until it is over, or its cluster is. The last one has the final state."""
+    metrics = state.LineReader(run_dir / state.METRICS_FILE, at_end=not from_start)
+    events = state.LineReader(run_dir / state.EVENTS_FILE, at_end=not from_start)
+    ask_again = time.monotonic() + CLUSTER_EVERY
+    alive = True
+    while True:
+        run = Run.read(run_dir)
+        assert run is not None, run_dir
+        over = run.state in runs.FINAL
+        if not over and time.monotonic() > ask_again:
+            ask_again = time.monotonic() + CLUSTER_EVERY
+            alive = _alive(cluster_dir)
+        yield News(run, metrics.read(), events.read(), alive)
+        if over or not alive:
+            return
+        time.sleep(FILES_EVERY)
+
+
+def _alive(cluster_dir: Path) -> bool:
+    cluster = Cluster.read(cluster_dir)
+    if cluster is None or (cluster_dir / layout.ENDED_FILE).exists():
+        return False
+    return any(job.alive for job in backends.of(cluster.backend).states(cluster_dir, cluster.jobs).values())

@@ -1,0 +1,137 @@
+"""Where the agents' processes come from: Slurm, or this machine. One protocol: submit, states, cancel.
+
+Slurm: a batch script goes to sbatch. Local: the same agents as background processes of this machine,
+each a node of its own (address in 127.0.0.0/8, ports, temp directory, a share of the CPUs).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from raylaunch import layout, processes, state
+from raylaunch.errors import UsageError
+from raylaunch.layout import Cluster
+from raylaunch.slurm.client import Slurm
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job as its backend sees it. `state` in Slurm's words; `start`: the estimate for a pending one."""
+
+    id: str
+    state: str
+    alive: bool
+    reason: str = ""
+    nodes: tuple[str, ...] = ()
+    start: str = ""
+
+    @property
+    def pending(self) -> bool:
+        return self.state == "PENDING"
+
+
+class Backend(Protocol):
+    """What raylaunch needs of a scheduler."""
+
+    name: str
+
+    def submit(self, directory: Path, cluster: Cluster, script: str) -> str:
+        """Start the cluster's agents; the job's id."""
+        ...
+
+    def states(self, directory: Path, ids: Sequence[str]) -> dict[str, Job]:
+        """The jobs that the backend still knows, in one question."""
+        ...
+
+    def cancel(self, directory: Path, ids: Sequence[str]) -> None:
+        """End the jobs, whatever they do; no error when they are gone."""
+        ...
+
+
+class SlurmBackend:
+    """Jobs of a Slurm cluster."""
+
+    name = "slurm"
+
+    def __init__(self, slurm: Slurm | None = None) -> None:
+        self.slurm = slurm or Slurm()
+
+    def submit(self, directory: Path, cluster: Cluster, script: str) -> str:
+        return self.slurm.submit(script)
+
+    def states(self, directory: Path, ids: Sequence[str]) -> dict[str, Job]:
+        return {
+            row.id: Job(row.id, str(row.state), not row.terminal, row.reason, tuple(row.nodes), f"{row.start:%Y-%m-%d %H:%M}" if row.start else "")
+            for row in self.slurm.jobs(ids).values()
+        }
+
+    def cancel(self, directory: Path, ids: Sequence[str]) -> None:
+        self.slurm.cancel(ids)
+
+
+_AGENTS_FILE = "agents.json"
+
+
+class LocalBackend:
+    """Agents as background processes of this machine, remembered with pid and start time."""
+
+    name = "local"
+
+    def submit(self, directory: Path, cluster: Cluster, script: str) -> str:
+        rows = []
+        for index in range(cluster.max_nodes):
+            with (directory / layout.LOGS / "agents.out").open("ab") as out:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "raylaunch.agent"],
+                    stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                    env={
+                        **os.environ,
+                        "RAYLAUNCH_CLUSTER_DIR": str(directory),
+                        "RAYLAUNCH_CANARY": cluster.canary,
+                        "RAYLAUNCH_LOCAL_INDEX": str(index),
+                        "RAYLAUNCH_LOCAL_COUNT": str(cluster.max_nodes),
+                    },
+                )  # fmt: skip
+            started = processes.start_time(process.pid) or time.time()
+            rows.append({"node": f"local{index + 1}", "pid": process.pid, "started": started})
+            state.write_json(directory / _AGENTS_FILE, rows)  # after each: a kill of `up` here orphans none
+        return f"local-{rows[0]['pid']}"
+
+    def agents(self, directory: Path) -> dict[str, int]:
+        """Node → pid of the agents that live."""
+        rows = state.read_json(directory / _AGENTS_FILE) or []
+        return {str(r["node"]): int(r["pid"]) for r in rows if processes.is_same(int(r["pid"]), float(r["started"]))}
+
+    def states(self, directory: Path, ids: Sequence[str]) -> dict[str, Job]:
+        living = self.agents(directory)
+        job_state = "RUNNING" if living else "COMPLETED"
+        return {job: Job(job, job_state, bool(living), nodes=tuple(living)) for job in ids}
+
+    def cancel(self, directory: Path, ids: Sequence[str], limit: float = 10.0) -> None:
+        """SIGTERM lets an agent end its own tree; what then still lives is killed with its tree."""
+        for pid in self.agents(directory).values():
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + limit
+        while self.agents(directory) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for pid in self.agents(directory).values():
+            processes.end_tree(pid)
+
+
+def of(name: str) -> Backend:
+    """The backend of this name; `auto` is Slurm where sbatch answers, else local."""
+    if name == "auto":
+        name = "slurm" if Slurm().available() else "local"
+    if name == "slurm":
+        return SlurmBackend()
+    if name == "local":
+        return LocalBackend()
+    raise UsageError(f"no backend {name!r}", "Choose auto, slurm or local.")

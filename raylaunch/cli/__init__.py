@@ -1,0 +1,82 @@
+"""The command line: parse, call, print. Each command's module is imported only when it is called, so
+that `raylaunch --help` needs nothing but click."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from raylaunch import __version__
+from raylaunch.errors import RaylaunchError
+
+# name → (module:attribute, what it does); the help page is made from this table alone.
+COMMANDS = {
+    "up": ("raylaunch.cli.up:up", "Bring a cluster of Ray nodes up."),
+    "train": ("raylaunch.cli.train:train", "Train on a cluster; the same run name resumes."),
+    "submit": ("raylaunch.cli.train:submit", "One batch job: cluster up, train, give it back."),
+    "attach": ("raylaunch.cli.train:attach", "Watch a run that goes on."),
+    "stop": ("raylaunch.cli.train:stop", "Save a run and end it."),
+    "status": ("raylaunch.cli.status:status", "Clusters, jobs, nodes and runs."),
+    "logs": ("raylaunch.cli.logs:logs", "What the workers, the driver or the nodes print."),
+    "dashboard": ("raylaunch.cli.status:dashboard", "The Ray dashboard's address and tunnel."),
+    "down": ("raylaunch.cli.down:down", "Save what runs and take a cluster down."),
+    "script": ("raylaunch.cli.up:script", "Print the batch script that `up` would submit."),
+    "sandbox": ("raylaunch.cli.sandbox:sandbox", "A real Slurm cluster on this machine, to try things."),
+}
+
+
+class Lazy(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="raylaunch")
+def cli() -> None:
+    """Keep Ray nodes alive on Slurm, and PyTorch FSDP training alive on those nodes.
+
+    \b
+      raylaunch up --nodes 4 && raylaunch train cfg.yaml
+    """
+
+
+def main() -> None:
+    """Entry point: errors of ours are a message and an exit code, never a traceback."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except RaylaunchError as error:
+        _complain(error.message, error.hint)
+        sys.exit(error.exit_code)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stdout = None  # `raylaunch logs | head` is no failure
+        sys.exit(0)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _complain(message: str, hint: str) -> None:
+    click.echo(click.style("error: ", fg="red", bold=True) + message, err=True)
+    for line in hint.splitlines():
+        click.echo(f"  {line}", err=True)

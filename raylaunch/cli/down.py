@@ -1,0 +1,52 @@
+"""`raylaunch down`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from raylaunch import cluster, teardown
+from raylaunch.cli import options
+from raylaunch.cli.show import LiveLine
+from raylaunch.errors import RaylaunchError, UsageError
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="All clusters of the state directory.")
+@click.option("--save-limit", default=60.0, show_default=True, help="Seconds that a run gets to save.")
+@options.state_dir_option
+def down(name: str | None, everything: bool, save_limit: float, state_dir: Path | None) -> None:
+    """Save what runs, end everything that belongs to the cluster, and verify it."""
+    if name is not None and everything:
+        raise UsageError("a NAME and --all at once", "Give one of them.")
+    where = options.state_dir(state_dir)
+    unclean = []
+    for each in _chosen(where, name, everything):
+        directory, record = cluster.find(where, each)
+        with LiveLine() as line:
+            ended = teardown.down(directory, record, save_limit, lambda text, each=each: line(f"{each}: {text}"))  # type: ignore[misc]
+        if not ended.was_alive:
+            click.echo(f"cluster {each} is down already")
+        elif ended.clean:
+            click.echo(f"cluster {each} is down: no job, process or temp directory is left")
+        else:
+            unclean.append(each)
+        for line_ in ended.notes:
+            click.echo(f"  {line_}", err=True)
+    if unclean:
+        raise RaylaunchError(f"something is left of {', '.join(unclean)}", "See the lines above.")
+
+
+def _chosen(where: Path, name: str | None, everything: bool) -> list[str]:
+    """The clusters meant: the named one, all, or the only living one."""
+    if name is not None:
+        return [name]
+    known = cluster.names(where)
+    if everything or len(known) < 2:
+        return known
+    living = [n for n in known if cluster.alive_job(*cluster.find(where, n)) is not None]
+    if len(living) > 1:
+        raise UsageError(f"several clusters are alive: {', '.join(living)}", "Name one, or give --all.")
+    return living or ["main" if "main" in known else known[0]]

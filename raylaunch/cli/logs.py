@@ -1,0 +1,91 @@
+"""`raylaunch logs`: a run's workers and driver, or a cluster's nodes."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import click
+
+from raylaunch import cluster, layout, state
+from raylaunch.cli import options
+from raylaunch.errors import UsageError
+from raylaunch.runs import Run
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on as more is written.")
+@click.option("--node", help="Only this node (of a cluster, or the ranks of a run on it).")
+@click.option("--rank", type=int, help="Only this rank of a run.")
+@click.option("-n", "--lines", default=200, show_default=True, help="Last lines of each file.")
+@options.state_dir_option
+def logs(name: str | None, follow: bool, node: str | None, rank: int | None, lines: int, state_dir: Path | None) -> None:
+    """Print what a RUN's workers and driver, or a CLUSTER's nodes, have written.
+
+    Without a name: the run that was touched last.
+    """
+    where = options.state_dir(state_dir)
+    files = _files(where, name, node, rank)
+    if not files:
+        raise UsageError("no such log", "See `raylaunch status --all` for runs and clusters, with their directories.")
+    _print(files, lines, follow)
+
+
+def _files(where: Path, name: str | None, node: str | None, rank: int | None) -> list[Path]:
+    if name is None:
+        newest = sorted((where / "runs").glob(f"*/{layout.RUN_FILE}"), key=lambda p: p.stat().st_mtime)
+        if not newest:
+            raise UsageError(f"no run in {where}", "Start one with `raylaunch train`.")
+        name = newest[-1].parent.name
+    run_dir = state.run_dir(where, name)
+    run = Run.read(run_dir)
+    if run is not None:
+        return _run_files(run_dir, run, node, rank)
+    if name not in cluster.names(where):
+        raise UsageError(f"neither a run nor a cluster is called {name}", "See `raylaunch status --all`.")
+    if rank is not None:
+        raise UsageError("--rank belongs to a run, and this is a cluster", "Give --node, or a run's name.")
+    found = sorted((state.cluster_dir(where, name) / layout.LOGS).glob("*"))
+    return [path for path in found if node is None or path.stem == node]
+
+
+def _run_files(run_dir: Path, run: Run, node: str | None, rank: int | None) -> list[Path]:
+    """The last attempt's ranks, and the driver unless one place is asked for."""
+    ranks = sorted(
+        state.attempt_dir(run_dir, run.attempt).glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-"))
+    )
+    if rank is not None:
+        return [path for path in ranks if path.stem == f"rank-{rank}"]
+    if node is not None:
+        return [path for path in ranks if re.search(rf"\bnode={re.escape(node)}\b", _first_line(path))]
+    return [run_dir / layout.LOGS / "driver.log", *ranks]
+
+
+def _first_line(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as source:
+        return source.readline()
+
+
+def _print(files: list[Path], lines: int, follow: bool) -> None:
+    offsets = dict.fromkeys(files, 0)
+    first = True
+    while True:
+        for path in files:
+            try:
+                with path.open("rb") as source:
+                    source.seek(offsets[path])
+                    text = source.read()
+            except FileNotFoundError:
+                continue
+            whole = text if not follow else text[: text.rfind(b"\n") + 1]
+            offsets[path] += len(whole)
+            rows = whole.decode(errors="replace").splitlines()
+            prefix = f"{path.stem}: " if len(files) > 1 else ""
+            for row in rows[-lines:] if first else rows:
+                click.echo(prefix + row)
+        first = False
+        if not follow:
+            return
+        time.sleep(0.3)

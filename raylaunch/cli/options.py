@@ -1,0 +1,74 @@
+"""Options that several commands share, and how they become a Config."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from raylaunch import configfile
+from raylaunch.cluster import state_dir_of
+from raylaunch.config import Config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+state_dir_option = click.option(
+    "--state-dir",
+    type=click.Path(path_type=Path),
+    help="Where clusters and runs are kept; shared by all nodes. Default: the config's, $RAYLAUNCH_STATE_DIR, ~/.raylaunch.",
+)
+sets_option = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a config key (dotted).")
+
+_CLUSTER_FLAGS = [
+    ("--nodes", "slurm.nodes", "N or MIN:MAX nodes.", str),
+    ("--name", "cluster.name", "The cluster's name (default: main).", str),
+    ("--backend", "cluster.backend", "auto, slurm or local.", click.Choice(["auto", "slurm", "local"])),
+    ("--partition", "slurm.partition", "Slurm partition.", str),
+    ("--account", "slurm.account", "Slurm account.", str),
+    ("--qos", "slurm.qos", "Slurm quality of service.", str),
+    ("--time", "slurm.time", "Wall time, as Slurm writes it.", str),
+    ("--ntasks-per-node", "slurm.ntasks_per_node", "Training workers per node.", int),
+    ("--gpus-per-node", "slurm.gpus_per_node", "GPUs per node.", str),
+    ("--cpus-per-task", "slurm.cpus_per_task", "CPUs per training worker.", int),
+    ("--mem", "slurm.mem", "Memory per node, as Slurm writes it.", str),
+]
+
+
+def cluster_options(function: F) -> F:
+    """The flags of `up`, `submit` and `script`, each named after its config key."""
+    for flag, key, text, kind in reversed(_CLUSTER_FLAGS):
+        function = click.option(flag, key.replace(".", "__"), type=kind, help=text)(function)
+    return function
+
+
+def load(path: Path | None, sets: Sequence[str], flags: dict[str, Any], extra: Sequence[str] = ()) -> Config:
+    """The config in force, from `section__key` flags and the rest."""
+    overrides = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
+    config = configfile.load(path, sets, overrides)
+    if extra:
+        slurm = config.slurm.model_copy(update={"extra": [*config.slurm.extra, *extra]})
+        config = config.model_copy(update={"slurm": slurm})
+    return config
+
+
+def state_dir(given: Path | None) -> Path:
+    """The state directory for commands that take no config file: flag, user file, environment, home."""
+    return given.absolute() if given is not None else state_dir_of(configfile.load(None))
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM means what Ctrl-C means, so that whatever ends the command cleans up behind it."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

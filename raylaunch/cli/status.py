@@ -1,0 +1,95 @@
+"""`raylaunch status` and `raylaunch dashboard`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from raylaunch import cluster as clusters
+from raylaunch import status as gathering
+from raylaunch.cli import options
+from raylaunch.cli.show import table_width
+from raylaunch.errors import RaylaunchError, UsageError
+
+_COLOURS = {"ready": "green", "running": "green", "finished": "green", "RUNNING": "green", "pending": "yellow",
+            "starting": "yellow", "queued": "yellow", "holding": "yellow", "restarting": "yellow", "degraded": "yellow",
+            "lost": "red", "failed": "red", "interrupted": "red", "unknown": "red"}  # fmt: skip
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--all", "everything", is_flag=True, help="Clusters that are down, too.")
+@options.state_dir_option
+def status(as_json: bool, everything: bool, state_dir: Path | None) -> None:
+    """Clusters, their jobs and nodes, and the runs."""
+    picture = gathering.gather(options.state_dir(state_dir), with_ended=everything or as_json)
+    if as_json:
+        click.echo(json.dumps(picture, indent=1))
+        return
+    console = Console(width=table_width(), highlight=False)
+    if not picture["clusters"]:
+        console.print("no cluster is up; `raylaunch up` brings one up (`raylaunch status --all` shows ended ones)")
+    for cluster in picture["clusters"]:
+        _print_cluster(console, cluster)
+
+
+def _coloured(word: str) -> str:
+    colour = _COLOURS.get(word)
+    return f"[{colour}]{word}[/{colour}]" if colour else word
+
+
+def _print_cluster(console: Console, cluster: dict[str, Any]) -> None:
+    jobs = ", ".join(f"{j['id']} {j['state']}" + (f" ({j['reason']})" if j["reason"] else "") for j in cluster["jobs"])
+    console.print(
+        f"[bold]{cluster['name']}[/bold]  {_coloured(cluster['state'])}  {cluster['backend']}  "
+        f"incarnation {cluster['incarnation']}  job {jobs or 'gone'}"
+    )
+    if cluster["error"]:
+        console.print(f"  {cluster['error']}")
+    if cluster["nodes"]:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for title in ("  node", "address", "role", "state", ""):
+            table.add_column(title)
+        for node in cluster["nodes"]:
+            table.add_row(
+                "  " + node["name"], node["address"], node["role"], _coloured(node["state"]), node["error"] or ""
+            )
+        console.print(table)
+    if cluster["runs"]:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for title in ("  run", "state", "step", "loss", "attempt", "workers", "directory"):
+            table.add_column(title)
+        for run in cluster["runs"]:
+            loss = f"{run['loss']:.4f}" if isinstance(run["loss"], float) else str(run["loss"] or "")
+            table.add_row("  " + run["name"], _coloured(run["state"]), str(run["step"] or ""), loss,
+                          str(run["attempt"]), str(run["world_size"]), run["directory"])  # fmt: skip
+        console.print(table)
+    if cluster["dashboard"]:
+        console.print(f"  dashboard {cluster['dashboard']['url']} on {cluster['dashboard']['node']}: {cluster['dashboard']['tunnel']}")
+
+
+@click.command()
+@click.argument("name", required=False)
+@options.state_dir_option
+def dashboard(name: str | None, state_dir: Path | None) -> None:
+    """Print the Ray dashboard's address and the tunnel that leads to it."""
+    where = options.state_dir(state_dir)
+    if name is None:
+        living = [c["name"] for c in gathering.gather(where)["clusters"]]
+        if len(living) != 1:
+            raise UsageError(
+                f"{len(living)} clusters are up" + (f": {', '.join(living)}" if living else ""),
+                "Name one." if living else "Bring one up with `raylaunch up`.",
+            )
+        name = living[0]
+    directory, record = clusters.require_alive(where, name)
+    way = clusters.tunnel(directory, record)
+    if way is None:
+        raise RaylaunchError(f"cluster {name} has no head yet", "Wait until `raylaunch status` says ready.")
+    click.echo(f"{way[0]} on {way[1]}")
+    click.echo(way[2])

@@ -1,0 +1,252 @@
+"""`raylaunch train`, `submit`, `attach` and `stop`: handing a run over, and following it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from raylaunch import attach as following
+from raylaunch import backends, cluster, configfile, layout, runs, state
+from raylaunch import status as gathering
+from raylaunch.cli import options
+from raylaunch.cli.show import note
+from raylaunch.config import check_name, default_run_name
+from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.runs import FINAL
+
+_file = click.argument("path", type=click.Path(path_type=Path))
+_run = click.option("--run", "run_name", help="The run's name; the same name resumes. Default: the file's.")
+_fresh = click.option("--fresh", is_flag=True, help="Begin anew; an old run of that name is moved aside.")
+
+
+def _run_name(given: str | None, path: Path) -> str:
+    name = given or default_run_name(path)
+    try:
+        return check_name(name)
+    except ValueError as error:
+        raise UsageError(f"--run {name}: {error}") from error
+
+
+@click.command()
+@_file
+@click.option("--cluster", "cluster_name", help="The cluster to train on. Default: the config's (main).")
+@_run
+@options.sets_option
+@options.state_dir_option
+@click.option("--detach", is_flag=True, help="Return once the run is handed over.")
+@_fresh
+def train(
+    path: Path, cluster_name: str | None, run_name: str | None, sets: tuple[str, ...], state_dir: Path | None,
+    detach: bool, fresh: bool,
+) -> int:  # fmt: skip
+    """Train on a cluster that is up. The same run name resumes from its last commit, at any size."""
+    flags = {"cluster__name": cluster_name, "cluster__state_dir": state_dir and str(state_dir)}
+    config = options.load(path, sets, flags)
+    where = cluster.state_dir_of(config)
+    directory, record = cluster.require_alive(where, config.cluster.name)
+    if record.run is not None:
+        raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Bring up one with `raylaunch up`.")
+    name = _run_name(run_name, path)
+    run_dir = state.run_dir(where, name)
+    old = runs.Run.read(run_dir)
+    if old is not None and old.state in gathering.LIVE_RUNS and _is_live(where, old.cluster):
+        raise UsageError(
+            f"run {name} is {old.state} on cluster {old.cluster}",
+            f"Watch it with `raylaunch attach {name}`, end it with `raylaunch stop {name}`, or choose another --run.",
+        )
+    runs.prepare(run_dir, config, record.name, fresh)
+    layout.request(directory, "run", run=name)
+    if detach:
+        note(f"run {name} is handed to cluster {record.name}; `raylaunch attach {name}` watches it")
+        return 0
+    return _watch(run_dir, directory)
+
+
+def _is_live(where: Path, name: str) -> bool:
+    if name not in cluster.names(where):
+        return False
+    directory, record = cluster.find(where, name)
+    return not (directory / layout.ENDED_FILE).exists() and cluster.alive_job(directory, record) is not None
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@_file
+@options.cluster_options
+@_run
+@options.sets_option
+@options.state_dir_option
+@_fresh
+@click.argument("sbatch_options", nargs=-1, type=click.UNPROCESSED)
+def submit(
+    path: Path, run_name: str | None, sets: tuple[str, ...], state_dir: Path | None, fresh: bool,
+    sbatch_options: tuple[str, ...], **flags: Any,
+) -> None:  # fmt: skip
+    """One batch job that brings a cluster up, trains, and gives the allocation back.
+
+    Prints the job id alone. The cluster has the run's name; the job's exit code is the run's.
+    """
+    name = _run_name(run_name, path)
+    flags |= {"cluster__state_dir": state_dir and str(state_dir), "cluster__name": flags.get("cluster__name") or name}
+    config = options.load(path, sets, flags, sbatch_options)
+    run_dir = state.run_dir(cluster.state_dir_of(config), name)
+    backend = backends.of(config.cluster.backend)
+    runs.prepare(run_dir, config, config.cluster.name, fresh)
+    try:
+        _, record = cluster.submit(config, backend, run=name)
+    except BaseException:
+        runs.settle(run_dir, 1)
+        raise
+    click.echo(record.jobs[0])
+
+
+@click.command()
+@click.argument("run")
+@options.state_dir_option
+def attach(run: str, state_dir: Path | None) -> int:
+    """Watch a run that goes on; exit code 0 when it finishes, 1 when it fails."""
+    where = options.state_dir(state_dir)
+    run_dir, record = gathering.find_run(where, run)
+    return _watch(run_dir, state.cluster_dir(where, record.cluster))
+
+
+@click.command()
+@click.argument("run")
+@click.option("--no-wait", is_flag=True, help="Do not wait until it has saved.")
+@options.state_dir_option
+def stop(run: str, no_wait: bool, state_dir: Path | None) -> None:
+    """Save a run and end it; the cluster stays."""
+    where = options.state_dir(state_dir)
+    run_dir, record = gathering.find_run(where, run)
+    if record.state in FINAL:
+        click.echo(f"run {run} is {record.state} already")
+        return
+    if not _is_live(where, record.cluster):
+        raise RaylaunchError(f"run {run} does not run: its cluster {record.cluster} is down", "Its last commit is kept.")
+    runs.request_stop(run_dir, "raylaunch stop")
+    if no_wait:
+        return
+    for news in following.follow(run_dir, state.cluster_dir(where, record.cluster)):
+        record = news.run
+    click.echo(f"run {run} is {record.state}{f': {record.reason}' if record.reason else ''}")
+
+
+def _watch(run_dir: Path, cluster_dir: Path) -> int:
+    """Follow a run to its end; Ctrl-C lets go of it."""
+    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
+    name, total = run_dir.name, config.step_scheduler.max_steps
+    console = Console(stderr=True, highlight=False)
+    shower = _Bar(console, total) if console.is_terminal else _Lines(total)
+    try:
+        with shower:
+            for news in following.follow(run_dir, cluster_dir):
+                shower.take(news)
+    except KeyboardInterrupt:
+        note(f"detached: run {name} goes on; `raylaunch attach {name}` watches it, `raylaunch stop {name}` ends it")
+        return 130
+    return _verdict(news, run_dir)
+
+
+def _verdict(news: following.News, run_dir: Path) -> int:
+    run, last = news.run, runs.last_metrics(run_dir)
+    at = f" at step {last['step']}, loss {float(last['loss']):.4f}" if "loss" in last else ""
+    if run.state == "finished":
+        click.echo(f"run {run.name} is finished{at}\n  {run_dir}")
+        return 0
+    if run.state == "stopped":
+        click.echo(f"run {run.name} is stopped and saved{at} ({run.reason})\n  {run_dir}")
+        return 1
+    if run.state == "failed":
+        raise RaylaunchError(f"run {run.name} failed{at}: {run.reason}", f"See {run_dir}/logs and {run_dir}/attempts.")
+    raise RaylaunchError(
+        f"cluster {run.cluster} ended while run {run.name} was {run.state}{at}",
+        "Bring it up again and repeat `raylaunch train`: the run resumes from its last commit.",
+    )
+
+
+_TOLD = {"attempt_started", "attempt_ended", "resumed", "decision", "commit_failed"}
+
+
+def _tell(event: dict[str, Any]) -> str | None:
+    """An event as a line for people, None for those that say nothing new."""
+    kind = event["kind"]
+    if kind == "attempt_started" and event["from_step"]:
+        return f"attempt {event['attempt']}: {event['workers']} workers, from step {event['from_step']}"
+    if kind == "attempt_ended" and event["how"] in {"fault", "error"}:
+        return f"attempt {event['attempt']} ended: {event['error']} (last commit: step {event['committed']})"
+    if kind == "decision" and event["decision"] == "hold":
+        return f"waiting: {event['reason']}"
+    return None
+
+
+class _Lines:
+    """Plain lines, for a pipe or a log."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._state = total, ""
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.stderr.flush()
+
+    def take(self, news: following.News) -> None:
+        for event in news.events:
+            text = _tell(event)
+            if text:
+                click.echo(text, err=True)
+        if news.run.state != self._state:
+            self._state = news.run.state
+            click.echo(f"run {news.run.name} is {self._state}", err=True)
+        for row in news.metrics:
+            if "loss" in row:
+                click.echo(_describe(row, self._total), err=True)
+
+
+def _describe(row: dict[str, Any], total: int) -> str:
+    return (
+        f"step {row['step']}/{total}  loss {float(row['loss']):.4f}  {row.get('tokens_per_s', 0):,.0f} tokens/s  "
+        f"world {row['world_size']}"
+    )
+
+
+class _Bar:
+    """A progress display on a terminal."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.fields[run]}[/bold] {task.fields[state]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}  {task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=total, run="", state="", figures="")
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def take(self, news: following.News) -> None:
+        for event in news.events:
+            text = _tell(event)
+            if text:
+                self._progress.console.print(text)
+        rows = [row for row in news.metrics if "loss" in row]
+        fields: dict[str, Any] = {"run": news.run.name, "state": news.run.state}
+        if rows:
+            last = rows[-1]
+            fields["completed"] = last["step"]
+            fields["figures"] = (
+                f"loss {float(last['loss']):.4f}  {last.get('tokens_per_s', 0):,.0f} tokens/s  world {last['world_size']}"
+            )
+        self._progress.update(self._task, **fields)

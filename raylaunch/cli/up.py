@@ -1,0 +1,99 @@
+"""`raylaunch up` and `raylaunch script`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raylaunch import backends, cluster, state, teardown
+from raylaunch.backends import Backend
+from raylaunch.cli import options
+from raylaunch.cli.show import LiveLine, note
+from raylaunch.config import Config
+from raylaunch.errors import RaylaunchError
+from raylaunch.layout import Cluster
+
+_config = click.option("-c", "--config", "path", type=click.Path(path_type=Path), help="A raylaunch YAML file.")
+_extra = click.argument("sbatch_options", nargs=-1, type=click.UNPROCESSED)
+
+
+@click.command(context_settings={"ignore_unknown_options": False})
+@_config
+@options.cluster_options
+@options.sets_option
+@options.state_dir_option
+@click.option("--dry-run", is_flag=True, help="Print the script that would be submitted, and nothing more.")
+@click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
+@click.option("--timeout", default=300.0, show_default=True, help="Seconds from the job's start until ready.")
+@_extra
+def up(
+    path: Path | None, sets: tuple[str, ...], state_dir: Path | None, dry_run: bool, no_wait: bool, timeout: float,
+    sbatch_options: tuple[str, ...], **flags: Any,
+) -> None:  # fmt: skip
+    """Bring a cluster of Ray nodes up. Further sbatch options go behind `--`.
+
+    \b
+      raylaunch up --nodes 4
+      raylaunch up --nodes 2:8 --partition gpu --gpus-per-node 8 -- --dependency singleton
+    """
+    config = options.load(path, sets, {**flags, "cluster__state_dir": state_dir and str(state_dir)}, sbatch_options)
+    if dry_run:
+        _print_script(config)
+        return
+    backend = backends.of(config.cluster.backend)
+    with options.interruptible():
+        directory, record = cluster.submit(config, backend)
+        if no_wait:
+            note(f"cluster {record.name}: job {record.jobs[0]} is submitted; `raylaunch status` shows where it stands")
+            return
+        bring_up(directory, record, backend, timeout)
+    _print_ready(directory, record)
+
+
+@click.command()
+@_config
+@options.cluster_options
+@options.sets_option
+@options.state_dir_option
+@_extra
+def script(
+    path: Path | None, sets: tuple[str, ...], state_dir: Path | None, sbatch_options: tuple[str, ...], **flags: Any
+) -> None:
+    """Print the batch script that `up` would submit with the same options."""
+    _print_script(options.load(path, sets, {**flags, "cluster__state_dir": state_dir and str(state_dir)}, sbatch_options))
+
+
+def _print_script(config: Config) -> None:
+    directory = state.cluster_dir(cluster.state_dir_of(config), config.cluster.name)
+    click.echo(cluster.render(config, config.cluster.name, directory), nl=False)
+
+
+def bring_up(directory: Path, record: Cluster, backend: Backend, timeout: float) -> None:
+    """Wait until ready, showing where it stands; give the job back when that fails or is interrupted."""
+    try:
+        with LiveLine() as line:
+            cluster.wait_ready(directory, record, backend, timeout, lambda p: line(p.text))
+    except (RaylaunchError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            note(f"interrupted: giving job {record.jobs[0]} back")
+        if not teardown.cancel(directory, record, backend):
+            note(f"job {record.jobs[0]} does not end; see `squeue -j {record.jobs[0]}`")
+        raise
+
+
+def _print_ready(directory: Path, record: Cluster) -> None:
+    nodes = [n for n in cluster.living_nodes(directory, record) if n["state"] == "ready"]
+    cpus, gpus = (sum(n["resources"]["cpus"] for n in nodes), sum(len(n["resources"]["gpus"]) for n in nodes))
+    names = ", ".join(sorted(n["name"] for n in nodes)[:8]) + (", …" if len(nodes) > 8 else "")
+    click.echo(
+        f"cluster {record.name} is ready: {len(nodes)} nodes ({names}), {cpus} CPUs"
+        + (f", {gpus} GPUs" if gpus else "") + f", job {record.jobs[0]}"
+    )  # fmt: skip
+    way = cluster.tunnel(directory, record)
+    if way is not None:
+        click.echo(f"  dashboard  {way[0]} on {way[1]}")
+        click.echo(f"  tunnel     {way[2]}")
+    name = "" if record.name == "main" else f" --cluster {record.name}"
+    click.echo(f"  next       raylaunch train cfg.yaml{name}")

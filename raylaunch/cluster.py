@@ -1,0 +1,276 @@
+"""Bringing a cluster up: make its directory, submit its job, watch until it is ready.
+
+    prepare (directory, token, canary, script) → submit → pending → booting → head → k of N → ready
+
+It is ready at the minimum of nodes; late ones join on their own. What fails is named with the
+node's own error, and the job is given back. Taking down is in `teardown`, looking in `status`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raylaunch import backends, configfile, layout, state, teardown
+from raylaunch.backends import Backend, Job
+from raylaunch.config import Config
+from raylaunch.errors import BringUpError, RaylaunchError, UsageError
+from raylaunch.layout import Cluster, Head
+from raylaunch.slurm import script as slurm_script
+
+JOBS_EVERY = (0.5, 5.0)
+"""Seconds between two questions to the backend while waiting: the first, and where it grows to."""
+FILES_EVERY = 0.1
+
+
+def state_dir_of(config: Config) -> Path:
+    """The state directory in force: the config's, else the default."""
+    own = config.cluster.state_dir
+    return Path(own).expanduser().absolute() if own else state.default_state_dir().absolute()
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Two `up` of one name at once: the second is refused, not interleaved."""
+    state.make_dir(directory)
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"another `raylaunch` is bringing cluster {directory.name} up", "Wait for it, or choose another --name."
+            ) from error
+        yield
+
+
+def render(config: Config, name: str, directory: Path, canary: str = "CANARY") -> str:
+    """The batch script exactly as it would be submitted (but for the canary's value)."""
+    return slurm_script.render(config.slurm, name, directory, canary)
+
+
+def submit(config: Config, backend: Backend, run: str | None = None) -> tuple[Path, Cluster]:
+    """Make the cluster's directory afresh and submit its job; the directory and the record.
+
+    Raises UsageError when a cluster of that name is alive.
+    """
+    name = config.cluster.name
+    directory = state.cluster_dir(state_dir_of(config), name)
+    is_new = not directory.exists()
+    slurm_script.check_extra(config.slurm.extra)
+    with _one_at_a_time(directory):
+        try:
+            old = Cluster.read(directory)
+            if old is not None:
+                _refuse_living(directory, old)
+            cluster = _prepare(config, backend.name, directory, old, run)
+            job = backend.submit(directory, cluster, (directory / layout.SCRIPT_FILE).read_text())
+        except BaseException:
+            if is_new:
+                teardown.remove_directory(directory)
+            raise
+        cluster = replace(cluster, jobs=(job,))
+        cluster.write(directory / layout.CLUSTER_FILE)
+    state.append_event(directory, "submitted", job=job, incarnation=cluster.incarnation, nodes=config.slurm.nodes)
+    return directory, cluster
+
+
+def _refuse_living(directory: Path, old: Cluster) -> None:
+    jobs = backends.of(old.backend).states(directory, old.jobs)
+    living = [job for job in jobs.values() if job.alive]
+    if living:
+        raise UsageError(
+            f"cluster {old.name} is alive already (job {', '.join(f'{j.id} {j.state}' for j in living)})",
+            f"Use it, end it with `raylaunch down {old.name}`, or choose another --name.",
+        )
+
+
+def _prepare(config: Config, backend: str, directory: Path, old: Cluster | None, run: str | None) -> Cluster:
+    """The directory of a new life of the cluster; a dead life's leftovers go, its logs and events stay."""
+    for part in (layout.LOGS, layout.NODES, layout.REQUESTS):
+        state.make_dir(directory / part)
+    teardown.clear_life(directory)
+    cluster = Cluster(
+        name=config.cluster.name,
+        backend=backend,
+        incarnation=(old.incarnation if old else 0) + 1,
+        canary=secrets.token_hex(8),
+        created=time.time(),
+        min_nodes=config.slurm.min_nodes,
+        max_nodes=config.slurm.max_nodes,
+        workers_per_node=slurm_script.workers_per_node(config.slurm),
+        run=run,
+    )
+    state.write_text(directory / layout.TOKEN_FILE, state.new_token())
+    state.write_text(directory / layout.CONFIG_FILE, configfile.dump(config))
+    script = render(config, cluster.name, directory, cluster.canary)
+    state.write_text(directory / layout.SCRIPT_FILE, script, mode=0o700)
+    cluster.write(directory / layout.CLUSTER_FILE)
+    state.write_text(directory / layout.CANARY_FILE, cluster.canary)
+    return cluster
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a bring-up stands. `stage`: pending, booting, head, nodes, ready."""
+
+    stage: str
+    text: str
+    ready: int = 0
+    total: int = 0
+
+
+def wait_ready(
+    directory: Path, cluster: Cluster, backend: Backend, timeout: float, show: Callable[[Progress], None]
+) -> list[dict[str, Any]]:
+    """Wait until the minimum of nodes is ready; the nodes then. `timeout` counts from the job's start.
+
+    Raises BringUpError with each failed node's own error. The caller gives the job back then.
+    """
+    deadline: float | None = None
+    ask_again, pause = 0.0, JOBS_EVERY[0]
+    job: Job | None = None
+    while True:
+        now = time.monotonic()
+        if now >= ask_again:
+            job = backend.states(directory, cluster.jobs).get(cluster.jobs[0])
+            pause = min(JOBS_EVERY[1], pause * 1.3)
+            ask_again = now + pause
+        nodes = living_nodes(directory, cluster)
+        ready = [node for node in nodes if node["state"] == "ready"]
+        failures = node_failures(directory, cluster)
+        if len(ready) >= cluster.min_nodes:
+            show(Progress("ready", f"{len(ready)} nodes are ready", len(ready), cluster.max_nodes))
+            return ready
+        if job is None or not job.alive or (directory / layout.ENDED_FILE).exists():
+            raise _ended_early(directory, cluster, job, failures)
+        total = len(job.nodes) or cluster.max_nodes
+        if failures and total - len(failures) < cluster.min_nodes:
+            raise _too_few(cluster, total, len(ready), failures)
+        if not job.pending and deadline is None:
+            deadline = now + timeout
+        if deadline is not None and now > deadline:
+            silent = sorted(set(job.nodes) - {n["name"] for n in ready})
+            raise BringUpError(
+                f"only {len(ready)} of at least {cluster.min_nodes} nodes within {timeout:g} s; "
+                f"not ready: {', '.join(silent)}{_listed(failures)}",
+                f"See {directory / layout.LOGS}, or give it longer with --timeout.",
+            )
+        show(_progress(directory, cluster, job, len(ready), total))
+        time.sleep(FILES_EVERY if not job.pending else min(0.5, pause))
+
+
+def _progress(directory: Path, cluster: Cluster, job: Job, ready: int, total: int) -> Progress:
+    if job.pending:
+        start = f", estimated start {job.start}" if job.start else ""
+        return Progress("pending", f"job {job.id} is pending ({job.reason or 'no reason yet'}{start})")
+    head = Head.read(directory)
+    if head is None or head.canary != cluster.canary:
+        return Progress("booting", f"job {job.id} is {job.state.lower()}; agents are booting on {total} nodes")
+    if ready == 0:
+        return Progress("head", f"the head starts on {head.node} ({head.address})", 0, total)
+    return Progress("nodes", f"nodes {ready} of {total}", ready, total)
+
+
+def living_nodes(directory: Path, cluster: Cluster) -> list[dict[str, Any]]:
+    """The nodes of this life of the cluster, as its head wrote them; [] before that."""
+    table = state.read_json(directory / layout.MEMBERS_FILE)
+    return list(table["nodes"]) if table and table["canary"] == cluster.canary else []
+
+
+def node_failures(directory: Path, cluster: Cluster) -> dict[str, str]:
+    """Node → its own error: from the directory, and from the job's output for nodes that do not see it."""
+    found: dict[str, str] = {}
+    for job in cluster.jobs:
+        output = directory / layout.LOGS / f"slurm-{job}.out"
+        with contextlib.suppress(FileNotFoundError):
+            for line in output.read_text(errors="replace").splitlines():
+                if line.startswith(layout.FAILED_LINE):
+                    node, _, text = line.removeprefix(layout.FAILED_LINE).strip().partition(": ")
+                    found[node] = text
+    for path in (directory / layout.NODES).glob("*.json"):
+        found[path.stem] = str((state.read_json(path) or {}).get("error"))
+    return found
+
+
+def _listed(failures: dict[str, str]) -> str:
+    return "".join(f"\n    {node}: {text}" for node, text in sorted(failures.items()))
+
+
+def _too_few(cluster: Cluster, total: int, ready: int, failures: dict[str, str]) -> BringUpError:
+    good = total - len(failures)
+    advice = f"go on without it: `raylaunch up --nodes {good}:{total}`, or " if good else ""
+    return BringUpError(
+        f"{len(failures)} of {total} nodes cannot start, and at least {cluster.min_nodes} are needed:"
+        + _listed(failures),
+        f"Repair the node, {advice}keep it out with slurm.exclude.",
+    )
+
+
+def _ended_early(directory: Path, cluster: Cluster, job: Job | None, failures: dict[str, str]) -> BringUpError:
+    what = f"job {cluster.jobs[0]} " + (f"is {job.state} ({job.reason})" if job else "is gone")
+    if failures:
+        return BringUpError(f"the cluster ended before it was ready ({what}):{_listed(failures)}", f"See {directory / layout.LOGS}.")
+    output = directory / layout.LOGS / f"slurm-{cluster.jobs[0]}.out"
+    if cluster.backend == "slurm" and not output.exists():
+        return BringUpError(
+            f"the job ended without a word ({what}): its output {output} is not there",
+            "Most likely the nodes do not see the state directory: set cluster.state_dir to one that they share.",
+        )
+    last = output.read_text(errors="replace").splitlines()[-5:] if output.exists() else []
+    return BringUpError(
+        f"the cluster ended before it was ready ({what})" + "".join(f"\n    {line}" for line in last),
+        f"See {directory / layout.LOGS}.",
+    )
+
+
+def find(state_dir: Path, name: str) -> tuple[Path, Cluster]:
+    """A cluster by name; UsageError with the names there are."""
+    directory = state.cluster_dir(state_dir, name)
+    cluster = Cluster.read(directory) if directory.exists() else None
+    if cluster is None:
+        known = names(state_dir)
+        raise UsageError(
+            f"no cluster {name} in {state_dir}",
+            f"There is: {', '.join(known)}." if known else "Bring one up with `raylaunch up`.",
+        )
+    return directory, cluster
+
+
+def names(state_dir: Path) -> list[str]:
+    """The clusters that the state directory knows, dead ones too."""
+    folder = state_dir / "clusters"
+    try:
+        return sorted(p.parent.name for p in folder.glob(f"*/{layout.CLUSTER_FILE}"))
+    except OSError:
+        return []
+
+
+def alive_job(directory: Path, cluster: Cluster) -> Job | None:
+    """The cluster's job while it is alive."""
+    jobs = backends.of(cluster.backend).states(directory, cluster.jobs)
+    return next((job for job in jobs.values() if job.alive), None)
+
+
+def require_alive(state_dir: Path, name: str) -> tuple[Path, Cluster]:
+    """A living cluster by name; RaylaunchError with the next step otherwise."""
+    directory, cluster = find(state_dir, name)
+    if (directory / layout.ENDED_FILE).exists() or alive_job(directory, cluster) is None:
+        raise RaylaunchError(f"cluster {name} is down", f"Bring it up with `raylaunch up --name {name}`.")
+    return directory, cluster
+
+
+def tunnel(directory: Path, cluster: Cluster) -> tuple[str, str, str] | None:
+    """(address on the head, node, ssh line) of the dashboard; None before there is a head."""
+    head = Head.read(directory)
+    if head is None or head.canary != cluster.canary:
+        return None
+    port = head.dashboard_port
+    line = f"ssh -N -L {port}:127.0.0.1:{port} {os.environ.get('USER') or os.getuid()}@{head.hostname}"
+    return f"http://127.0.0.1:{port}", head.node, line

@@ -1,0 +1,142 @@
+"""Runs: making, continuing, stopping and reading a run directory. No Ray, no torch.
+
+A run's state is in run.json. The command line writes it once ("queued"); from then on the driver
+does, and the head's agent only when the driver died without a last word (`settle`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from raylaunch import configfile, layout, state
+from raylaunch.config import Config, continuation_differences
+from raylaunch.errors import RunError, UsageError
+from raylaunch.layout import Record
+
+FINAL = {"finished", "failed", "stopped"}
+
+
+@dataclass(frozen=True)
+class Run(Record):
+    """run.json."""
+
+    name: str
+    state: str
+    cluster: str
+    created: float
+    attempt: int = 0
+    world_size: int = 0
+    nodes: int = 0
+    reason: str = ""
+    updated: float = 0.0
+
+    @classmethod
+    def read(cls, directory: Path) -> Run | None:
+        value = state.read_json(directory / layout.RUN_FILE)
+        return None if value is None else cls.parse(value)
+
+    def save(self, directory: Path, **changes: Any) -> Run:
+        """Write it with these changes, and return that."""
+        changed = replace(self, updated=time.time(), **changes)
+        changed.write(directory / layout.RUN_FILE)
+        return changed
+
+
+def directory(cluster_dir: Path, name: str) -> Path:
+    """A run's directory, from the directory of a cluster of the same state directory."""
+    return state.run_dir(cluster_dir.parent.parent, name)
+
+
+def checkpoint_dir(run: Path, config: Config) -> Path:
+    """Where a run's checkpoints lie; an own checkpoint_dir gets a directory per run."""
+    own = config.checkpoint.checkpoint_dir
+    return Path(own).expanduser() / run.name if own else run / "checkpoints"
+
+
+def prepare(run: Path, config: Config, cluster: str, fresh: bool = False) -> Run:
+    """Make a run's directory, or check that `config` can continue what is there.
+
+    Raises RunError with the differences when it cannot, and when the run is finished already.
+    With `fresh` an old run is moved aside, never deleted.
+    """
+    old = Run.read(run)
+    if old is not None and fresh:
+        aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        run.rename(aside)
+        old = None
+    if old is not None:
+        before = configfile.load_resolved(run / layout.CONFIG_FILE)
+        differences = continuation_differences(before, config)
+        if differences:
+            raise RunError(
+                f"run {run.name} cannot continue with this config:\n    " + "\n    ".join(differences),
+                f"Undo these changes, choose another name with --run, or begin anew with --fresh ({run} is kept).",
+            )
+        if old.state == "finished" and config.step_scheduler.max_steps <= before.step_scheduler.max_steps:
+            raise UsageError(
+                f"run {run.name} is finished, at step {before.step_scheduler.max_steps}",
+                "Raise step_scheduler.max_steps to go on, or begin anew with --fresh or another --run.",
+            )
+        if config.step_scheduler.global_batch_size is None:  # the run's own stays in force
+            config = with_global_batch(config, before.step_scheduler.global_batch_size)
+    for part in (layout.LOGS, "attempts"):
+        state.make_dir(run / part)
+    (run / state.STOP_FILE).unlink(missing_ok=True)
+    state.write_text(run / layout.CONFIG_FILE, configfile.dump(config))
+    record = Run(run.name, "queued", cluster, old.created if old else time.time(), old.attempt if old else 0)
+    state.append_event(run, "queued", cluster=cluster, continued=old is not None)
+    return record.save(run)
+
+
+def with_global_batch(config: Config, size: int | None) -> Config:
+    """The config with the run's global batch written down; grad_acc_steps has done its work then."""
+    steps = config.step_scheduler.model_copy(
+        update={"global_batch_size": size, **({"grad_acc_steps": None} if size else {})}
+    )
+    return config.model_copy(update={"step_scheduler": steps})
+
+
+def request_stop(run: Path, reason: str) -> None:
+    """Ask a run to save and end; taken at its next step."""
+    state.write_json(run / state.STOP_FILE, {"reason": reason, "time": time.time()})
+
+
+def stop_reason(run: Path) -> str | None:
+    """Why the run was asked to stop, None when it was not."""
+    wanted = state.read_json(run / state.STOP_FILE)
+    return None if wanted is None else str(wanted.get("reason", ""))
+
+
+def settle(run: Path, status: int) -> str:
+    """The run's last state after its driver ended with `status`, written down if the driver could not."""
+    record = Run.read(run)
+    if record is None:
+        return "failed"
+    if record.state not in FINAL:
+        cause = f"signal {-status}" if status < 0 else f"exit code {status}"
+        reason = f"the driver ended without a last word ({cause}); see logs/driver.log"
+        record = record.save(run, state="failed", reason=reason)
+        state.append_event(run, "failed", reason=reason)
+    return record.state
+
+
+def last_metrics(run: Path, size: int = 8192) -> dict[str, Any]:
+    """The last complete line of metrics.jsonl; {} when there is none."""
+    try:
+        with (run / state.METRICS_FILE).open("rb") as source:
+            source.seek(max(0, os.fstat(source.fileno()).st_size - size))
+            lines = source.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return {}
+    for line in reversed(lines):
+        if line.endswith(b"\n"):
+            try:
+                return dict(json.loads(line))
+            except ValueError:
+                continue  # cut off by where we began to read
+    return {}

@@ -1,0 +1,1 @@
+"""Slurm: `script` renders what is submitted, `client` calls Slurm's commands, `parse` reads their answers."""

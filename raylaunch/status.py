@@ -1,0 +1,119 @@
+"""What there is: clusters, jobs, nodes, runs. Reads files, and asks each backend once for all jobs."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from raylaunch import backends, cluster, layout, runs, state
+from raylaunch.backends import Job
+from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.layout import Cluster, Head
+from raylaunch.runs import Run
+
+LIVE_RUNS = {"queued", "running", "holding"}
+
+
+def gather(state_dir: Path, with_ended: bool = False) -> dict[str, Any]:
+    """The whole picture, as `raylaunch status --json` prints it.
+
+    A backend that does not answer leaves its clusters in state "unknown", with its words in `error`.
+    """
+    found = [cluster.find(state_dir, name) for name in cluster.names(state_dir)]
+    jobs: dict[str, Job] = {}
+    trouble: dict[str, str] = {}
+    for name in sorted({c.backend for _, c in found}):
+        asked = [(d, c) for d, c in found if c.backend == name]
+        try:
+            if name == "local":  # its jobs are known by their directories
+                for directory, record in asked:
+                    jobs |= backends.of(name).states(directory, record.jobs)
+            else:
+                jobs |= backends.of(name).states(asked[0][0], [job for _, c in asked for job in c.jobs])
+        except RaylaunchError as error:
+            trouble[name] = error.message
+    every_run = _runs(state_dir)
+    rows = [_cluster(d, c, jobs, trouble.get(c.backend), every_run) for d, c in found]
+    names = {row["name"] for row in rows}
+    return {
+        "clusters": [row for row in rows if with_ended or row["state"] != "down"],
+        "runs": [run for run in every_run if with_ended or run["cluster"] not in names],
+    }
+
+
+def _cluster(
+    directory: Path, record: Cluster, jobs: dict[str, Job], trouble: str | None, every_run: list[dict[str, Any]]
+) -> dict[str, Any]:
+    own = [jobs[j] for j in record.jobs if j in jobs]
+    nodes = cluster.living_nodes(directory, record)
+    head = Head.read(directory)
+    alive = any(job.alive for job in own)
+    if trouble is not None:
+        now = "unknown"
+    elif not alive or (directory / layout.ENDED_FILE).exists():
+        now = "down"
+        nodes = []
+    elif all(job.pending for job in own):
+        now = "pending"
+    else:
+        now = "ready" if sum(n["state"] == "ready" for n in nodes) >= record.min_nodes else "starting"
+        if now == "starting" and any(n["state"] == "lost" for n in nodes):
+            now = "degraded"
+    way = cluster.tunnel(directory, record) if now not in {"down", "pending"} and head is not None else None
+    mine = [dict(run) for run in every_run if run["cluster"] == record.name]
+    for run in mine:
+        if run["state"] in LIVE_RUNS and now == "down":
+            run["state"] = "interrupted"
+    return {
+        "name": record.name,
+        "backend": record.backend,
+        "state": now,
+        "error": trouble,
+        "incarnation": record.incarnation,
+        "jobs": [{"id": j.id, "state": j.state, "reason": j.reason, "nodes": list(j.nodes)} for j in own],
+        "nodes": [
+            {"name": n["name"], "address": n["address"], "role": n["role"], "state": n["state"], "error": n.get("error")}
+            for n in sorted(nodes, key=lambda n: str(n["name"]))
+        ],
+        "dashboard": {"url": way[0], "node": way[1], "tunnel": way[2]} if way else None,
+        "runs": mine,
+        "directory": str(directory),
+    }
+
+
+def _runs(state_dir: Path) -> list[dict[str, Any]]:
+    rows = []
+    for path in sorted((state_dir / "runs").glob(f"*/{layout.RUN_FILE}")):
+        with contextlib.suppress(RaylaunchError):  # a run that cannot be read does not hide the others
+            run = Run.read(path.parent)
+            if run is not None:
+                rows.append(_run(path.parent, run))
+    return rows
+
+
+def _run(directory: Path, run: Run) -> dict[str, Any]:
+    last = runs.last_metrics(directory)
+    return {
+        "name": run.name,
+        "state": run.state,
+        "cluster": run.cluster,
+        "step": last.get("step"),
+        "loss": last.get("loss"),
+        "attempt": run.attempt,
+        "world_size": run.world_size,
+        "reason": run.reason,
+        "directory": str(directory),
+    }
+
+
+def find_run(state_dir: Path, name: str) -> tuple[Path, Run]:
+    """A run by name; RaylaunchError (usage) with the names there are."""
+    directory = state.run_dir(state_dir, name)
+    run = Run.read(directory)
+    if run is None:
+        known = sorted(p.parent.name for p in (state_dir / "runs").glob(f"*/{layout.RUN_FILE}"))
+        raise UsageError(
+            f"no run {name} in {state_dir}", f"There is: {', '.join(known)}." if known else "Start one with `raylaunch train`."
+        )
+    return directory, run

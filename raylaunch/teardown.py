@@ -1,0 +1,131 @@
+"""Taking a cluster down: save, end everything that belongs to it and nothing else, and verify it.
+
+    ask the head (save the run, send the agents home) → its word in ended.json → cancel what is left
+    of the jobs → check: no job, no process, no temp directory
+
+Bounded at every step, and idempotent. A cluster without a head is cancelled at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from raylaunch import backends, layout, state
+from raylaunch.backends import Backend
+from raylaunch.layout import Cluster, Head
+
+TAKEN_LIMIT = 8.0
+"""Seconds within which a living head takes a request."""
+ENDING_LIMIT = 20.0
+GONE_LIMIT = 60.0
+"""Slurm kills what is left KillWait (30 s by default) after a cancel."""
+
+
+@dataclass
+class Ended:
+    """What became of it."""
+
+    was_alive: bool
+    clean: bool = True
+    notes: list[str] = field(default_factory=list)
+
+
+def clear_life(directory: Path) -> None:
+    """Remove what belongs to one life of a cluster: a new one must not read it."""
+    for name in (layout.HEAD_FILE, layout.MEMBERS_FILE, layout.ENDED_FILE, layout.EXIT_CODE_FILE,
+                 layout.CANARY_FILE, layout.TOKEN_FILE, "agents.json"):  # fmt: skip
+        (directory / name).unlink(missing_ok=True)
+    for part in (layout.NODES, layout.REQUESTS):
+        for path in (directory / part).glob("*"):
+            path.unlink(missing_ok=True)
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a cluster directory that never came to life."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def cancel(directory: Path, cluster: Cluster, backend: Backend, limit: float = GONE_LIMIT) -> bool:
+    """Cancel the cluster's jobs and wait until they are gone; whether they are."""
+    if cluster.jobs:
+        backend.cancel(directory, cluster.jobs)
+    deadline, pause = time.monotonic() + limit, 0.1
+    while any(job.alive for job in backend.states(directory, cluster.jobs).values()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(1.0, pause * 1.3)
+    return True
+
+
+def down(
+    directory: Path, cluster: Cluster, save_limit: float = 60.0, show: Callable[[str], None] = lambda _: None
+) -> Ended:
+    """End a cluster, saving its run first; what became of it."""
+    backend = backends.of(cluster.backend)
+    jobs = [job for job in backend.states(directory, cluster.jobs).values() if job.alive]
+    if not jobs:
+        _forget_secrets(directory)
+        return Ended(was_alive=False)
+    ended = Ended(was_alive=True)
+    head = Head.read(directory)
+    if head is not None and head.canary == cluster.canary and not all(job.pending for job in jobs):
+        _ask_head(directory, cluster, backend, save_limit, show, ended)
+    else:
+        show("no head yet: cancelling")
+    if not cancel(directory, cluster, backend):
+        ended.clean = False
+        ended.notes.append(f"job {', '.join(cluster.jobs)} does not end; see `squeue -j {','.join(cluster.jobs)}`")
+    _verify(directory, cluster, ended)
+    _forget_secrets(directory)
+    state.append_event(directory, "down", clean=ended.clean, notes=ended.notes)
+    return ended
+
+
+def _ask_head(
+    directory: Path, cluster: Cluster, backend: Backend, save_limit: float, show: Callable[[str], None], ended: Ended
+) -> None:
+    """Let the head save and end; give up on it when it does not take the request or does not end."""
+    layout.request(directory, "down", save_limit=save_limit)
+    show("saving and ending")
+    taken_by = time.monotonic() + TAKEN_LIMIT
+    ended_by = time.monotonic() + save_limit + ENDING_LIMIT
+    ask_again = time.monotonic() + 1.0
+    while not (directory / layout.ENDED_FILE).exists():
+        now = time.monotonic()
+        waiting = any((directory / layout.REQUESTS).glob("[!.]*.json"))
+        if (waiting and now > taken_by) or now > ended_by:
+            ended.notes.append("the head did not answer; its job was cancelled")
+            return
+        if now > ask_again:
+            ask_again = now + 3.0
+            if not any(job.alive for job in backend.states(directory, cluster.jobs).values()):
+                return
+        time.sleep(0.1)
+    # The job ends by itself now; a cancel at once would only stain its accounting.
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline and any(j.alive for j in backend.states(directory, cluster.jobs).values()):
+        time.sleep(0.2)
+
+
+def _verify(directory: Path, cluster: Cluster, ended: Ended) -> None:
+    """What the agents said about their nodes; on this machine also what we see."""
+    word = state.read_json(directory / layout.ENDED_FILE)
+    unclean = dict(word["unclean"]) if word and word.get("canary") == cluster.canary else {}
+    for node, left in unclean.items():
+        ended.clean = False
+        ended.notes.append(f"{node}: " + (f"{left} processes or directories are left" if left > 0 else "no last word"))
+    if cluster.backend == "local":
+        table = state.read_json(directory / layout.MEMBERS_FILE) or {"nodes": []}
+        for node in table["nodes"]:
+            if Path(node["temp_dir"]).exists():
+                ended.clean = False
+                ended.notes.append(f"{node['name']}: {node['temp_dir']} is left")
+
+
+def _forget_secrets(directory: Path) -> None:
+    (directory / layout.TOKEN_FILE).unlink(missing_ok=True)
