@@ -270,11 +270,12 @@ async def supervise(here: Here) -> int:
         _handle_signals(agent)
         work, end = asyncio.create_task(agent.live()), asyncio.create_task(agent.end.wait())
         await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            failure = work.exception()  # type: ignore[assignment]
-        work.cancel()
+        if not work.done():
+            work.cancel()
         end.cancel()
-        await asyncio.gather(work, end, return_exceptions=True)
+        results = await asyncio.gather(work, end, return_exceptions=True)
+        if isinstance(results[0], Exception):  # a CancelledError is not one
+            failure = results[0]
     except (RaylaunchError, OSError) as error:
         failure = error
     if failure is not None:

@@ -256,7 +256,7 @@ class StepSchedulerConfig(Section):
         """The default warmup must not make a run of five steps, as one tries things with, an error."""
         if isinstance(values, dict) and "warmup_steps" not in values:
             steps = values.get("max_steps")
-            if isinstance(steps, int) and 0 < steps < 10:
+            if type(steps) is int and 0 < steps < 10:  # True is an int too, and a mistake here
                 return {**values, "warmup_steps": steps}
         return values
 

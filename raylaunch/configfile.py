@@ -506,7 +506,7 @@ def _blamed(message: str, item: Item) -> Item:
 
 def _advice(item: Item, kind: Kind) -> str:
     """A correction, where one can be guessed."""
-    if kind.choices and item.text:
+    if len(kind.choices) > 1 and item.text:
         near = difflib.get_close_matches(item.text, kind.choices, n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
     if kind.takes(list) and isinstance(item.value, str):

@@ -112,7 +112,7 @@ class Driver:
         deadline = time.monotonic() + SETTLE_LIMIT
         agreed: set[str] = set()
         since = time.monotonic()
-        quiet = SETTLE_QUIET if self.last is not None else 0.0
+        quiet = SETTLE_QUIET if self.last is not None and self.last.kind in {"error", "fault"} else 0.0
         while True:
             table = state.read_json(self.cluster_dir / layout.MEMBERS_FILE) or {"nodes": []}
             ours = {str(n["name"]) for n in table["nodes"] if n["state"] == "ready"}
@@ -160,7 +160,7 @@ class Driver:
                 use_gpu=gpus,
                 resources_per_worker={WORKER_RESOURCE: 1, **({"GPU": 1} if gpus else {})},
             ),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[arg-type]  # the V1 class of that name
                 name=f"{self.run.name}-{number:04d}",
                 storage_path=str(self.run_dir / "ray"),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),

@@ -137,7 +137,7 @@ class RayProcess:
 
     async def exited(self) -> int:
         """Wait for its end; the exit status (negative: the signal)."""
-        await self._pump
+        await asyncio.shield(self._pump)  # whoever gives up waiting does not stop the copying
         return await self._process.wait()
 
     async def _copy(self) -> None:

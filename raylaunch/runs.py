@@ -126,7 +126,7 @@ def settle(run: Path, status: int) -> str:
 
 
 def last_metrics(run: Path, size: int = 8192) -> dict[str, Any]:
-    """The last complete line of metrics.jsonl; {} when there is none."""
+    """The last complete line of metrics.jsonl that has a loss; {} when there is none."""
     try:
         with (run / state.METRICS_FILE).open("rb") as source:
             source.seek(max(0, os.fstat(source.fileno()).st_size - size))
@@ -134,9 +134,10 @@ def last_metrics(run: Path, size: int = 8192) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     for line in reversed(lines):
-        if line.endswith(b"\n"):
-            try:
-                return dict(json.loads(line))
-            except ValueError:
-                continue  # cut off by where we began to read
+        try:
+            row = dict(json.loads(line)) if line.endswith(b"\n") else {}
+        except ValueError:
+            continue  # cut off by where we began to read
+        if "loss" in row:
+            return row
     return {}

@@ -17,7 +17,7 @@ from typing import Literal
 
 from raylaunch.errors import SandboxError
 from raylaunch.sandbox.layout import BASE, PREFIX, Layout
-from raylaunch.sandbox.procs import wait_for
+from raylaunch.sandbox.procs import Proc, wait_for
 
 Kind = Literal["cgroup2", "freezer"]
 
@@ -98,12 +98,29 @@ def set_frozen(path: Path, frozen: bool) -> None:
 
 
 def kill(path: Path) -> None:
-    """SIGKILL every process of the group, frozen ones too, and wait until it is empty."""
+    """SIGKILL every process of the group, frozen ones too, and wait until they are gone."""
+    members = processes(path)
     with contextlib.suppress(FileNotFoundError):
         (path / "cgroup.kill").write_text("1")
     wait_for(
-        f"processes of {path.name} gone", lambda: not populated(path), 20, lambda: f"see {path}/cgroup.procs"
+        f"processes of {path.name} gone",
+        # The group counts as empty a little before its last process has ended.
+        lambda: not populated(path) and not any(proc.alive() for proc in members),
+        20,
+        lambda: f"still there: {processes(path)}",
     )
+
+
+def processes(path: Path) -> list[Proc]:
+    """The processes of the group and of those below it."""
+    found = []
+    for here, _, _ in os.walk(path):
+        # Groups and processes may go while we look.
+        with contextlib.suppress(OSError):
+            for pid in (Path(here) / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    found.append(Proc.of(int(pid)))
+    return found
 
 
 def remove(path: Path) -> None:

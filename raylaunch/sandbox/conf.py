@@ -25,7 +25,8 @@ def slurm_conf(spec: Spec, layout: Layout) -> str:
         "AuthType=auth/munge",
         "CredType=cred/munge",
         # The socket is named here, so that clients of any user need SLURM_CONF and no more.
-        f"AuthInfo=socket={layout.munge_socket}",
+        # A requeued job waits for its old credentials to expire: 120 s by default.
+        f"AuthInfo=socket={layout.munge_socket},cred_expire=20",
         f"StateSaveLocation={layout.spool}/slurmctld",
         f"SlurmdSpoolDir={layout.spool}/%n",
         f"SlurmctldPidFile={layout.run}/slurmctld.pid",

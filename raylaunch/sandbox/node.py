@@ -95,10 +95,11 @@ def kill(layout: Layout, spec: Spec, node: str, silent: bool) -> None:
         raise SandboxError(f"{node} is not running", f"raylaunch sandbox start {node}")
     if silent:
         links.unplug(layout, spec, node)
-    proc.kill()
-    os.utime(record(layout, node))  # when it ended, for `wait_next_second`
     group = cgroups.group(layout, node)
+    proc.kill()
     cgroups.kill(group)  # commands that were just entering the node
+    wait_for(f"{node} dead", lambda: not proc.alive(), 10)
+    os.utime(record(layout, node))  # when it ended, for `wait_until_noticeable`
     links.unplug(layout, spec, node)
     # A group that was frozen would freeze the next init, and Slurm would take groups of jobs
     # that are no more for running steps.
@@ -107,14 +108,15 @@ def kill(layout: Layout, spec: Spec, node: str, silent: bool) -> None:
             cgroups.remove(path)
 
 
-def wait_next_second(layout: Layout, node: str) -> None:
-    """Wait until the second in which the node was killed is over.
+def wait_until_noticeable(layout: Layout, node: str) -> None:
+    """Wait until a boot of the node is certain to be seen as one: 1 to 2 s after its death.
 
-    Slurm compares whole seconds: of a node that returns within the second it would not notice
-    the reboot and keep its jobs as running. No machine boots that fast.
+    Slurm compares the second of the boot, worked out from an uptime that is rounded up, with
+    the second in which it last heard of the node. Of a node that is back sooner it would not
+    notice the reboot and keep its jobs as running. No machine boots that fast.
     """
     ended = int(record(layout, node).stat().st_mtime)
-    wait_for("the next second", lambda: int(time.time()) > ended, 5)
+    wait_for(f"time for {node} to boot", lambda: int(time.time()) > ended + 1, 5)
 
 
 def enter(layout: Layout, node: str, argv: Sequence[str], cwd: str | None = None) -> list[str]:

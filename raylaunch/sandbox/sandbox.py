@@ -149,6 +149,8 @@ class Sandbox:
         daemons.start_slurmctld(layout)
         node.boot(layout, spec, spec.node_names, lambda: daemons.wait_slurmctld(layout, spec))
         slurm.wait_in_service(layout, spec.node_names, resume=False, timeout=60)
+        # `sacct -c` of any user opens it for writing, though it only reads; slurmctld made it 0644.
+        (layout.log / "jobcomp.log").chmod(0o666)
         # Last: with this record the sandbox counts as up.
         write_atomic(layout.spec, spec.to_json())
         return cls(layout, spec)
@@ -210,7 +212,7 @@ class Sandbox:
                 f"{node_name} is running already", f"first: raylaunch sandbox kill {node_name}"
             )
         links.unplug(self.layout, self.spec, node_name)  # of an init that ended by itself
-        node.wait_next_second(self.layout, node_name)
+        node.wait_until_noticeable(self.layout, node_name)
         before = slurm.slurmd_start(self.layout, node_name)
         node.boot(self.layout, self.spec, [node_name])
         slurm.wait_registered(self.layout, node_name, before, timeout=60)
@@ -325,8 +327,6 @@ def _write_configuration(layout: Layout, spec: Spec) -> None:
     write_atomic(etc / "gres.conf", conf.gres_conf(spec))
     write_atomic(etc / "hosts", conf.hosts(spec))
     write_atomic(etc / "resolv.conf", "")
-    # `sacct -c` of any user opens it for writing, though it only reads.
-    write_atomic(layout.log / "jobcomp.log", "", mode=0o666)
     if spec.accounting:
         write_atomic(etc / "slurmdbd.conf", conf.slurmdbd_conf(spec, layout), mode=0o600)
 

@@ -1,0 +1,285 @@
+"""The Slurm client: exact commands, and what becomes of Slurm's own words (captured from 22.05.8)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from raylaunch.errors import SlurmError, SlurmUnavailable
+from raylaunch.slurm import client, parse
+from raylaunch.slurm.client import Completed, Slurm, clean_env
+from raylaunch.slurm.parse import JobState
+
+DATA = Path(__file__).parent / "data"
+SEP = parse.SEPARATOR
+SCRIPT = "#!/bin/bash\n#SBATCH --job-name=x\n#SBATCH --time=10\nsleep 1\n"
+Answer = Completed | Exception
+
+
+class Fake:
+    """A runner that answers by the command's name and remembers what it was asked."""
+
+    def __init__(self, **answers: Answer) -> None:
+        self.answers = answers
+        self.commands: list[list[str]] = []
+        self.stdin: str | None = None
+        self.env: Mapping[str, str] = {}
+        self.timeout = 0.0
+
+    def __call__(
+        self, command: Sequence[str], timeout: float, stdin: str | None, env: Mapping[str, str]
+    ) -> Completed:
+        self.commands.append(list(command))
+        if len(self.commands) == 1:
+            self.timeout, self.stdin, self.env = timeout, stdin, env
+        answer = self.answers[command[0]]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def refused(stderr: str, code: int = 1) -> Completed:
+    return Completed(code, "", stderr)
+
+
+SINFO = Completed(0, (DATA / "sinfo.txt").read_text())
+SQUEUE = Completed(0, (DATA / "squeue.txt").read_text())
+
+
+def test_submit() -> None:
+    fake = Fake(sbatch=Completed(0, "42\n"))
+    assert Slurm(fake).submit(SCRIPT, ["--exclude=node1"], env={"HOME": "/h", "SLURM_JOB_ID": "7"}) == "42"
+    assert fake.commands == [["sbatch", "--parsable", "--exclude=node1"]]
+    assert fake.stdin == SCRIPT and fake.timeout == 10
+    assert fake.env == {"HOME": "/h"}
+
+
+REFUSALS = [
+    (
+        "sbatch: error: invalid partition specified: nope\n"
+        "sbatch: error: Batch job submission failed: Invalid partition name specified\n",
+        "Set slurm.partition to one of: main (default), low, small, down.",
+    ),
+    (
+        "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified\n",
+        "slurm.account",
+    ),
+    ("sbatch: error: Batch job submission failed: Invalid qos specification\n", "slurm.qos"),
+    (
+        "sbatch: error: Batch job submission failed: Requested node configuration is not available\n",
+        "There is: main (default): 4 nodes with 4 CPUs, 24105 MiB, gpu:2, up to 1 day; low: 4",
+    ),
+    ("sbatch: error: Invalid generic resource (gres) specification\n", "slurm.gres. There is: main"),
+    ("sbatch: error: Memory specification can not be satisfied\n", "Lower slurm.mem"),
+    (
+        "sbatch: error: Batch job submission failed: More processors requested than permitted\n",
+        "cpus_per_task",
+    ),
+    ("sbatch: error: Batch job submission failed: Node count specification invalid\n", "slurm.nodes"),
+    (
+        "sbatch: error: Batch job submission failed: "
+        "Requested time limit is invalid (missing or exceeds some limit)\n",
+        "small: 1 node with 4 CPUs, 24105 MiB, gpu:2, up to 0:10:00",
+    ),
+    ("sbatch: error: Batch job submission failed: Invalid feature specification\n", "slurm.constraint"),
+    ("sbatch: error: Batch job submission failed: Invalid node name specified\n", "slurm.nodelist"),
+    ("sbatch: error: Batch job submission failed: Requested reservation is invalid\n", "slurm.reservation"),
+    ("sbatch: unrecognized option '--bogus'\nTry \"sbatch --help\" for more information\n", "slurm.extra"),
+    ("sbatch: error: Invalid --time specification\n", "slurm.time"),
+    ("sbatch: error: something that no one has seen before\n", "sbatch(1)"),
+]
+
+
+@pytest.mark.parametrize(("stderr", "hint"), REFUSALS)
+def test_refused_submission(stderr: str, hint: str) -> None:
+    fake = Fake(sbatch=refused(stderr), sinfo=SINFO)
+    with pytest.raises(SlurmError) as caught:
+        Slurm(fake).submit(SCRIPT, ["-p", "a b"], env={})
+    assert not isinstance(caught.value, SlurmUnavailable)
+    assert caught.value.message.startswith("`sbatch --parsable -p 'a b'` failed (exit 1)\n")
+    assert all(line in caught.value.message for line in stderr.splitlines())
+    assert hint in caught.value.hint
+    assert "{" not in caught.value.hint
+
+
+def test_refusal_when_sinfo_fails_too() -> None:
+    with pytest.raises(SlurmError) as caught:
+        Slurm(Fake(sbatch=refused(REFUSALS[0][0]), sinfo=refused("broken"))).submit(SCRIPT)
+    assert caught.value.hint == "Set slurm.partition to one of: see `sinfo`."
+
+
+UNREACHABLE = [
+    ("slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n", "scontrol ping"),
+    ("slurm_load_jobs error: Socket timed out on send/recv operation\n", "scontrol ping"),
+    (
+        'squeue: error: Munge encode failed: Failed to access "/run/munge/munge.socket": No such file or '
+        "directory (Did you start munged?)\nslurm_load_jobs error: Protocol authentication error\n",
+        "Munge",
+    ),
+    ("squeue: fatal: Could not establish a configuration source\n", "SLURM_CONF"),
+]
+
+
+@pytest.mark.parametrize(("stderr", "hint"), UNREACHABLE)
+@pytest.mark.parametrize("command", ["squeue", "sbatch", "sinfo", "sacct", "scancel"])
+def test_unreachable(command: str, stderr: str, hint: str) -> None:
+    slurm = Slurm(Fake(**{command: refused(stderr)}))
+    ask: dict[str, Callable[[], object]] = {
+        "squeue": lambda: slurm.jobs(["1"]),
+        "sbatch": lambda: slurm.submit(SCRIPT),
+        "sinfo": slurm.partitions,
+        "sacct": lambda: slurm.finished(["1"]),
+        "scancel": lambda: slurm.cancel(["1"]),
+    }
+    with pytest.raises(SlurmUnavailable) as caught:
+        ask[command]()
+    assert stderr.splitlines()[-1] in caught.value.message and hint in caught.value.hint
+
+
+def test_too_slow() -> None:
+    late = subprocess.TimeoutExpired(
+        ["squeue"], 10, stderr=b"squeue: error: s_p_parse_file: cannot stat file /x\n"
+    )
+    with pytest.raises(
+        SlurmUnavailable, match=r"`squeue .* -j 1` did not answer within 10 s\n.*cannot stat"
+    ) as caught:
+        Slurm(Fake(squeue=late)).jobs(["1"])
+    assert "SLURM_CONF" in caught.value.hint
+
+
+def test_a_submission_that_is_too_slow_may_have_happened() -> None:
+    with pytest.raises(SlurmUnavailable) as caught:
+        Slurm(Fake(sbatch=subprocess.TimeoutExpired(["sbatch"], 10))).submit(SCRIPT)
+    assert "may be queued all the same" in caught.value.hint
+
+
+def test_missing_command() -> None:
+    missing = FileNotFoundError(2, "No such file or directory")
+    with pytest.raises(SlurmUnavailable, match="`squeue` cannot be run") as caught:
+        Slurm(Fake(squeue=missing)).jobs(["1"])
+    assert "cluster.backend" in caught.value.hint
+
+
+def test_available() -> None:
+    fake = Fake(sbatch=Completed(0, "slurm-wlm 22.05.8\n"))
+    assert Slurm(fake).available() and fake.commands == [["sbatch", "--version"]]
+    assert not Slurm(Fake(sbatch=FileNotFoundError(2, "No such file"))).available()
+    assert not Slurm(
+        Fake(sbatch=refused("sbatch: fatal: Could not establish a configuration source\n"))
+    ).available()
+    with pytest.raises(SlurmUnavailable):  # SLURM_CONF names a file that is not there: not "no Slurm"
+        Slurm(Fake(sbatch=subprocess.TimeoutExpired(["sbatch"], 10))).available()
+
+
+def test_jobs_is_one_call_for_all() -> None:
+    fake = Fake(squeue=SQUEUE)
+    rows = Slurm(fake).jobs(["24", "25"])
+    assert fake.commands == [["squeue", "-h", "-t", "all", "-o", parse.JOB_FORMAT, "-j", "24,25"]]
+    assert rows["24"].state is JobState.RUNNING and rows["25"].state is JobState.COMPLETED
+
+
+def test_no_ids_no_call() -> None:
+    slurm = Slurm(Fake())
+    assert slurm.jobs([]) == {} and slurm.finished([]) == {}
+    slurm.cancel([])
+
+
+def test_unknown_job() -> None:
+    gone = refused("slurm_load_jobs error: Invalid job id specified\n")
+    assert Slurm(Fake(squeue=gone)).jobs(["99999"]) == {}
+    with pytest.raises(SlurmError, match="Invalid job id: abc"):
+        Slurm(Fake(squeue=refused("squeue: error: Invalid job id: abc\n"))).jobs(["abc"])
+
+
+def test_finished() -> None:
+    fake = Fake(sacct=Completed(0, (DATA / "sacct.txt").read_text()))
+    rows = Slurm(fake).finished(["9", "10"])
+    assert rows is not None and rows["9"].exit_code == 3
+    assert fake.commands[0] == [
+        *("sacct", "-X", "-n", "-P", f"--delimiter={SEP}"),
+        *("-o", "JobID,State,ExitCode,NodeList,Reason", "-j", "9,10"),
+    ]
+    assert Slurm(Fake(sacct=refused("Slurm accounting storage is disabled\n"))).finished(["9"]) is None
+
+
+def test_cancel() -> None:
+    fake = Fake(scancel=Completed(0))
+    Slurm(fake).cancel(["1", "2"])
+    Slurm(fake).cancel(["1"], "USR1")
+    assert fake.commands == [["scancel", "1", "2"], ["scancel", "--signal=USR1", "--batch", "1"]]
+
+
+def test_cancel_of_what_has_ended_is_no_error() -> None:
+    gone = "scancel: error: Kill job error on job id 25: Invalid job id specified\n"
+    Slurm(Fake(scancel=refused(gone))).cancel(["25", "24"], "USR1")
+    denied = "scancel: error: Kill job error on job id 37: Access/permission denied\n"
+    with pytest.raises(SlurmError, match="permission denied") as caught:
+        Slurm(Fake(scancel=refused(gone + denied, 210))).cancel(["25", "37"])
+    assert "not yours" in caught.value.hint
+    with pytest.raises(SlurmError, match="it said nothing"):
+        Slurm(Fake(scancel=refused("", 1))).cancel(["25"])
+
+
+def test_partitions_and_start_estimate() -> None:
+    fake = Fake(sinfo=SINFO, squeue=SQUEUE)
+    assert Slurm(fake).partitions()[0].name == "main"
+    assert fake.commands == [["sinfo", "-h", "-o", parse.PARTITION_FORMAT]]
+    estimate = Slurm(fake).start_estimate("137")
+    assert estimate is not None and estimate.isoformat().startswith("2026-11-21T02:24:31")
+    assert Slurm(fake).start_estimate("24") is None  # runs already
+    assert Slurm(fake).start_estimate("99999") is None
+
+
+def test_summary_is_short() -> None:
+    line = SEP.join(["p{}", "up", "infinite", "1", "idle", "1", "1", "(null)"]) + "\n"
+    rows = parse.parse_partitions("".join(line.format(i) for i in range(50)))
+    assert client.summary(rows).endswith("p7: 1 node with 1 CPUs, 1 MiB; and 42 more in `sinfo`")
+
+
+def test_clean_env_takes_out_what_changes_the_answer() -> None:
+    kept = {"HOME": "/h", "SLURM_CONF": "/c", "SLURM_JWT": "t", "MY_SLURM_X": "1"}
+    out = {
+        **{
+            "SLURM_JOB_ID": "1",
+            "SLURM_MEM_PER_NODE": "1",
+            "SLURM_TIME_FORMAT": "relative",
+            "SLURM_CLUSTERS": "x",
+        },
+        **{"SQUEUE_USERS": "nobody", "SINFO_FORMAT": "%n", "SACCT_FORMAT": "x", "SCANCEL_INTERACTIVE": "1"},
+        **{"SBATCH_EXPORT": "NONE", "SBATCH_WAIT": "1", "SBATCH_ARRAY_INX": "1-9"},
+    }
+    assert clean_env({**kept, **out}) == kept
+
+
+@pytest.mark.parametrize(
+    ("variable", "line", "stays"),
+    [
+        ("SBATCH_PARTITION", "--partition=a", False),
+        ("SBATCH_PARTITION", "-p a", False),
+        ("SBATCH_PARTITION", "--time=5", True),
+        ("SBATCH_TIMELIMIT", "--time=5", False),
+        ("SBATCH_MEM_PER_NODE", "--mem=5", False),
+        ("SBATCH_ACCOUNT", "--time=5", True),
+        ("SBATCH_REQUEUE", "--no-requeue", False),
+        ("SBATCH_GPUS_PER_NODE", "--gpus-per-node=2", False),
+    ],
+)
+def test_a_variable_never_beats_the_script(variable: str, line: str, stays: bool) -> None:
+    assert (variable in clean_env({variable: "x"}, f"#!/bin/bash\n#SBATCH {line}\n")) is stays
+    assert (variable in clean_env({variable: "x"}, "", line.split())) is stays
+
+
+def test_real_runner() -> None:
+    code = (
+        "import os, sys; print(sys.stdin.read() + os.environ['X']); print('é', file=sys.stderr); sys.exit(3)"
+    )
+    done = client.run([sys.executable, "-S", "-c", code], 30, "in ", {"X": "ü", "PYTHONUTF8": "1"})
+    assert done == Completed(3, "in ü\n", "é\n")
+    with pytest.raises(subprocess.TimeoutExpired):
+        client.run(["sleep", "10"], 0.05, None, {"PATH": "/bin:/usr/bin"})
+    with pytest.raises(FileNotFoundError):
+        client.run(["raylaunch-no-such-command"], 1, None, {})
