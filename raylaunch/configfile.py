@@ -170,6 +170,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Its other styles do not give back every line break and control character (U+0085 for one).
+    return dumper.represent_scalar(_TAG + "str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def _tag_of(text: str) -> str:
     """The tag of an unquoted scalar."""
     return next((_TAG + name for name, pattern in _SCALARS if re.fullmatch(pattern, text)), _TAG + "str")
@@ -231,8 +239,8 @@ class _Reading:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            raise UsageError(f"--set {text}: not of the form key=value", "For example --set slurm.nodes=4.")
-        self.layers.append(_nest(key, self._compose(value, 4, "", f"--set {text}")))
+            raise UsageError(f"--set {_cut(text)}: not of the form key=value", "For example --set slurm.nodes=4.")
+        self.layers.append(_nest(key, self._compose(value, 4, "", f"--set {_cut(text)}")))
 
     def _compose(self, text: str, layer: int, name: str, label: str = "") -> Item:
         """YAML text as an item; places are `name:line`, or `label` where one is given."""
@@ -345,7 +353,8 @@ def _resolve(reading: _Reading, check_secrets: bool) -> Config:
 def _line(place: Place, message: str) -> str:
     """`--set slurm.nodes=0` names its key already."""
     key, _, rest = message.partition(": ")
-    return f"{place.label}: {rest if place.label.startswith(f'--set {key}=') else message}"
+    line = f"{place.label}: {rest if place.label.startswith(f'--set {key}=') else message}"
+    return _cut(line, 1000)
 
 
 def _merge(low: Item, high: Item) -> Item:
@@ -418,6 +427,8 @@ class _Fitting:
         secret = key.startswith(_SECRETS)
         if item.literal:
             return replace(item, value=item.value.replace("${", "$${")) if secret else item
+        if secret and not self._check_secrets:
+            return item
 
         def value_of(match: re.Match[str]) -> str:
             name = match[1]
@@ -427,7 +438,7 @@ class _Fitting:
                 self._bad(
                     item, key, f"only ${{NAME}} is understood, got {match[0]}; for plain text write $${{"
                 )
-            elif name not in os.environ and (self._check_secrets or not secret):
+            elif name not in os.environ:
                 plain = f"; for plain text write $${{{name}}}"
                 self._bad(item, key, f"the environment variable {name} is not set{plain}")
             return os.environ.get(name, "")
@@ -539,8 +550,8 @@ def _shown(item: Item, secret: bool = False) -> str:
     return repr(_cut(item.text)) if isinstance(item.value, str) and not item.plain else _cut(item.text)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _cut(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _escaped(value: Any, key: str) -> Any:

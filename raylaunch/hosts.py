@@ -71,10 +71,6 @@ class Ports:
         return self.base + 9
 
     @property
-    def ray_client(self) -> int:
-        return self.base + 10
-
-    @property
     def workers(self) -> tuple[int, int]:
         """First and last port for Ray's worker processes."""
         return self.base + FIRST_WORKER_PORT, self.base + PORT_BLOCK - 1

@@ -72,7 +72,6 @@ class RayNode:
         if self.head is None:
             options |= {
                 "port": self.ports.gcs,
-                "ray-client-server-port": self.ports.ray_client,
                 "dashboard-host": "127.0.0.1",
                 "dashboard-port": self.ports.dashboard,
             }

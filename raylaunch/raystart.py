@@ -3,24 +3,56 @@
 Importing Ray takes a second or more. This process does it while the agent still waits for the
 head's address; then it reads Ray's arguments as one JSON line from its standard input and goes on
 as the `ray` command. It dies with the agent, and Ray's own processes die with it.
+
+Two things that Ray's head does before its node counts as started are put off or left out: the
+dashboard (seconds of imports) starts right after, and the Ray Client server (one more open port,
+which nothing here uses) not at all. Both reach into Ray's private parts, which is one reason for the
+pinned version; where those parts are not as expected, Ray starts in its plain way.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 from raylaunch.processes import die_with_parent
 
 
 def main() -> None:
     die_with_parent()
+    from ray._private.node import Node
     from ray.scripts import scripts
 
+    lighten(Node, scripts)
     line = sys.stdin.readline()
     if not line:  # the agent ended before it knew the head's address
         return
     scripts.cli.main(args=json.loads(line), prog_name="ray")
+
+
+def lighten(node: Any, scripts: Any) -> None:
+    """Put the dashboard behind the raylet, and leave the Ray Client server out."""
+    if not all(hasattr(node, name) for name in ("start_api_server", "dead_processes")):
+        print("raylaunch: this Ray has no such start order; it starts in its plain way", flush=True)
+        return
+    start_dashboard, dead_processes = node.start_api_server, node.dead_processes
+    waiting: list[tuple[Any, dict[str, Any]]] = []
+
+    def later(self: Any, **arguments: Any) -> None:
+        waiting.append((self, arguments))
+
+    def then(self: Any) -> Any:
+        # `ray start --block` asks this once a second from when the node is up: our moment.
+        while waiting:
+            target, arguments = waiting.pop()
+            start_dashboard(target, **arguments)
+        return dead_processes(self)
+
+    node.start_api_server, node.dead_processes = later, then
+    if hasattr(scripts, "get_ray_client_dependency_error"):
+        # Ray takes this for "gRPC is not installed", and opens no port for Ray Client.
+        scripts.get_ray_client_dependency_error = lambda: ImportError("left out by raylaunch")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,11 @@ from trainers.optim import learning_rate, local_gradients, make_optimizer, set_l
 def train(config: Config, session: Session) -> None:
     """One attempt: from the newest commit to max_steps, or to the step at which a stop is asked for."""
     steps = config.step_scheduler
+    started = time.monotonic()
     device = set_up_device(session)
     group = dcp.make_group(config.distributed.comm_timeout)
     loader = make_loader(config, session, pin=device.type == "cuda")
+    data_ready = time.monotonic()
 
     with torch.device("meta"):
         model = Decoder(config.model)
@@ -40,6 +42,9 @@ def train(config: Config, session: Session) -> None:
     parallel.shard(model, layout, compile_blocks=config.distributed.compile)
     parallel.materialize(model, layout, config.data.seq_len)
     optimizer = make_optimizer(model, config.optimizer)
+    model_ready = time.monotonic()
+    seconds = {"data": round(data_ready - started, 3), "model": round(model_ready - data_ready, 3)}
+    session.event("built", parameters=sum(p.numel() for p in model.parameters()), seconds=seconds)
 
     keep, background = config.checkpoint.keep_last_n_checkpoints, config.checkpoint.async_save
     saver = dcp.Saver(session, group, keep=keep, background=background)

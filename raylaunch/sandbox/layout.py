@@ -175,6 +175,11 @@ class Layout:
                 if others
                 else f"raylaunch sandbox up --name {self.name}",
             ) from None
+        except (TypeError, ValueError) as error:
+            raise SandboxError(
+                f"{self.spec} is not understood ({error}): another version of raylaunch made it",
+                f"raylaunch sandbox down --name {self.name}",
+            ) from None
 
 
 def existing() -> list[str]:

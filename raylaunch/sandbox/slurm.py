@@ -77,4 +77,4 @@ def wait_registered(layout: Layout, node: str, before: str, timeout: float) -> N
 
 
 def _in_service(state: str) -> bool:
-    return state.rstrip("~#!%$@^-") in ("idle", "mixed", "allocated", "completing")
+    return state.rstrip("~#!%$@^-") in ("idle", "planned", "mixed", "allocated", "completing")

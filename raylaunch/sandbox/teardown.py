@@ -12,6 +12,7 @@ from pathlib import Path
 from raylaunch.errors import SandboxError
 from raylaunch.sandbox import cgroups, links
 from raylaunch.sandbox.layout import Layout
+from raylaunch.sandbox.procs import wait_for
 
 
 def down(layout: Layout) -> bool:
@@ -27,8 +28,7 @@ def down(layout: Layout) -> bool:
         cgroups.remove(freezer)
     links.remove_all(layout)
     cgroups.unmount_own(layout)
-    if layout.dir.exists():
-        shutil.rmtree(layout.dir)
+    _remove_directory(layout)
     left = leftovers(layout)
     if left:
         raise SandboxError(
@@ -36,6 +36,15 @@ def down(layout: Layout) -> bool:
             f"end what uses it, then again: raylaunch sandbox down --name {layout.name}",
         )
     return True
+
+
+def _remove_directory(layout: Layout) -> None:
+    def gone() -> bool:
+        # Users' programs outside the nodes may still be writing to state/: try again.
+        shutil.rmtree(layout.dir, ignore_errors=True)
+        return not layout.dir.exists()
+
+    wait_for(f"directory {layout.dir} removed", gone, 5, lambda: "something still writes into it")
 
 
 def leftovers(layout: Layout, processes: bool = True) -> list[str]:
@@ -50,12 +59,12 @@ def leftovers(layout: Layout, processes: bool = True) -> list[str]:
             found.append(f"cgroup {root / layout.cgroup}")
     found += [f"network link {name}" for name in links.existing(layout)]
     if processes:
-        found += [f"process {pid} in a node's mount namespace" for pid in _inside(layout)]
+        found += [f"process {pid} in its mount namespaces" for pid in _inside(layout)]
     return found
 
 
 def _inside(layout: Layout) -> list[int]:
-    """Pids that still see a node's mounts: each node has /etc/hosts from the sandbox's directory."""
+    """Pids that still see mounts of a node or daemon: all have /etc/hosts from the directory."""
     pids = []
     needle = f" {layout.dir}/etc/hosts"
     for entry in Path("/proc").iterdir():

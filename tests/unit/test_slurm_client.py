@@ -65,7 +65,8 @@ REFUSALS = [
         "Set slurm.partition to one of: main (default), low, small, down.",
     ),
     (
-        "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified\n",
+        "sbatch: error: Batch job submission failed: "
+        "Invalid account or account/partition combination specified\n",
         "slurm.account",
     ),
     ("sbatch: error: Batch job submission failed: Invalid qos specification\n", "slurm.qos"),

@@ -1,0 +1,109 @@
+"""Ports, temp directories, resources: on this machine's real sockets and files."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from raylaunch import hosts
+from raylaunch.errors import BringUpError
+
+
+def test_two_leases_of_one_key_never_meet() -> None:
+    first, second = hosts.lease_ports("k"), hosts.lease_ports("k")
+    try:
+        assert abs(first.ports.base - second.ports.base) >= hosts.PORT_BLOCK
+        for ports in (first.ports, second.ports):
+            low, high = ports.workers
+            assert hosts.PORTS_FROM <= ports.base < low < high < hosts.PORTS_TO <= 32768
+    finally:
+        first.close()
+        second.close()
+
+
+def test_a_released_block_is_taken_again() -> None:
+    first = hosts.lease_ports("again")
+    first.close()
+    second = hosts.lease_ports("again")
+    second.close()
+    assert first.ports == second.ports
+
+
+def test_a_port_that_somebody_holds_moves_the_block() -> None:
+    lease = hosts.lease_ports("taken")
+    lease.close()
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", lease.ports.gcs))
+        holder.listen()
+        other = hosts.lease_ports("taken")
+        other.close()
+    assert other.ports.base != lease.ports.base
+
+
+def test_services_have_a_port_each() -> None:
+    ports = hosts.Ports(20000)
+    names = [n for n in dir(hosts.Ports) if isinstance(getattr(hosts.Ports, n), property) and n != "workers"]
+    values = [getattr(ports, n) for n in names]
+    assert len(set(values)) == len(values) >= 9
+    assert ports.base < min(values) <= max(values) < ports.workers[0]
+
+
+def test_temp_dir_is_short_and_apart() -> None:
+    paths = {hosts.temp_dir("/tmp", key, index) for key in ("/a/clusters/x", "/b/clusters/x") for index in (None, 1, 2)}
+    assert len(paths) == 6
+    longest = max(len(str(p)) for p in paths) + len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
+    assert longest <= 107
+
+
+def test_a_temp_dir_that_is_too_long_says_so_before_ray_does() -> None:
+    with pytest.raises(BringUpError, match="of at most 107") as caught:
+        hosts.temp_dir("/scratch/" + "x" * 60, "key")
+    assert "cluster.temp_dir" in caught.value.hint
+
+
+def test_leftovers_of_ours_go_and_a_trap_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "old").touch()
+    hosts.claim_temp_dir(mine)
+    assert list(mine.iterdir()) == [] and mine.stat().st_mode & 0o777 == 0o700
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(BringUpError, match="belongs to"):
+        hosts.claim_temp_dir(tmp_path / "link")
+    assert target.exists()
+
+
+def test_cpus_follow_the_binding_then_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    assert hosts.cpus({"SLURM_CPUS_PER_TASK": "16"}) == 6
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert hosts.cpus({"SLURM_CPUS_PER_TASK": "16"}) == 16
+    assert hosts.cpus({"SLURM_CPUS_ON_NODE": "8"}) == 8
+
+
+def test_memory_takes_the_tightest() -> None:
+    assert hosts.memory({"SLURM_MEM_PER_NODE": "100"}) == 100 << 20
+    assert hosts.memory({}) > 100 << 20
+
+
+def test_gpus_are_what_the_job_sees() -> None:
+    assert hosts.gpus({"CUDA_VISIBLE_DEVICES": "0,3"}) == ("0", "3")
+    assert hosts.gpus({"CUDA_VISIBLE_DEVICES": ""}) == ()
+
+
+def test_local_nodes_divide_the_machine() -> None:
+    whole, half = hosts.resources({"SLURM_CPUS_PER_TASK": "4"}), hosts.resources({"SLURM_CPUS_PER_TASK": "4"}, 2)
+    assert half.memory == whole.memory // 2 and half.cpus <= whole.cpus
+
+
+def test_interface_and_address() -> None:
+    assert hosts.interface_of("127.0.0.7") == "lo"
+    assert hosts.interface_address("lo") == "127.0.0.1"
+    with pytest.raises(BringUpError, match="nosuch0"):
+        hosts.interface_address("nosuch0")

@@ -1,0 +1,62 @@
+"""Who imports whom: the rooms have one-way doors, and `--help` opens none of the heavy ones."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import raylaunch
+
+PACKAGE = Path(raylaunch.__file__).parent
+HEAVY = {"ray", "torch", "pyarrow", "numpy", "pydantic", "yaml", "rich", "jinja2", "psutil"}
+RAY_IN = {"driver.py", "worker.py", "raystart.py"}
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def test_rooms() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        names = imported(path)
+        assert "trainers" not in names, f"{path} imports trainers"
+        assert "ray" not in names or path.name in RAY_IN, f"{path} imports ray"
+        in_checkpoint = path.parent.name == "checkpoint" and path.name != "store.py"
+        assert "torch" not in names or in_checkpoint or path.name == "worker.py", f"{path} imports torch"
+
+
+def modules_after(code: str) -> set[str]:
+    shown = subprocess.run(
+        [sys.executable, "-c", f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint(*sys.modules, file=sys.stderr)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return {name.split(".")[0] for name in shown.stderr.split()}
+
+
+def test_help_imports_click_and_nothing_heavy() -> None:
+    code = "sys.argv = ['raylaunch', '--help']; from raylaunch.cli import main; main()"
+    assert modules_after(code) & HEAVY == set()
+
+
+def test_commands_import_neither_ray_nor_torch_nor_pyarrow() -> None:
+    code = (
+        "import importlib; from raylaunch.cli import COMMANDS;"
+        " [importlib.import_module(target.split(':')[0]) for target, _ in COMMANDS.values()]"
+    )
+    assert modules_after(code) & {"ray", "torch", "pyarrow", "numpy"} == set()
+
+
+def test_every_command_is_documented() -> None:
+    from raylaunch.cli import COMMANDS
+
+    readme = (PACKAGE.parent / "README.md").read_text()
+    missing = [name for name in COMMANDS if f"raylaunch {name}" not in readme]
+    assert not missing, f"README.md says nothing of: {missing}"

@@ -1,0 +1,84 @@
+"""The batch script: golden files, `bash -n`, and what is refused."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from raylaunch.config import SlurmConfig
+from raylaunch.errors import UsageError
+from raylaunch.slurm import script
+
+GOLDEN = Path(__file__).parent / "data" / "scripts"
+
+CASES = {
+    "plain": SlurmConfig(nodes="4"),
+    "gpu": SlurmConfig(
+        nodes="2:8", gpus_per_node="a100:4", cpus_per_task=16, mem="400G", time="2-00:00:00", account="proj",
+        partition="gpu", qos="high", exclusive=True, comment="the big one", modules=["cuda/12.4"],
+        setup=["source /opt/site.sh", "export NCCL_IB_HCA=mlx5"], env={"WANDB_API_KEY": "${WANDB_API_KEY}", "A": "it's 1"},
+        extra=["--dependency", "singleton", "--switches=1"],
+    ),
+}  # fmt: skip
+
+
+def rendered(name: str) -> str:
+    return script.render(CASES[name], "main", Path("/shared/state/clusters/main"), "0123abcd", "/opt/venv/bin/python")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    """A change of the script shows as a diff; write the new file when it is meant."""
+    assert rendered(name) == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_is_bash_and_survives_a_dead_node(name: str) -> None:
+    text = rendered(name)
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert "#SBATCH --no-kill\n" in text
+    assert "#SBATCH --signal=B:USR1@120\n" in text
+    assert "--kill-on-bad-exit=0 --wait=0" in text
+
+
+def test_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2")
+    assert "hunter2" not in rendered("gpu")
+    assert 'export WANDB_API_KEY="${WANDB_API_KEY}"' in rendered("gpu")
+
+
+def test_env_values_reach_the_shell_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"A": "it's $HOME `x` \"q\"", "B": "pre ${TOKEN} post", "C": ""}
+    lines = [line for line in script.render(SlurmConfig(env=values), "m", Path("/s"), "c").splitlines() if line.startswith("export ")]
+    shown = subprocess.run(
+        ["bash", "-c", "\n".join(lines) + '\nprintf "%s|%s|%s" "$A" "$B" "$C"'],
+        env={"TOKEN": "s e"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout == "it's $HOME `x` \"q\"|pre s e post|"
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [("--array=1-4", "--array"), ("-a1-4", "--array"), ("--output=x", "--output"), ("-o", "--output"),
+     ("--no-kill", "--no-kill"), ("--wrap=true", "--wrap"), ("-N4", "--nodes"), ("--nodes=4", "--nodes"),
+     ("--signal=B:TERM@9", "--signal")],
+)  # fmt: skip
+def test_options_that_raylaunch_owns_are_refused_by_name(option: str, named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        script.check_extra([option])
+
+
+def test_other_options_pass_through() -> None:
+    script.check_extra(["--dependency", "afterok:12", "--switches=2@10", "--nice=5", "--hold"])
+
+
+@pytest.mark.parametrize(
+    ("given", "workers"),
+    [({}, 1), ({"gpus_per_node": 4}, 4), ({"gpus_per_node": "a100:2"}, 2), ({"gres": "gpu:h100:8"}, 8),
+     ({"gres": "shard:3,gpu:2"}, 2), ({"gres": "gpu"}, 1), ({"gpus_per_node": 4, "ntasks_per_node": 2}, 2),
+     ({"gpus_per_node": 0}, 1)],
+)  # fmt: skip
+def test_workers_per_node(given: dict[str, object], workers: int) -> None:
+    assert script.workers_per_node(SlurmConfig(**given)) == workers  # type: ignore[arg-type]

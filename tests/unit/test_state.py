@@ -1,0 +1,122 @@
+"""State files: whole or not there, readable while they grow, and clear about why they cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from raylaunch import layout, runs, state
+from raylaunch.config import Config, continuation_differences, default_run_name
+from raylaunch.errors import RunError, StateError, UsageError
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    state.write_json(path, {"n": 1})
+    before = path.stat().st_ino
+    state.write_json(path, {"n": 2})
+    assert state.read_json(path) == {"n": 2}
+    assert path.stat().st_ino != before and path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    state.write_json(path, {"n": 1})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StateError, match="No space left") as caught:
+        state.write_json(path, {"n": 2})
+    assert "free some space" in caught.value.hint
+    assert state.read_json(path) == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_missing_is_none_and_broken_is_an_error(tmp_path: Path) -> None:
+    assert state.read_json(tmp_path / "none.json") is None
+    (tmp_path / "torn.json").write_text('{"n":')
+    with pytest.raises(StateError, match=r"torn\.json"):
+        state.read_json(tmp_path / "torn.json")
+
+
+def test_a_growing_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    reader = state.LineReader(path)
+    assert reader.read() == []
+    with path.open("a") as out:
+        out.write('{"step": 1}\n{"st')
+        out.flush()
+        assert reader.read() == [{"step": 1}]
+        out.write('ep": 2}\n')
+        out.flush()
+        assert reader.read() == [{"step": 2}]
+    assert state.read_lines(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_events_are_one_line_each(tmp_path: Path) -> None:
+    state.append_event(tmp_path, "a", reason="two\nlines")
+    state.append_event(tmp_path, "b")
+    assert [row["kind"] for row in state.read_lines(tmp_path / "events.jsonl")] == ["a", "b"]
+
+
+def test_last_metrics_passes_over_validation_and_torn_lines(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "val_loss": 2.1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 3, "lo')
+    assert runs.last_metrics(tmp_path)["step"] == 2
+    assert runs.last_metrics(tmp_path / "none") == {}
+
+
+def changed(section: str, **values: object) -> Config:
+    return Config.model_validate({section: values})
+
+
+def test_a_run_is_made_continued_and_refused(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "r"
+    assert runs.prepare(run, Config(), "main").state == "queued"
+    (run / state.STOP_FILE).touch()
+    assert runs.prepare(run, changed("optimizer", lr=0.5), "main").state == "queued"
+    assert not (run / state.STOP_FILE).exists()
+    with pytest.raises(RunError, match="model.dim: 128 → 64") as caught:
+        runs.prepare(run, changed("model", dim=64), "main")
+    assert "--fresh" in caught.value.hint
+    runs.prepare(run, changed("model", dim=64), "main", fresh=True)
+    assert len(list(run.parent.iterdir())) == 2  # the old one is kept
+
+
+def test_a_finished_run_needs_more_steps(tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    runs.prepare(run, Config(), "main").save(run, state="finished")
+    with pytest.raises(UsageError, match="finished"):
+        runs.prepare(run, Config(), "main")
+    assert runs.prepare(run, changed("step_scheduler", max_steps=500), "main").state == "queued"
+
+
+def test_a_driver_without_a_last_word_has_failed(tmp_path: Path) -> None:
+    runs.prepare(tmp_path, Config(), "main")
+    assert runs.settle(tmp_path, -9) == "failed"
+    record = runs.Run.read(tmp_path)
+    assert record is not None and "signal 9" in record.reason
+
+
+def test_what_may_change_in_a_run() -> None:
+    base = Config()
+    assert continuation_differences(base, changed("step_scheduler", max_steps=999, warmup_steps=1)) == []
+    assert continuation_differences(base, changed("data", seed=3)) == ["data.seed: 0 → 3"]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("a/big.yaml", "big"), ("examples/stdlib-lm/train.yaml", "stdlib-lm"), ("x/my run!.yaml", "my-run")]
+)
+def test_run_names(path: str, name: str) -> None:
+    assert default_run_name(Path(path)) == name
+
+
+def test_records_pass_over_keys_of_a_newer_version(tmp_path: Path) -> None:
+    state.write_json(tmp_path / layout.RUN_FILE, {"name": "r", "state": "queued", "cluster": "c", "created": 0, "new": 1})
+    record = runs.Run.read(tmp_path)
+    assert record is not None and record.name == "r"
