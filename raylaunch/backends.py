@@ -7,6 +7,7 @@ each a node of its own (address in 127.0.0.0/8, ports, temp directory, a share o
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from raylaunch import layout, processes, state
+from raylaunch import configfile, hosts, layout, processes, state
 from raylaunch.errors import UsageError
 from raylaunch.layout import Cluster
 from raylaunch.slurm.client import Slurm
@@ -78,6 +79,8 @@ class SlurmBackend:
 
 
 _AGENTS_FILE = "agents.json"
+CANARY = "RAYLAUNCH_CANARY"
+"""Stands in the environment of every process of one life of a cluster."""
 
 
 class LocalBackend:
@@ -95,7 +98,7 @@ class LocalBackend:
                     env={
                         **os.environ,
                         "RAYLAUNCH_CLUSTER_DIR": str(directory),
-                        "RAYLAUNCH_CANARY": cluster.canary,
+                        CANARY: cluster.canary,
                         "RAYLAUNCH_LOCAL_INDEX": str(index),
                         "RAYLAUNCH_LOCAL_COUNT": str(cluster.max_nodes),
                     },
@@ -116,14 +119,24 @@ class LocalBackend:
         return {job: Job(job, job_state, bool(living), nodes=tuple(living)) for job in ids}
 
     def cancel(self, directory: Path, ids: Sequence[str], limit: float = 10.0) -> None:
-        """SIGTERM lets an agent end its own tree; what then still lives is killed with its tree."""
+        """SIGTERM lets an agent end its own tree; what then still lives is killed with its tree, and
+        so is what an agent left behind that was killed itself."""
         for pid in self.agents(directory).values():
             os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + limit
         while self.agents(directory) and time.monotonic() < deadline:
             time.sleep(0.05)
-        for pid in self.agents(directory).values():
+        cluster = Cluster.read(directory)
+        for pid in [*self.agents(directory).values(), *(processes.marked(CANARY, cluster.canary) if cluster else ())]:
             processes.end_tree(pid)
+        if cluster is not None:
+            for path in self._temp_dirs(directory, cluster):
+                shutil.rmtree(path, ignore_errors=True)
+
+    @staticmethod
+    def _temp_dirs(directory: Path, cluster: Cluster) -> list[Path]:
+        base = configfile.load_resolved(directory / layout.CONFIG_FILE).cluster.temp_dir
+        return [hosts.temp_dir(base, str(directory), index + 1) for index in range(cluster.max_nodes)]
 
 
 def of(name: str) -> Backend:

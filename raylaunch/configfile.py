@@ -68,6 +68,8 @@ class Item:
     """Written without quotes, so that its text decides its type."""
     literal: bool = False
     """From a flag: the shell has expanded it already."""
+    broken: bool = False
+    """Reported already."""
 
 
 def load(
@@ -192,6 +194,8 @@ def _scalar(tag: str, text: str) -> Any:
             return text.lower() == "true"
         case "int":
             bare = text.replace("_", "")
+            if len(bare) > 1000:  # Python itself refuses some thousands, in words about sys
+                raise ValueError("a number with more than 1000 digits")
             return int(bare, {"0x": 16, "0o": 8}.get(bare[:2], 10))
         case "float":
             return float(re.sub(r"\.(inf|nan)$", r"\1", text.replace("_", "").lower()))
@@ -239,8 +243,11 @@ class _Reading:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            raise UsageError(f"--set {_cut(text)}: not of the form key=value", "For example --set slurm.nodes=4.")
-        self.layers.append(_nest(key, self._compose(value, 4, "", f"--set {_cut(text)}")))
+            raise UsageError(
+                f"--set {_cut(text)}: not of the form key=value", "For example --set slurm.nodes=4."
+            )
+        shown = f"{key}=..." if key.startswith(_SECRETS) else _cut(text)
+        self.layers.append(_nest(key, self._compose(value, 4, "", f"--set {shown}")))
 
     def _compose(self, text: str, layer: int, name: str, label: str = "") -> Item:
         """YAML text as an item; places are `name:line`, or `label` where one is given."""
@@ -269,8 +276,8 @@ class _Reading:
             try:
                 value = _scalar(node.tag, node.value)
             except ValueError as error:
-                self.errors.append((place, f"{_cut(node.value)}: {error}"))
-                value = None
+                self.errors.append((place, str(error)))
+                return Item(place, None, broken=True)
             plain = node.style is None and node.tag == _tag_of(node.value)
             return Item(place, value, node.value, plain)
         if depth == 0:
@@ -399,6 +406,8 @@ class _Fitting:
 
     def _value(self, item: Item, kind: Kind, key: str) -> Any:
         """The item as a plain value of about that kind; pydantic has the last word."""
+        if item.broken:
+            self.broken.add(re.sub(r"\[\d+\]$", "", key))
         if isinstance(item.value, dict):
             inner = kind.element(dict)
             fitted = {n: self._value(child, inner, f"{key}.{n}") for n, child in item.value.items()}

@@ -77,6 +77,20 @@ def end_tree(root: int, keep_root: bool = False, limit: float = 5.0) -> int:
         reap_orphans(())
 
 
+def marked(name: str, value: str) -> list[int]:
+    """Our own processes whose environment has `name=value`: what an agent that was SIGKILLed left behind.
+
+    The marker is inherited by everything that an agent starts, so this is a tree without its root.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.uids().real == os.getuid() and _running(process):
+                if process.environ().get(name) == value:
+                    found.append(process.pid)
+    return found
+
+
 def _running(process: psutil.Process) -> bool:
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)

@@ -69,6 +69,8 @@ def down(
     backend = backends.of(cluster.backend)
     jobs = [job for job in backend.states(directory, cluster.jobs).values() if job.alive]
     if not jobs:
+        if cluster.backend == "local":
+            backend.cancel(directory, cluster.jobs)  # agents that were killed leave their trees behind
         _forget_secrets(directory)
         return Ended(was_alive=False)
     ended = Ended(was_alive=True)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylaunch import cluster as clusters
+from raylaunch import layout
 from raylaunch import status as gathering
 from raylaunch.cli import options
 from raylaunch.cli.show import table_width
@@ -92,4 +93,5 @@ def dashboard(name: str | None, state_dir: Path | None) -> None:
     if way is None:
         raise RaylaunchError(f"cluster {name} has no head yet", "Wait until `raylaunch status` says ready.")
     click.echo(f"{way[0]} on {way[1]}")
-    click.echo(way[2])
+    click.echo(f"tunnel: {way[2]}")
+    click.echo(f"token:  the page asks for the one in {directory / layout.TOKEN_FILE}")

@@ -127,8 +127,9 @@ BAD: list[tuple[str, str]] = [
     ("slurm: {}\nslurm: {}", "c.yaml:2: slurm: written twice in one mapping; first at c.yaml:1"),
     ("? [a]\n: b", "c.yaml:1: a key must be a word, not a list or a mapping"),
     ("a: &x [*x]", "c.yaml:1: a: unknown key; the file has " + ", ".join(Config.model_fields)),
-    ("slurm: {account: !env A}", "c.yaml:1: A: the tag !env is not supported"),
-    ("slurm: {account: !!python/name:os.system A}", "c.yaml:1: A: the tag !!python/name:os.system is not supported"),
+    ("slurm: {account: !env A}", "c.yaml:1: the tag !env is not supported"),
+    ("slurm: {account: !!python/name:os.system A}", "c.yaml:1: the tag !!python/name:os.system is not supported"),
+    ("data: {seed: " + "9" * 5000 + "}", "c.yaml:1: a number with more than 1000 digits"),
     ("- a", "c.yaml:1: the file must be a mapping of sections, got a list"),
     ("\n\nhello", "c.yaml:1: the file must be a mapping of sections, got hello"),
     ("slurm:\n\tnodes: 1", "c.yaml:2: not valid YAML: found character '\\t' that cannot start any token (while "
@@ -393,6 +394,8 @@ def test_a_secret_is_neither_shown_nor_kept() -> None:
     with pytest.raises(ConfigError) as caught:
         load("slurm: {env: {A: [s3cret], B-: s3cret}}\nmodel:\n  dim: ${SET}")
     assert "s3cret" not in str(caught.value) and "from-env" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"^--set slurm.env.A=\.\.\.: must be text, got a list$"):
+        load("", "slurm.env.A=[s3cret]")
     assert "from-env" not in configfile.dump(load("slurm: {env: {A: '${SET}'}, setup: ['x ${SET}']}"))
 
 
