@@ -116,7 +116,7 @@ class Agent:
             os.environ, len(here.peers) if here.local else 1, config.cluster.object_store_memory
         )
         per_worker = max(1, self.resources.cpus // cluster.workers_per_node)
-        self.env = raynode.environment(os.environ, self.token_file, self.address, per_worker)
+        self.env = raynode.environment(os.environ, self.token_file, self.temp, self.address, per_worker)
         self.lease = self._lease(skip=0)
         self.end = asyncio.Event()
         self.reason = ""
@@ -135,8 +135,8 @@ class Agent:
 
     async def live(self) -> None:
         """This node's part, until it is cancelled; raises what kept the node from starting."""
-        ray = await RayProcess.prepare(self.env, self.log_file)
         hosts.claim_temp_dir(self.temp)
+        ray = await RayProcess.prepare(self.env, self.log_file)
         if self.here.is_head:
             self.duties = HeadDuties(self.here.directory, self.cluster, self._as_head(), self.token, self.env, self.stop)
             await self.duties.open()
@@ -294,6 +294,8 @@ def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
     print(f"{layout.FAILED_LINE} {here.node}: {text}", flush=True)
     with contextlib.suppress(StateError):  # a directory that is not shared cannot take it: the line above does
         state.write_json(here.directory / layout.NODES / f"{here.node}.json", {"node": here.node, "error": text})
+        if here.is_head and (agent is None or agent.duties is None):  # nobody else will say that it is over
+            layout.write_end(here.directory, here.canary, text, {}, exit_code=1)
     if agent is not None:
         agent.stop(text)
         if agent.link is not None:

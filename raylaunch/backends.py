@@ -33,6 +33,8 @@ class Job:
     reason: str = ""
     nodes: tuple[str, ...] = ()
     start: str = ""
+    blocked: str = ""
+    """Why a pending job will not start by waiting, and what to change."""
 
     @property
     def pending(self) -> bool:
@@ -70,9 +72,12 @@ class SlurmBackend:
 
     def states(self, directory: Path, ids: Sequence[str]) -> dict[str, Job]:
         return {
-            row.id: Job(row.id, str(row.state), not row.terminal, row.reason, tuple(row.nodes), f"{row.start:%Y-%m-%d %H:%M}" if row.start else "")
+            row.id: Job(
+                row.id, str(row.state), not row.terminal, row.reason, row.nodes,
+                f"{row.start:%Y-%m-%d %H:%M}" if row.start else "", "" if row.reason.startswith("JobHeld") else row.blocked,
+            )
             for row in self.slurm.jobs(ids).values()
-        }
+        }  # fmt: skip
 
     def cancel(self, directory: Path, ids: Sequence[str]) -> None:
         self.slurm.cancel(ids)

@@ -66,9 +66,7 @@ def submit(config: Config, backend: Backend, run: str | None = None) -> tuple[Pa
     slurm_script.check_extra(config.slurm.extra)
     with _one_at_a_time(directory):
         try:
-            old = Cluster.read(directory)
-            if old is not None:
-                _refuse_living(directory, old)
+            old = refuse_living(directory)
             cluster = _prepare(config, backend.name, directory, old, run)
             job = backend.submit(directory, cluster, (directory / layout.SCRIPT_FILE).read_text())
         except BaseException:
@@ -81,14 +79,16 @@ def submit(config: Config, backend: Backend, run: str | None = None) -> tuple[Pa
     return directory, cluster
 
 
-def _refuse_living(directory: Path, old: Cluster) -> None:
-    jobs = backends.of(old.backend).states(directory, old.jobs)
-    living = [job for job in jobs.values() if job.alive]
-    if living:
+def refuse_living(directory: Path) -> Cluster | None:
+    """The record of a dead cluster of that name, None when there was none; UsageError when it lives."""
+    old = Cluster.read(directory) if directory.exists() else None
+    job = alive_job(directory, old) if old is not None else None
+    if old is not None and job is not None:
         raise UsageError(
-            f"cluster {old.name} is alive already (job {', '.join(f'{j.id} {j.state}' for j in living)})",
+            f"cluster {old.name} is alive already (job {job.id} is {job.state})",
             f"Use it, end it with `raylaunch down {old.name}`, or choose another --name.",
         )
+    return old
 
 
 def _prepare(config: Config, backend: str, directory: Path, old: Cluster | None, run: str | None) -> Cluster:
@@ -150,6 +150,11 @@ def wait_ready(
             return ready
         if job is None or not job.alive or (directory / layout.ENDED_FILE).exists():
             raise _ended_early(directory, cluster, job, failures)
+        if job.blocked:
+            raise BringUpError(
+                f"job {job.id} will not start by waiting ({job.reason}): {job.blocked}",
+                "It was given back; `--no-wait` leaves such a job in the queue.",
+            )
         total = len(job.nodes) or cluster.max_nodes
         if failures and total - len(failures) < cluster.min_nodes:
             raise _too_few(cluster, total, len(ready), failures)

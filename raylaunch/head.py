@@ -218,11 +218,7 @@ class HeadDuties:
         self._files.shutdown()
         unclean = dict(self._unclean) | ({self.head.node: left_here} if left_here else {})
         state.append_event(self.directory, "ended", reason=reason, unclean=unclean)
-        state.write_text(self.directory / layout.EXIT_CODE_FILE, f"{self.exit_code}\n")
-        state.write_json(
-            self.directory / layout.ENDED_FILE,
-            {"canary": self.cluster.canary, "reason": reason, "unclean": unclean, "time": time.time()},
-        )
+        layout.write_end(self.directory, self.cluster.canary, reason, unclean, self.exit_code)
 
     def _event(self, kind: str, **fields: Any) -> None:
         """One line of the cluster's events, written off the loop."""

@@ -164,6 +164,7 @@ def claim_temp_dir(path: Path) -> None:
         shutil.rmtree(path)
     try:
         path.mkdir(mode=0o700, parents=True)
+        (path / "tmp").mkdir()
     except OSError as error:
         raise StateError(
             f"cannot make the temp directory {path}: {error.strerror}",

@@ -91,3 +91,15 @@ def request(cluster: Path, kind: str, **values: Any) -> None:
     """Ask something of the head's agent; requests are taken in the order of their names."""
     name = f"{time.time():.6f}-{kind}-{uuid.uuid4().hex[:6]}.json"
     state.write_json(cluster / REQUESTS / name, {"kind": kind, **values})
+
+
+def write_end(cluster: Path, canary: str, reason: str, unclean: dict[str, Any], exit_code: int) -> None:
+    """A life of a cluster is over: the job's exit code, then ended.json. Its token goes.
+
+    `unclean`: node → how much is left there, -1 for a node without a last word.
+    """
+    (cluster / TOKEN_FILE).unlink(missing_ok=True)
+    state.write_text(cluster / EXIT_CODE_FILE, f"{exit_code}\n")
+    state.write_json(
+        cluster / ENDED_FILE, {"canary": canary, "reason": reason, "unclean": unclean, "time": time.time()}
+    )

@@ -82,9 +82,12 @@ class RayNode:
         return ["start", "--block", "--disable-usage-stats", *mode, *(f"--{k}={v}" for k, v in options.items())]
 
 
-def environment(base: Mapping[str, str], token_file: Path, address: str, cpus_per_worker: int) -> dict[str, str]:
+def environment(
+    base: Mapping[str, str], token_file: Path, temp_dir: Path, address: str, cpus_per_worker: int
+) -> dict[str, str]:
     """The environment of everything Ray on this node. The token stays in its file."""
     fixed = {
+        "TMPDIR": str(temp_dir / "tmp"),  # torch and multiprocessing leave files there, too
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",

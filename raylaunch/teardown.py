@@ -71,7 +71,7 @@ def down(
     if not jobs:
         if cluster.backend == "local":
             backend.cancel(directory, cluster.jobs)  # agents that were killed leave their trees behind
-        _forget_secrets(directory)
+        forget_secrets(directory)
         return Ended(was_alive=False)
     ended = Ended(was_alive=True)
     head = Head.read(directory)
@@ -83,7 +83,7 @@ def down(
         ended.clean = False
         ended.notes.append(f"job {', '.join(cluster.jobs)} does not end; see `squeue -j {','.join(cluster.jobs)}`")
     _verify(directory, cluster, ended)
-    _forget_secrets(directory)
+    forget_secrets(directory)
     state.append_event(directory, "down", clean=ended.clean, notes=ended.notes)
     return ended
 
@@ -129,5 +129,6 @@ def _verify(directory: Path, cluster: Cluster, ended: Ended) -> None:
                 ended.notes.append(f"{node['name']}: {node['temp_dir']} is left")
 
 
-def _forget_secrets(directory: Path) -> None:
+def forget_secrets(directory: Path) -> None:
+    """A dead cluster's token opens nothing; it need not lie about."""
     (directory / layout.TOKEN_FILE).unlink(missing_ok=True)

@@ -48,11 +48,10 @@ def cluster_options(function: F) -> F:
 def load(path: Path | None, sets: Sequence[str], flags: dict[str, Any], extra: Sequence[str] = ()) -> Config:
     """The config in force, from `section__key` flags and the rest."""
     overrides = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
-    config = configfile.load(path, sets, overrides)
     if extra:
-        slurm = config.slurm.model_copy(update={"extra": [*config.slurm.extra, *extra]})
-        config = config.model_copy(update={"slurm": slurm})
-    return config
+        listed = configfile.load(path, sets, overrides).slurm.extra
+        overrides["slurm.extra"] = [*listed, *extra]
+    return configfile.load(path, sets, overrides)
 
 
 def state_dir(given: Path | None) -> Path:

@@ -53,18 +53,24 @@ def train(
         raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Bring up one with `raylaunch up`.")
     name = _run_name(run_name, path)
     run_dir = state.run_dir(where, name)
-    old = runs.Run.read(run_dir)
-    if old is not None and old.state in gathering.LIVE_RUNS and _is_live(where, old.cluster):
-        raise UsageError(
-            f"run {name} is {old.state} on cluster {old.cluster}",
-            f"Watch it with `raylaunch attach {name}`, end it with `raylaunch stop {name}`, or choose another --run.",
-        )
+    _refuse_living(where, run_dir)
     runs.prepare(run_dir, config, record.name, fresh)
     layout.request(directory, "run", run=name)
     if detach:
         note(f"run {name} is handed to cluster {record.name}; `raylaunch attach {name}` watches it")
         return 0
     return _watch(run_dir, directory)
+
+
+def _refuse_living(where: Path, run_dir: Path) -> None:
+    """A run that goes on is not to be begun a second time."""
+    old = runs.Run.read(run_dir)
+    if old is not None and old.state in gathering.LIVE_RUNS and _is_live(where, old.cluster):
+        raise UsageError(
+            f"run {old.name} is {old.state} on cluster {old.cluster}",
+            f"Watch it with `raylaunch attach {old.name}`, end it with `raylaunch stop {old.name}`, "
+            "or choose another --run.",
+        )
 
 
 def _is_live(where: Path, name: str) -> bool:
@@ -93,8 +99,11 @@ def submit(
     name = _run_name(run_name, path)
     flags |= {"cluster__state_dir": state_dir and str(state_dir), "cluster__name": flags.get("cluster__name") or name}
     config = options.load(path, sets, flags, sbatch_options)
-    run_dir = state.run_dir(cluster.state_dir_of(config), name)
+    where = cluster.state_dir_of(config)
+    run_dir = state.run_dir(where, name)
     backend = backends.of(config.cluster.backend)
+    cluster.refuse_living(state.cluster_dir(where, config.cluster.name))
+    _refuse_living(where, run_dir)
     runs.prepare(run_dir, config, config.cluster.name, fresh)
     try:
         _, record = cluster.submit(config, backend, run=name)

@@ -80,6 +80,7 @@ def bring_up(directory: Path, record: Cluster, backend: Backend, timeout: float)
             note(f"interrupted: giving job {record.jobs[0]} back")
         if not teardown.cancel(directory, record, backend):
             note(f"job {record.jobs[0]} does not end; see `squeue -j {record.jobs[0]}`")
+        teardown.forget_secrets(directory)
         raise
 
 

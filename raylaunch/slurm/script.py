@@ -15,6 +15,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from raylaunch.config import SlurmConfig
+from raylaunch.configfile import shell_word
 from raylaunch.errors import UsageError
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "sbatch"
@@ -129,13 +130,6 @@ def workers_per_node(slurm: SlurmConfig) -> int:
     return slurm.ntasks_per_node or gpus_per_node(slurm) or 1
 
 
-def _shell_value(value: str) -> str:
-    """A value for `export`: quoted, but ${NAME} is left to the shell on the node, so that no secret
-    stands in the script."""
-    parts = re.split(r"(\$\{\w+\})", value)
-    return "".join(f'"{part}"' if re.fullmatch(r"\$\{\w+\}", part) else shlex.quote(part) for part in parts if part)
-
-
 def render(slurm: SlurmConfig, name: str, cluster_dir: Path, canary: str, python: str = sys.executable) -> str:
     """The whole batch script of a cluster."""
     check_extra(slurm.extra)
@@ -147,7 +141,7 @@ def render(slurm: SlurmConfig, name: str, cluster_dir: Path, canary: str, python
         name=name,
         cluster_dir=shlex.quote(str(cluster_dir)),
         canary=shlex.quote(canary),
-        env=[(key, _shell_value(value) or "''") for key, value in slurm.env.items()],
+        env=[(key, shell_word(value)) for key, value in slurm.env.items()],
         modules=[shlex.quote(module) for module in slurm.modules],
         setup=slurm.setup,
         python=shlex.quote(python),

@@ -1,0 +1,288 @@
+"""What the Slurm tests share: one user's raylaunch on a sandbox, run as people run it, and looking at
+what is left behind. Every command's output is checked for tracebacks; every wait is bounded."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raylaunch import state
+from raylaunch.sandbox import Sandbox
+from raylaunch.sandbox.procs import wait_for
+
+__all__ = ["BIN", "NOBODY", "Command", "Done", "Site", "own_sandbox", "same_curve", "wait_for", "write_texts"]
+
+BIN = Path(sys.executable).parent
+NOBODY = 65534
+LIMIT = 150.0
+"""Seconds that a command gets; far more than any needs on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended."""
+
+    line: str
+    code: int
+    out: str
+    err: str
+
+    @property
+    def all(self) -> str:
+        return self.out + self.err
+
+    def expect(self, code: int, *words: str) -> Done:
+        """Assert the exit code, and that these words were said."""
+        assert self.code == code, self
+        for word in words:
+            assert word in self.all, (word, str(self))
+        return self
+
+    def __str__(self) -> str:
+        return f"$ {self.line}\n{self.out}{self.err}exit code {self.code}"
+
+
+class Command:
+    """A raylaunch command that runs in the background, its output in files."""
+
+    def __init__(self, line: str, process: subprocess.Popen[bytes], out: Path, err: Path) -> None:
+        self.line, self.process, self._out, self._err = line, process, out, err
+
+    @property
+    def said(self) -> str:
+        return self._out.read_text() + self._err.read_text()
+
+    def wait_said(self, words: str, limit: float = LIMIT) -> None:
+        """Wait until it has said this; it must not end before."""
+
+        def there() -> bool:
+            ended = self.process.poll() is not None
+            if words in self.said:
+                return True
+            assert not ended, f"{self.line} ended without saying {words!r}:\n{self.said}"
+            return False
+
+        wait_for(f"{words!r}", there, limit, lambda: self.said)
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
+    def ended(self, limit: float = LIMIT) -> Done:
+        """Wait for its end."""
+        code = self.process.wait(limit)
+        done = Done(self.line, code, self._out.read_text(), self._err.read_text())
+        assert "Traceback" not in done.all, str(done)
+        return done
+
+
+@dataclass
+class Site:
+    """One user's raylaunch on a sandbox: a state directory and a home of their own."""
+
+    sandbox: Sandbox
+    state: Path
+    uid: int = 0
+    _commands: list[Command] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, sandbox: Sandbox, name: str, uid: int = 0) -> Site:
+        directory = sandbox.layout.state / name
+        for path in (directory, directory / "home"):
+            path.mkdir(mode=0o755)
+            os.chown(path, uid, uid)
+        return cls(sandbox, directory, uid)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of this user's shell."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "RAY", "XDG_"))}
+        own = {"HOME": str(self.state / "home"), "RAYLAUNCH_STATE_DIR": str(self.state), "TERM": "dumb"}
+        path = f"{BIN}{os.pathsep}{kept.get('PATH', os.defpath)}"
+        return {**kept, **self.sandbox.env(), **own, "PATH": path}
+
+    def start(self, *args: object, env: Mapping[str, str] | None = None) -> Command:
+        """`raylaunch ARGS` in the background."""
+        words = [str(arg) for arg in args]
+        number = len(self._commands)
+        out, err = (self.state / "home" / f"{number}.{name}" for name in ("out", "err"))
+        with out.open("wb") as to_out, err.open("wb") as to_err:
+            process = subprocess.Popen(
+                # A test run in the background of a shell ignores SIGINT, and would hand that down.
+                ["env", "--default-signal=INT", str(BIN / "raylaunch"), *words],
+                stdin=subprocess.DEVNULL, stdout=to_out, stderr=to_err, cwd="/", start_new_session=True,
+                env={**self.env, **(env or {})}, **self._as_user(),
+            )  # fmt: skip
+        self._commands.append(Command(f"raylaunch {' '.join(words)}", process, out, err))
+        return self._commands[-1]
+
+    def run(self, *args: object, env: Mapping[str, str] | None = None, limit: float = LIMIT) -> Done:
+        """`raylaunch ARGS`, to its end."""
+        return self.start(*args, env=env).ended(limit)
+
+    def _as_user(self) -> dict[str, Any]:
+        return {"user": self.uid, "group": self.uid, "extra_groups": []} if self.uid else {}
+
+    def slurm(self, *argv: str, limit: float = 30) -> str:
+        """Output of one of Slurm's commands."""
+        done = subprocess.run(
+            argv, env=self.env, cwd="/", capture_output=True, text=True, timeout=limit, check=False,
+            **self._as_user(),
+        )  # fmt: skip
+        assert done.returncode == 0, f"{argv}: {done.stderr}"
+        return done.stdout
+
+    # -- looking ---------------------------------------------------------------------------------
+
+    def cluster(self, name: str) -> Path:
+        return state.cluster_dir(self.state, name)
+
+    def run_dir(self, name: str) -> Path:
+        return state.run_dir(self.state, name)
+
+    def status(self) -> dict[str, Any]:
+        """`raylaunch status --json`."""
+        found: dict[str, Any] = json.loads(self.run("status", "--json").expect(0).out)
+        return found
+
+    def cluster_status(self, name: str) -> dict[str, Any]:
+        return next(row for row in self.status()["clusters"] if row["name"] == name)
+
+    def run_status(self, name: str) -> dict[str, Any]:
+        found = self.status()
+        rows = [run for row in found["clusters"] for run in row["runs"]] + found["runs"]
+        return next(row for row in rows if row["name"] == name)
+
+    def members(self, name: str) -> dict[str, dict[str, Any]]:
+        """members.json: node → what its agent said."""
+        table = state.read_json(self.cluster(name) / "members.json")
+        return {row["name"]: row for row in table["nodes"]}
+
+    def events(self, directory: Path, kind: str | None = None) -> list[dict[str, Any]]:
+        rows = state.read_lines(directory / "events.jsonl")
+        return [row for row in rows if kind is None or row["kind"] == kind]
+
+    def losses(self, run: str) -> dict[int, float]:
+        """Step → loss; of a step that was done again after a fault, the last word."""
+        rows = state.read_lines(self.run_dir(run) / "metrics.jsonl")
+        return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+    def jobs(self) -> list[str]:
+        """This user's jobs that have not ended, as `id state`."""
+        user = str(self.uid)
+        return self.slurm("squeue", "-h", "-u", user, "-o", "%i %T").splitlines()
+
+    def wait_step(self, run: str, step: int) -> None:
+        """Wait until the run has committed this step."""
+        wait_for(
+            f"run {run} commits step {step}",
+            lambda: any(row["step"] >= step for row in self.events(self.run_dir(run), "commit")),
+            LIMIT,
+            lambda: str(self.events(self.run_dir(run))[-8:]),
+        )
+
+    # -- what is left ----------------------------------------------------------------------------
+
+    def left(self, nodes: Sequence[str] | None = None) -> list[str]:
+        """What of this user there is: jobs, processes and files in the nodes' /tmp, tokens, commands."""
+        found = [f"job {job}" for job in self.jobs()]
+        found += [f"token {path}" for path in self.state.glob("clusters/*/token")]
+        found += [f"command {c.line}" for c in self._commands if c.process.poll() is None]
+        for node in nodes or [n.name for n in self.sandbox.status().nodes if n.running]:
+            found += [f"{node}: process {line}" for line in self.processes(node)]
+            listing = self.inside(node, "find", "/tmp", "/dev/shm", "-mindepth", "1", "-uid", str(self.uid))
+            found += [f"{node}: {path}" for path in listing.split() if self._counts(path)]
+        return found
+
+    @staticmethod
+    def _counts(path: str) -> bool:
+        return path.count("/") < 4  # the top of it is telling enough
+
+    def processes(self, node: str) -> list[str]:
+        """This user's processes in a node, but for the sandbox's own and Slurm's, as `pid args`."""
+        text = self.inside(node, "ps", "-eo", "uid:1,pid:1,args")
+        rows = [line.split(None, 2) for line in text.splitlines()[1:]]
+        ours = [row for row in rows if int(row[0]) == self.uid and row[1] != "1"]
+        return [
+            f"{row[1]} {row[2]}"
+            for row in ours
+            if not row[2].startswith(("slurmd ", "ps -eo")) and "<defunct>" not in row[2]
+        ]
+
+    def wait_clean(self, limit: float = 15.0) -> None:
+        """Nothing is left, after the moment that Slurm needs to notice the end of a job."""
+        wait_for("nothing left", lambda: not self.left(), limit, lambda: "\n  ".join(self.left()))
+
+    def inside(self, node: str, *argv: str) -> str:
+        """Output of a command in a node, as root."""
+        done = self.sandbox.exec(node, argv, cwd="/", capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
+        return str(done.stdout)
+
+    def end(self) -> None:
+        """End whatever a failed test may have left; no test's assertion."""
+        for command in self._commands:
+            if command.process.poll() is None:
+                command.process.kill()
+                command.process.wait()
+        for job in self.jobs():
+            self.slurm("scancel", job.split()[0])
+        wait_for("jobs gone", lambda: not self.jobs(), 60, lambda: str(self.jobs()))
+
+
+@contextmanager
+def own_sandbox(name: str, **sizes: int) -> Iterator[Sandbox]:
+    """A sandbox for one module, which may break it; up in half a second."""
+    made = Sandbox.up(f"test-{os.getpid()}-{name}", **sizes)
+    try:
+        yield made
+    finally:
+        made.down()
+        assert not made.layout.dir.exists()
+
+
+@contextmanager
+def mounted(path: Path, size: str, *options: str) -> Iterator[Path]:
+    """A small file system of its own at `path`."""
+    path.mkdir(parents=True, exist_ok=True)
+    what = ",".join([f"size={size}", *options])
+    subprocess.run(["mount", "-t", "tmpfs", "-o", what, "raylaunch-test", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+        shutil.rmtree(path)
+
+
+def write_texts(directory: Path) -> Path:
+    """Three small files of text that a model can learn something from; always the same."""
+    directory.mkdir()
+    source = random.Random(0)
+    letters = "abcdefghij"
+    words = ["".join(source.choice(letters) for _ in range(source.randint(2, 8))) for _ in range(200)]
+    for number in range(3):
+        lines = (" ".join(source.choice(words) for _ in range(12)) for _ in range(300))
+        (directory / f"{number}.txt").write_text("\n".join(lines))
+    return directory
+
+
+def same_curve(one: Mapping[int, float], other: Mapping[int, float], relative: float = 1e-4) -> None:
+    """Both have the same steps, and losses that differ by floating-point order alone."""
+    assert list(one) == sorted(one) and one.keys() == other.keys()
+    worst = max(one, key=lambda step: abs(one[step] - other[step]) / abs(other[step]))
+    assert abs(one[worst] - other[worst]) <= relative * abs(other[worst]), (worst, one[worst], other[worst])
+
+
+def seconds(since: float) -> float:
+    return time.monotonic() - since
