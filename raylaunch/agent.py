@@ -115,13 +115,19 @@ class Agent:
         self.resources = hosts.resources(
             os.environ, len(here.peers) if here.local else 1, config.cluster.object_store_memory
         )
-        per_worker = max(1, self.resources.cpus // cluster.workers_per_node)
-        self.env = raynode.environment(os.environ, self.token_file, self.temp, self.address, per_worker)
+        self.workers_cpus = max(1, self.resources.cpus // cluster.workers_per_node)
         self.lease = self._lease(skip=0)
         self.end = asyncio.Event()
         self.reason = ""
         self.link: Link | None = None
         self.duties: HeadDuties | None = None
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment of what this agent starts."""
+        return raynode.environment(
+            os.environ, self.token_file, self.temp, self.address, self.lease.ports, self.workers_cpus
+        )
 
     def _lease(self, skip: int) -> hosts.PortLease:
         return hosts.lease_ports(f"{os.getuid()} {self.here.directory} {self.here.node}", skip)

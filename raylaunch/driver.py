@@ -19,6 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+
+from raylaunch.processes import die_with_parent
+
+if __name__ == "__main__":
+    die_with_parent()
+    # Ray starts what it needs for a driver while the imports below go on.
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
+
 import ray.train
 from ray.exceptions import RayActorError, RayError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -29,7 +37,6 @@ from raylaunch.checkpoint import store
 from raylaunch.config import Config
 from raylaunch.layout import Cluster
 from raylaunch.policy import Ending, Facts, Finish, Hold, Start
-from raylaunch.processes import die_with_parent
 from raylaunch.raynode import WORKER_RESOURCE
 from raylaunch.runs import Run
 
@@ -238,12 +245,10 @@ def _last_line(error: Exception) -> str:
 
 def main() -> int:
     """Entry point of `python -m raylaunch.driver CLUSTER_DIR RUN_DIR`."""
-    die_with_parent()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     cluster_dir, run_dir = Path(sys.argv[1]), Path(sys.argv[2])
     cluster, run = Cluster.read(cluster_dir), Run.read(run_dir)
     assert cluster is not None and run is not None
-    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
     driver = Driver(cluster_dir, run_dir, cluster, configfile.load_resolved(run_dir / layout.CONFIG_FILE), run)
     return 0 if driver.drive() == "finished" else 1
 

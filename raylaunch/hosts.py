@@ -25,7 +25,7 @@ PORTS_FROM, PORTS_TO = 10240, 32768  # below Linux's ephemeral range (32768-6099
 FIRST_WORKER_PORT = 32
 _AF_UNIX_LIMIT = 107
 # What Ray adds to the temp directory for its longest socket path, with a seven-digit pid:
-_LONGEST_SOCKET = "/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
+_LONGEST_SOCKET = "/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class Ports:
     @property
     def metrics_export(self) -> int:
         return self.base + 9
+
+    @property
+    def dashboard_metrics(self) -> int:
+        return self.base + 10
 
     @property
     def workers(self) -> tuple[int, int]:
@@ -164,7 +168,9 @@ def claim_temp_dir(path: Path) -> None:
         shutil.rmtree(path)
     try:
         path.mkdir(mode=0o700, parents=True)
-        (path / "tmp").mkdir()
+        # Ray makes the directory that it is given open to all: it gets one behind our door.
+        for part in ("r", "tmp"):
+            (path / part).mkdir()
     except OSError as error:
         raise StateError(
             f"cannot make the temp directory {path}: {error.strerror}",

@@ -57,7 +57,7 @@ class RayNode:
             "memory": self.resources.memory,
             "object-store-memory": self.resources.object_store,
             "resources": json.dumps({WORKER_RESOURCE: self.workers}),
-            "temp-dir": self.temp_dir,
+            "temp-dir": self.temp_dir / "r",
             "node-manager-port": self.ports.node_manager,
             "object-manager-port": self.ports.object_manager,
             "dashboard-agent-listen-port": self.ports.dashboard_agent,
@@ -83,7 +83,7 @@ class RayNode:
 
 
 def environment(
-    base: Mapping[str, str], token_file: Path, temp_dir: Path, address: str, cpus_per_worker: int
+    base: Mapping[str, str], token_file: Path, temp_dir: Path, address: str, ports: hosts.Ports, cpus_per_worker: int
 ) -> dict[str, str]:
     """The environment of everything Ray on this node. The token stays in its file."""
     fixed = {
@@ -91,6 +91,7 @@ def environment(
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "DASHBOARD_METRIC_PORT": str(ports.dashboard_metrics),  # else one fixed port for all heads of a node
         # Ray watches the whole machine's memory, which on a shared node is mostly other people's;
         # the job's cgroup is the judge of ours.
         "RAY_memory_monitor_refresh_ms": "0",
@@ -168,7 +169,7 @@ def own_words(temp_dir: Path, log: Path, most: int = 3) -> str:
 
 
 def _session_logs(temp_dir: Path) -> Iterator[Path]:
-    logs = temp_dir / "session_latest" / "logs"
+    logs = temp_dir / "r" / "session_latest" / "logs"
     for name in ("gcs_server.out", "gcs_server.err", "dashboard.err", "raylet.out", "raylet.err"):
         if (logs / name).exists():
             yield logs / name

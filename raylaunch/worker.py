@@ -48,6 +48,7 @@ def main(spec: dict[str, Any]) -> None:
     module, function = config.trainer.split(":")
     sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
     session.start()
+    session.event("connected", workers=session.world_size)  # all are there, and know each other
     try:
         getattr(importlib.import_module(module), function)(config, session)
     finally:

@@ -54,7 +54,7 @@ def test_services_have_a_port_each() -> None:
 def test_temp_dir_is_short_and_apart() -> None:
     paths = {hosts.temp_dir("/tmp", key, index) for key in ("/a/clusters/x", "/b/clusters/x") for index in (None, 1, 2)}
     assert len(paths) == 6
-    longest = max(len(str(p)) for p in paths) + len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
+    longest = max(len(str(p)) for p in paths) + len("/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
     assert longest <= 107
 
 
@@ -69,7 +69,7 @@ def test_leftovers_of_ours_go_and_a_trap_is_refused(tmp_path: Path) -> None:
     mine.mkdir()
     (mine / "old").touch()
     hosts.claim_temp_dir(mine)
-    assert [p.name for p in mine.iterdir()] == ["tmp"] and mine.stat().st_mode & 0o777 == 0o700
+    assert {p.name for p in mine.iterdir()} == {"r", "tmp"} and mine.stat().st_mode & 0o777 == 0o700
     target = tmp_path / "elsewhere"
     target.mkdir()
     (tmp_path / "link").symlink_to(target)
