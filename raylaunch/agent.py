@@ -108,7 +108,7 @@ class Agent:
         self.here, self.cluster, self.config = here, cluster, config
         self.token_file = here.directory / layout.TOKEN_FILE
         self.token = self.token_file.read_text().strip()
-        self.log_file = here.directory / layout.LOGS / f"{here.node}.log"
+        self.ray_log = here.directory / layout.LOGS / f"{here.node}-ray.log"
         self.temp = hosts.temp_dir(config.cluster.temp_dir, str(here.directory), here.index + 1 if here.local else None)
         peer = next((n for n in here.peers if n != here.node), None)
         self.address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
@@ -142,7 +142,7 @@ class Agent:
     async def live(self) -> None:
         """This node's part, until it is cancelled; raises what kept the node from starting."""
         hosts.claim_temp_dir(self.temp)
-        ray = await RayProcess.prepare(self.env, self.log_file)
+        ray = await RayProcess.prepare(self.env, self.ray_log)
         if self.here.is_head:
             self.duties = HeadDuties(self.here.directory, self.cluster, self._as_head(), self.token, self.env, self.stop)
             await self.duties.open()
@@ -212,21 +212,21 @@ class Agent:
                 link.tell(state="ready", error=None)
                 has_run = True
                 status = await ray.exited()
-                words = raynode.own_words(self.temp, self.log_file)
+                words = ray.own_words(self.temp)
                 if time.monotonic() - began > 10 * RESTART_BACKOFF:
                     failures = 0
             else:
-                words = raynode.own_words(self.temp, self.log_file)
+                words = ray.own_words(self.temp)
                 status = await self._give_up(ray)
             failures += 1
             log.warning("ray ended status=%s failures=%d words=%r", status, failures, words)
             if (self.here.is_head and has_run) or (not has_run and failures >= RAY_TRIES):
-                raise BringUpError(f"Ray on {self.here.node} ended (status {status}): {words}")
+                raise BringUpError(f"Ray on {self.here.node} ended ({raynode.described(status)}): {words}")
             link.tell(state="restarting", error=words)
             await asyncio.sleep(min(RESTART_BACKOFF, 0.5 * 2 ** (failures - 1)))
             await asyncio.to_thread(self._fresh_ground, has_run, failures)
             link.tell(ports=self.info()["ports"])
-            ray = await RayProcess.prepare(self.env, self.log_file)
+            ray = await RayProcess.prepare(self.env, self.ray_log)
 
     def _fresh_ground(self, has_run: bool, failures: int) -> None:
         """What the next start needs: nothing left of the last one, and other ports if these may be why."""

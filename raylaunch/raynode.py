@@ -11,6 +11,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from asyncio.subprocess import Process
@@ -117,6 +118,7 @@ class RayProcess:
 
     def __init__(self, process: Process, log: Path) -> None:
         self._process, self._log = process, log
+        self._begins_at = log.stat().st_size if log.exists() else 0  # earlier lives wrote there, too
         self.started = asyncio.Event()
         self._pump = asyncio.create_task(self._copy())
 
@@ -146,6 +148,13 @@ class RayProcess:
         await asyncio.shield(self._pump)  # whoever gives up waiting does not stop the copying
         return await self._process.wait()
 
+    def own_words(self, temp_dir: Path, most: int = 3) -> str:
+        """Why Ray ended, in its own logs' words: the last telling lines."""
+        found: list[str] = []
+        for path, start in [*((path, 0) for path in _session_logs(temp_dir)), (self._log, self._begins_at)]:
+            found += [line for line in _tail(path, start) if _TROUBLE.search(line) and not _NOISE.search(line)][-most:]
+        return " | ".join(dict.fromkeys(line.strip()[:400] for line in found[-most:])) or "Ray said nothing"
+
     async def _copy(self) -> None:
         """Copy what it prints to the node's log, and notice the line that says it has started."""
         assert self._process.stdout is not None
@@ -160,14 +169,6 @@ _TROUBLE = re.compile(r"(error|exception|fail|unable|refused|denied|in use|no sp
 _NOISE = re.compile(r"(error_type|Failed to get (node|cluster) info|metrics agent|FutureWarning|fail_on|event_stats)")
 
 
-def own_words(temp_dir: Path, log: Path, most: int = 3) -> str:
-    """Why Ray did not start, in its own log's words: the last telling lines."""
-    found: list[str] = []
-    for path in [*_session_logs(temp_dir), log]:
-        found += [line for line in _tail(path) if _TROUBLE.search(line) and not _NOISE.search(line)][-most:]
-    return " | ".join(dict.fromkeys(line.strip()[:400] for line in found[-most:])) or "Ray said nothing"
-
-
 def _session_logs(temp_dir: Path) -> Iterator[Path]:
     logs = temp_dir / "r" / "session_latest" / "logs"
     for name in ("gcs_server.out", "gcs_server.err", "dashboard.err", "raylet.out", "raylet.err"):
@@ -175,10 +176,16 @@ def _session_logs(temp_dir: Path) -> Iterator[Path]:
             yield logs / name
 
 
-def _tail(path: Path, size: int = 16384) -> list[str]:
+def _tail(path: Path, start: int, size: int = 16384) -> list[str]:
+    """The last lines of a file, of what was written after `start`."""
     try:
         with path.open("rb") as source:
-            source.seek(max(0, os.fstat(source.fileno()).st_size - size))
+            source.seek(max(start, os.fstat(source.fileno()).st_size - size))
             return source.read().decode(errors="replace").splitlines()
     except OSError:
         return []
+
+
+def described(status: int) -> str:
+    """An exit status for people: the signal's name for a negative one."""
+    return signal.Signals(-status).name if status < 0 else f"exit code {status}"

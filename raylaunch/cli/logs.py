@@ -48,7 +48,7 @@ def _files(where: Path, name: str | None, node: str | None, rank: int | None) ->
     if rank is not None:
         raise UsageError("--rank belongs to a run, and this is a cluster", "Give --node, or a run's name.")
     found = sorted((state.cluster_dir(where, name) / layout.LOGS).glob("*"))
-    return [path for path in found if node is None or path.stem == node]
+    return [path for path in found if node is None or path.stem in {node, f"{node}-ray"}]
 
 
 def _run_files(run_dir: Path, run: Run, node: str | None, rank: int | None) -> list[Path]:

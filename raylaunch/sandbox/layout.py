@@ -161,6 +161,8 @@ class Layout:
     def read_spec(self) -> Spec:
         """The record of a sandbox that is up; SandboxError when there is none."""
         try:
+            if self.dir.stat().st_uid != 0:  # anyone may make directories there; root kills by its records
+                raise SandboxError(f"{self.dir} does not belong to root", "choose another --name")
             return Spec.from_json(self.spec.read_text())
         except FileNotFoundError:
             if self.dir.exists():

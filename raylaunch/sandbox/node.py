@@ -95,12 +95,17 @@ def kill(layout: Layout, spec: Spec, node: str, silent: bool) -> None:
         raise SandboxError(f"{node} is not running", f"raylaunch sandbox start {node}")
     if silent:
         links.unplug(layout, spec, node)
-    group = cgroups.group(layout, node)
     proc.kill()
-    cgroups.kill(group)  # commands that were just entering the node
     wait_for(f"{node} dead", lambda: not proc.alive(), 10)
+    clear(layout, spec, node)
     os.utime(record(layout, node))  # when it ended, for `wait_until_noticeable`
+
+
+def clear(layout: Layout, spec: Spec, node: str) -> None:
+    """Remove what a dead node leaves on the machine: commands entering it, cable, cgroups."""
     links.unplug(layout, spec, node)
+    group = cgroups.group(layout, node)
+    cgroups.kill(group)
     # A group that was frozen would freeze the next init, and Slurm would take groups of jobs
     # that are no more for running steps.
     for path in (group, cgroups.freezer_group(layout, node)):

@@ -211,7 +211,7 @@ class Sandbox:
             raise SandboxError(
                 f"{node_name} is running already", f"first: raylaunch sandbox kill {node_name}"
             )
-        links.unplug(self.layout, self.spec, node_name)  # of an init that ended by itself
+        node.clear(self.layout, self.spec, node_name)  # its init may have ended by itself
         node.wait_until_noticeable(self.layout, node_name)
         before = slurm.slurmd_start(self.layout, node_name)
         node.boot(self.layout, self.spec, [node_name])

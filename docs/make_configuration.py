@@ -1,0 +1,51 @@
+"""Write docs/configuration.md from the schema in raylaunch/config.py; a test holds the two together."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+from raylaunch import config
+from raylaunch.config import Config, Section
+
+TARGET = Path(__file__).with_name("configuration.md")
+
+
+def field_notes(section: type[Section]) -> dict[str, str]:
+    """The docstring under each field."""
+    body = ast.parse(inspect.getsource(section)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    notes: dict[str, str] = {}
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
+            assert isinstance(after.value, ast.Constant)
+            notes[field.target.id] = " ".join(str(after.value.value).split())
+    return notes
+
+
+def text() -> str:
+    lines = [
+        "# Configuration", "",
+        "All keys, with their defaults. Made from `raylaunch/config.py` by `python docs/make_configuration.py`.", "",
+        "Sizes that `model.size` names: " + ", ".join(
+            f"`{name}` (dim {s['dim']}, {s['n_layers']} layers)" for name, s in config.SIZES.items()
+        ) + ".",
+    ]  # fmt: skip
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        if not (inspect.isclass(kind) and issubclass(kind, Section)):
+            note = field_notes(Config).get(name, "")
+            lines += ["", f"## `{name}`", "", f"{note} Default: `{field.default}`."]
+            continue
+        lines += ["", f"## `{name}:`", "", f"{inspect.getdoc(kind)}".split(":", 1)[-1].strip().strip("`: ").capitalize(), ""]
+        notes = field_notes(kind)
+        lines += ["| key | default | |", "| --- | --- | --- |"]
+        for key, item in kind.model_fields.items():
+            default = item.get_default(call_default_factory=True)
+            lines.append(f"| `{key}` | `{default}` | {notes.get(key, '').replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(text())
