@@ -1,9 +1,9 @@
 """The training loop: FSDP2 over all workers, exact at any number of them.
 
 Set up → data → model, sharded → the newest commit, or fresh values → steps → a last checkpoint.
-A step: micro-batches forward and backward, one small all-reduce (loss, gradient norm, the wish to
-stop), clip, AdamW. What a step measured is read when it is there: on a GPU while the next one runs,
-so a stop takes effect one step later, on all ranks at the same one.
+A step: micro-batches forward and backward, one small all-reduce (loss, gradient norm, wish to stop),
+clip, AdamW. What a step measured is read when it is there: on a GPU while the next one runs, so that
+a stop takes effect one step later; always on all ranks at the same step.
 Refused: a checkpoint of other data or another global batch; a loss that is no number.
 """
 
@@ -58,7 +58,7 @@ def train(config: Config, session: Session) -> None:
     while step < steps.max_steps and not meter.stop:
         lr = learning_rate(step, config.optimizer.lr, steps)
         set_learning_rate(optimizer, lr)
-        stats = StepStats(device, stop=session.stop_requested())
+        stats = StepStats(device, stop=session.stop_requested(), save_failed=saver.failed())
         forward_backward(model, layout, loader.training(step), tokens_per_step, stats)
         gradients = local_gradients(model)
         stats.exchange(gradients)
@@ -69,6 +69,8 @@ def train(config: Config, session: Session) -> None:
         step += 1
 
         meter.push(step, lr, stats)
+        if meter.save_failed:
+            saver.give_up()
         ends = step == steps.max_steps
         save = ends or meter.stop or step % steps.ckpt_every_steps == 0
         if save:
@@ -78,7 +80,6 @@ def train(config: Config, session: Session) -> None:
                 validate(model, loader.validation(steps.val_batches), device, session, step)
             if save:
                 saver.save(step, tensors, facts)
-        saver.check()
 
     saver.close()
     loader.close()

@@ -1,9 +1,9 @@
 """What a step measured, on its way to the run's metrics, without making the step wait.
 
-One small all-reduce per step carries the loss, the number of samples, the gradient norm and rank
-0's wish to stop. On a GPU the result is copied to the host behind the step and read when the next
-one is under way; on a CPU it is there at once. `Meter` reports, and raises on a loss that is no
-number: the run then goes on from its last commit, or a person looks.
+One small all-reduce per step carries the loss, the number of samples, the gradient norm, rank 0's
+wish to stop and the news of a failed background save. On a GPU the result is copied to the host behind
+the step and read when the next one is under way; on a CPU it is there at once. `Meter` reports, and
+raises on a loss that is no number.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from raylaunch.config import Config
 from raylaunch.errors import RunError
 from raylaunch.session import Session
 
-_LOSS, _SAMPLES, _SQUARES, _STOP = range(4)
+_LOSS, _SAMPLES, _SQUARES, _STOP, _SAVE_FAILED = _SLOTS = range(5)
 
 
 class StepStats:
     """The sums of one step: over its micro-batches first, then over the ranks."""
 
-    def __init__(self, device: torch.device, *, stop: bool) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, *, stop: bool, save_failed: bool) -> None:
+        self._sums = torch.zeros(len(_SLOTS), dtype=torch.float64, device=device)
         self._sums[_STOP].fill_(float(stop))
+        self._sums[_SAVE_FAILED].fill_(float(save_failed))
         self._ready: torch.cuda.Event | None = None
 
     def add(self, loss: Tensor, samples: int) -> None:
@@ -50,13 +51,13 @@ class StepStats:
     def send(self) -> None:
         """Start the copy to the host."""
         if self._sums.is_cuda:
-            host = torch.empty(4, dtype=torch.float64, pin_memory=True)
+            host = torch.empty(len(_SLOTS), dtype=torch.float64, pin_memory=True)
             host.copy_(self._sums, non_blocking=True)
             self._sums, self._ready = host, torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._ready.record()
 
     def read(self) -> list[float]:
-        """[loss, samples, squares, stop]; waits for this step, but not for later ones."""
+        """The sums, by slot; waits for this step, but not for later ones."""
         if self._ready is not None:
             self._ready.synchronize()
         values: list[float] = self._sums.tolist()
@@ -64,12 +65,13 @@ class StepStats:
 
 
 class Meter:
-    """Reports every log_every_steps steps, and the last one; tells when all ranks are to stop."""
+    """Reports every log_every_steps steps, and the last one. `stop`: all ranks are to stop now;
+    `save_failed`: some rank's background save has failed."""
 
     def __init__(
         self, config: Config, session: Session, *, done: int, tokens_per_step: int, device: torch.device
     ) -> None:
-        self.stop = False
+        self.stop = self.save_failed = False
         self._session = session
         self._every, self._last_step = config.logging.log_every_steps, config.step_scheduler.max_steps
         self._tokens_per_step = tokens_per_step
@@ -99,7 +101,7 @@ class Meter:
 
     def _read(self) -> None:
         step, lr, stats = self._waiting.popleft()
-        loss_sum, samples, squares, stop = stats.read()
+        loss_sum, samples, squares, stop, save_failed = stats.read()
         assert samples == self._session.global_batch_size, f"step {step} consumed {samples} samples"
         loss, norm = loss_sum / self._tokens_per_step, math.sqrt(squares)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -109,6 +111,7 @@ class Meter:
                 "optimizer.lr, lengthen step_scheduler.warmup_steps or set optimizer.max_grad_norm.",
             )
         self.stop = self.stop or stop > 0
+        self.save_failed = self.save_failed or save_failed > 0
         if step == self._first:
             self._session.event("first_step", step=step)
         if step % self._every == 0 or step == self._last_step or self.stop:

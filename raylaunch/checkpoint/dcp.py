@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -112,10 +112,17 @@ class Saver:
         assert isinstance(response, Future)
         self._in_flight = self._after(response, path, complete)
 
-    def check(self) -> None:
-        """Raise if the save in the background has failed; costs nothing."""
-        if self._in_flight is not None and self._in_flight.done():
-            self.wait()
+    def failed(self) -> bool:
+        """Whether the save in the background has failed here. Tell the others: all then `give_up` at the
+        same step, rather than leave some of them in a collective."""
+        return (
+            self._in_flight is not None and self._in_flight.done() and self._in_flight.exception() is not None
+        )
+
+    def give_up(self) -> NoReturn:
+        """Raise what made the save in the background fail, here or on another rank."""
+        self.wait()
+        raise StateError("the background save failed on another rank", "See the log of rank 0.")
 
     def wait(self) -> None:
         """Until the save in the background is committed; raises if it failed."""

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ _write_data = FileSystemWriter.write_data
 
 def arrange_faults(case: dict[str, Any], session: Session) -> None:
     """`stop_at`: a stop is asked for during that step of the attempt; `kill_in_save` / `full_in_save`:
-    rank 1 dies, or finds the disk full, while it writes its part of that save of the attempt."""
+    rank 1 dies, or finds the disk full, while it writes its part of that save of the attempt; `slow_save`:
+    seconds that every write takes longer."""
     if stop_at := case.get("stop_at"):
         asked = itertools.count(1)
         session.stop_requested = lambda: next(asked) >= stop_at  # type: ignore[method-assign]
@@ -38,6 +40,7 @@ def arrange_faults(case: dict[str, Any], session: Session) -> None:
 
     def write_data(*args: Any, **kwargs: Any) -> Any:
         save = next(saves)
+        time.sleep(case.get("slow_save", 0.0))
         if session.rank == 1 and save == case.get("kill_in_save"):
             os.kill(os.getpid(), signal.SIGKILL)
         if session.rank == 1 and save == case.get("full_in_save"):

@@ -10,18 +10,30 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from raylaunch import state
-from raylaunch.sandbox import Sandbox
+from raylaunch.sandbox import Sandbox, missing
 from raylaunch.sandbox.procs import wait_for
 
-__all__ = ["BIN", "NOBODY", "Command", "Done", "Site", "own_sandbox", "same_curve", "wait_for", "write_texts"]
+__all__ = [
+    "BIN",
+    "NOBODY",
+    "Command",
+    "Done",
+    "Site",
+    "mounted",
+    "own_sandbox",
+    "same_curve",
+    "wait_for",
+    "write_texts",
+]
 
 BIN = Path(sys.executable).parent
 NOBODY = 65534
@@ -244,6 +256,8 @@ class Site:
 @contextmanager
 def own_sandbox(name: str, **sizes: int) -> Iterator[Sandbox]:
     """A sandbox for one module, which may break it; up in half a second."""
+    if reason := missing():
+        pytest.skip(f"no sandbox: {reason}")
     made = Sandbox.up(f"test-{os.getpid()}-{name}", **sizes)
     try:
         yield made
@@ -282,7 +296,3 @@ def same_curve(one: Mapping[int, float], other: Mapping[int, float], relative: f
     assert list(one) == sorted(one) and one.keys() == other.keys()
     worst = max(one, key=lambda step: abs(one[step] - other[step]) / abs(other[step]))
     assert abs(one[worst] - other[worst]) <= relative * abs(other[worst]), (worst, one[worst], other[worst])
-
-
-def seconds(since: float) -> float:
-    return time.monotonic() - since

@@ -1,0 +1,604 @@
+"""Bringing clusters up on Slurm, looking at them, and taking them down: nothing but theirs is touched, and
+nothing is left. Run as people run it, against a real Slurm of four nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import BIN, NOBODY, Done, Site, own_sandbox, wait_for
+
+from raylaunch import hosts, state
+from raylaunch.link import Link, Refused
+from raylaunch.sandbox import Sandbox
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
+
+SECRET = "correct-horse-battery-staple"
+
+LISTENING = "ss -Hltnp | awk '{print $4, $6}'"
+GCS = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1]).get_all_node_info()
+"""
+HOLD_PORT = """
+import socket, sys
+s = socket.create_server(("", int(sys.argv[1])))
+print("ready", flush=True)
+s.accept()
+"""
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Sandbox]:
+    with own_sandbox("cluster", nodes=4, cpus=4) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def site(machine: Sandbox) -> Iterator[Site]:
+    made = Site.make(machine, "alice")
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def main(site: Site) -> Done:
+    """The cluster `main` on node1 and node2, shared by the tests up to the one that takes it down."""
+    config = site.state / "home" / "main.yaml"
+    config.write_text('slurm: {cpus_per_task: 2, comment: "two words", env: {OUR_KEY: "${OUR_SECRET}"}}\n')
+    done = site.run("up", "-c", config, "--nodes", 2, "--", "--nice=7", env={"OUR_SECRET": SECRET})
+    return done.expect(0)
+
+
+@pytest.fixture
+def cluster(site: Site) -> Iterator[Callable[..., Done]]:
+    """`cluster(name, …)`: a cluster for one test, taken down behind it, with nothing left."""
+    names = []
+
+    def make(name: str, *options: object) -> Done:
+        names.append(name)
+        return site.run("up", "--name", name, *options)
+
+    yield make
+    for name in names:
+        site.run("down", name).expect(0)
+    site.wait_clean()
+
+
+# --- a cluster that is up ---------------------------------------------------------------------------
+
+
+def test_up_says_where_it_stands_and_what_is_next(site: Site, main: Done) -> None:
+    port = state.read_json(site.cluster("main") / "head.json")["dashboard_port"]
+    for line in ("the head starts on node1", "2 nodes are ready"):
+        assert line in main.err
+    assert "cluster main is ready: 2 nodes (node1, node2), 4 CPUs" in main.out
+    assert f"http://127.0.0.1:{port} on node1" in main.out
+    assert re.search(rf"ssh -N -L {port}:127\.0\.0\.1:{port} \S+@node1$", main.out, re.MULTILINE)
+    assert main.out.rstrip().splitlines()[-1].split(None, 1)[1] == "raylaunch train cfg.yaml"
+    assert "\x1b" not in main.all  # plain lines where there is no terminal
+    (job,) = site.slurm("squeue", "-h", "-o", "%T %j %D %k").splitlines()
+    assert job == "RUNNING raylaunch-main 2 two words"
+    assert "Nice=7" in site.slurm("scontrol", "show", "job")
+
+
+@pytest.mark.usefixtures("main")
+def test_status_as_json(site: Site) -> None:
+    found = site.cluster_status("main")
+    wanted = {"name", "backend", "state", "incarnation", "jobs", "nodes", "dashboard", "runs"}
+    assert wanted <= found.keys()
+    assert (found["backend"], found["state"], found["incarnation"]) == ("slurm", "ready", 1)
+    assert found["runs"] == []
+    (job,) = found["jobs"]
+    assert {"id", "state", "nodes"} <= job.keys()
+    assert (job["state"], job["nodes"]) == ("RUNNING", ["node1", "node2"])
+    spec = site.sandbox.spec
+    rows = [(n["name"], n["address"], n["role"], n["state"]) for n in found["nodes"]]
+    assert rows == [
+        ("node1", spec.address("node1"), "head", "ready"),
+        ("node2", spec.address("node2"), "worker", "ready"),
+    ]
+    port = state.read_json(site.cluster("main") / "head.json")["dashboard_port"]
+    assert str(port) in json.dumps(found["dashboard"])
+
+
+@pytest.mark.usefixtures("main")
+def test_status_is_quick_and_asks_slurm_once(site: Site) -> None:
+    shims = site.state / "home" / "shims"
+    shims.mkdir()
+    log = shims / "log"
+    path = site.env["PATH"]
+    for command in ("squeue", "scontrol", "sinfo", "sacct", "sbatch", "srun"):
+        shim = shims / command
+        shim.write_text(f'#!/bin/sh\necho "{command} $*" >> {log}\nPATH={path!r} exec {command} "$@"\n')
+        shim.chmod(0o755)
+    done = site.run("status", env={"PATH": f"{shims}{os.pathsep}{path}"})
+    done.expect(0, "main", "ready", "node1", "head", "node2", "worker", "RUNNING")
+    (call,) = log.read_text().splitlines()
+    assert call.startswith("squeue ")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    site.run("status").expect(0)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Its work, not the wall's clock: other tests may have the machine. 0.3 s.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.7
+
+
+@pytest.mark.usefixtures("main")
+def test_logs_of_a_cluster(site: Site) -> None:
+    both = site.run("logs", "main").expect(0, "Ray runtime started").out
+    assert any(line.startswith("node1: ") for line in both.splitlines())
+    assert any(line.startswith("node2: ") for line in both.splitlines())
+    one = site.run("logs", "main", "--node", "node2").expect(0, "Ray runtime started").out
+    assert site.sandbox.spec.address("node2") in one and site.sandbox.spec.address("node1") not in one
+    site.run("logs", "main", "--node", "node9").expect(2, "node9")
+    site.run("logs", "main", "--rank", "0").expect(2, "--rank")
+    # A reader that goes away is no failure of ours.
+    piped = f"{BIN}/raylaunch logs main | head -n 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", piped], env=site.env, capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+
+
+@pytest.mark.usefixtures("main")
+def test_the_dashboard_is_for_the_head_alone(site: Site) -> None:
+    out = site.run("dashboard").expect(0).out.splitlines()
+    port = state.read_json(site.cluster("main") / "head.json")["dashboard_port"]
+    assert out[0] == f"http://127.0.0.1:{port} on node1"
+    assert out[1].startswith(f"ssh -N -L {port}:127.0.0.1:{port} ") and out[1].endswith("@node1")
+    assert site.run("dashboard", "main").expect(0).out.splitlines() == out
+    get = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=5).status)"
+    assert site.inside("node1", sys.executable, "-c", get, f"http://127.0.0.1:{port}/").strip() == "200"
+    from_elsewhere = [sys.executable, "-c", get, f"http://{site.sandbox.spec.address('node1')}:{port}/"]
+    done = site.sandbox.exec("node2", from_elsewhere, capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0 and "Connection refused" in done.stderr
+
+
+@pytest.mark.usefixtures("main")
+def test_a_name_that_is_alive_is_refused(site: Site) -> None:
+    before = {p.name: p.read_bytes() for p in site.cluster("main").iterdir() if p.is_file()}
+    done = site.run("up", "--nodes", 1).expect(2, "main", "alive", "raylaunch down main", "--name")
+    assert done.out == ""
+    assert len(site.jobs()) == 1
+    assert before == {p.name: p.read_bytes() for p in site.cluster("main").iterdir() if p.is_file()}
+
+
+@pytest.mark.usefixtures("main")
+def test_a_wrong_token_is_refused_within_seconds(site: Site) -> None:
+    head = state.read_json(site.cluster("main") / "head.json")
+    ours = (site.cluster("main") / "token").read_text().strip()
+
+    async def knock(token: str, incarnation: int) -> None:
+        link = await Link.connect(head["address"], head["control_port"], token, incarnation, "node9", {})
+        link.close()
+
+    began = time.monotonic()
+    with pytest.raises(Refused, match="wrong token"):
+        asyncio.run(knock(state.new_token(), head["incarnation"]))
+    with pytest.raises(Refused, match="incarnation"):
+        asyncio.run(knock(ours, head["incarnation"] + 1))
+    assert time.monotonic() - began < 2
+    for token in (None, state.new_token()):
+        mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-c", GCS, head["gcs"]], env={**site.env, **mode}, cwd="/",
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode != 0 and "InvalidAuthToken" in done.stderr, done.stderr
+        assert time.monotonic() - began < 15  # most of it imports Ray
+    assert set(site.members("main")) == {"node1", "node2"}
+    assert site.cluster_status("main")["state"] == "ready"
+
+
+@pytest.mark.usefixtures("main")
+def test_all_ports_are_of_the_leased_block(site: Site) -> None:
+    for node, member in site.members("main").items():
+        low, high = member["ports"]
+        assert low >= hosts.PORTS_FROM and high < hosts.PORTS_TO
+        for line in site.inside(node, "sh", "-c", LISTENING).splitlines():
+            address, who = line.split(None, 1)
+            if not re.search(r'"(slurmd|slurmstepd|srun)"', who):
+                assert low <= int(address.rpartition(":")[2]) <= high, (node, line)
+
+
+@pytest.mark.usefixtures("main")
+def test_what_is_ours_is_ours_alone(site: Site) -> None:
+    directory = site.cluster("main")
+    assert (directory / "token").stat().st_mode & 0o777 == 0o600
+    assert directory.stat().st_mode & 0o777 == 0o700
+    for path in directory.rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0, path
+    token = (directory / "token").read_text().strip()
+    look = "cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2> /dev/null | tr '\\0' '\\n'"
+    for node, member in site.members("main").items():
+        mode, owner = site.inside(node, "stat", "-c", "%a %u", member["temp_dir"]).split()
+        assert (mode, owner) == ("700", "0")
+        assert token not in site.inside(node, "sh", "-c", look)
+
+
+@pytest.mark.usefixtures("main")
+def test_a_secret_is_on_the_nodes_and_in_no_file(site: Site) -> None:
+    pid = site.members("main")["node2"]["pid"]
+    assert f"OUR_KEY={SECRET}" in site.inside("node2", "cat", f"/proc/{pid}/environ").split("\0")
+    roots = [site.cluster("main"), site.sandbox.layout.log]
+    for path in [p for root in roots for p in root.rglob("*") if p.is_file()]:
+        assert SECRET not in path.read_text(errors="replace"), path
+    assert "${OUR_SECRET}" in (site.cluster("main") / "config.yaml").read_text()
+    for node in ("node1", "node2"):
+        done = site.sandbox.exec(node, ["grep", "-rqF", SECRET, "/tmp"], check=False)
+        assert done.returncode == 1
+    shown = [site.run(*command).all for command in (["logs", "main"], ["status"], ["status", "--json"])]
+    assert not any(SECRET in text for text in shown)
+
+
+@pytest.mark.usefixtures("main")
+def test_resources_are_what_the_job_was_given(site: Site) -> None:
+    (row,) = site.slurm("scontrol", "--oneliner", "show", "job", "-d").splitlines()
+    granted = [int(value) for value in re.findall(r"Nodes=\S+ CPU_IDs=\S+ Mem=(\d+)", row)]
+    assert granted
+    for member in site.members("main").values():
+        assert member["resources"]["cpus"] == 2
+        assert member["resources"]["memory"] == granted[0] << 20
+        assert member["resources"]["object_store"] <= member["resources"]["memory"] // 10
+        environ = site.inside(member["name"], "cat", f"/proc/{_raylet(site, member['name'])}/environ")
+        assert "OMP_NUM_THREADS=2" in environ.split("\0")
+
+
+def _raylet(site: Site, node: str) -> str:
+    return next(row.split()[0] for row in site.processes(node) if "/raylet " in row)
+
+
+@pytest.mark.usefixtures("main")
+def test_a_raylet_that_dies_is_started_again(site: Site) -> None:
+    before = _raylet(site, "node2")
+    site.inside("node2", "kill", "-9", before)
+
+    def back() -> bool:
+        kinds = [row["kind"] for row in site.events(site.cluster("main")) if row.get("node") == "node2"]
+        return kinds[-1] == "node_ready" and "node_restarting" in kinds
+
+    wait_for("node2 back", back, 60, lambda: str(site.events(site.cluster("main"))))
+    assert _raylet(site, "node2") != before
+    assert site.cluster_status("main")["state"] == "ready"
+
+
+def _readable_by(uid: int) -> bool:
+    done = subprocess.run(
+        [BIN / "python", "-c", "import raylaunch.agent, ray"], user=uid, group=uid, extra_groups=[], cwd="/",
+        env={"PATH": os.defpath}, capture_output=True, check=False,
+    )  # fmt: skip
+    return done.returncode == 0
+
+
+@pytest.mark.usefixtures("main")
+def test_two_users_on_the_same_nodes_do_not_meet(site: Site) -> None:
+    if not _readable_by(NOBODY):
+        pytest.skip(f"another user cannot read {BIN}: put the checkout where all may read it")
+    other = Site.make(site.sandbox, "bob", uid=NOBODY)
+    try:
+        place = ["--nodes", 2, "--set", "slurm.nodelist=node[1-2]", "--mem", "1500M"]
+        other.run("up", *place, "--cpus-per-task", 1).expect(0, "2 nodes (node1, node2)")
+        mine, theirs = site.members("main"), other.members("main")
+        for node in ("node1", "node2"):
+            (low, high), (low_2, high_2) = mine[node]["ports"], theirs[node]["ports"]
+            assert high < low_2 or high_2 < low
+            assert mine[node]["temp_dir"] != theirs[node]["temp_dir"]
+            assert theirs[node]["resources"]["memory"] == 1500 << 20
+            owner = site.inside(node, "stat", "-c", "%u %a", theirs[node]["temp_dir"]).split()
+            assert owner == [str(NOBODY), "700"]
+        assert [c["state"] for c in other.status()["clusters"]] == ["ready"]
+        assert [c["state"] for c in site.status()["clusters"]] == ["ready"]
+        assert len(site.jobs()) == len(other.jobs()) == 1
+        # The nodes of one cluster are strangers to the other one's head.
+        head = state.read_json(other.cluster("main") / "head.json")
+        token = (site.cluster("main") / "token").read_text().strip()
+        with pytest.raises(Refused, match="wrong token"):
+            asyncio.run(
+                Link.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", {})
+            )
+
+        before = {node: site.processes(node) for node in ("node1", "node2")}
+        other.run("down").expect(0, "is down: no job, process or temp directory is left")
+        other.wait_clean()
+        raylets = {node: _raylet(site, node) for node in before}
+        assert all(any(line.startswith(f"{raylets[node]} ") for line in before[node]) for node in before)
+        assert site.cluster_status("main")["state"] == "ready"
+        # And the other way round: what is not ours cannot be ended by us.
+        assert "no cluster" in other.run("down", "alice").expect(2).err
+    finally:
+        other.end()
+
+
+@pytest.mark.usefixtures("main")
+def test_down_leaves_nothing_and_may_be_repeated(site: Site) -> None:
+    job = site.jobs()[0].split()[0]
+    began = time.monotonic()
+    site.run("down").expect(0, "cluster main is down: no job, process or temp directory is left")
+    assert time.monotonic() - began < 15
+    site.wait_clean(5)
+    assert "ExitCode=0:0" in site.slurm("scontrol", "show", "job", job)
+    site.run("down").expect(0, "down already")
+    site.run("down", "main").expect(0, "down already")
+    site.run("down", "--all").expect(0, "down already")
+    (row,) = site.status()["clusters"]
+    assert (row["state"], row["nodes"], row["dashboard"]) == ("down", [], None)
+    assert "no cluster is up" in site.run("status").expect(0).out
+    site.run("status", "--all").expect(0, "main", "down")
+    kinds = [event["kind"] for event in site.events(site.cluster("main"))]
+    assert kinds[0] == "submitted" and kinds[-1] == "down"
+    assert {"head", "node_joined", "node_ready", "ending", "ended"} <= set(kinds)
+    assert all(event["time"] > 1.6e9 for event in site.events(site.cluster("main")))
+
+
+# --- bring-ups that are not smooth ------------------------------------------------------------------
+
+
+def test_a_taken_port_leads_to_another_block(site: Site, cluster: Callable[..., Done]) -> None:
+    lease = "import sys; from raylaunch.hosts import *; print(lease_ports(sys.argv[1]).ports.base)"
+    taken = {}
+    holders = []
+    try:
+        for node in ("node1", "node2"):  # the head's block, and a worker's
+            key = f"0 {site.cluster('ports')} {node}"
+            taken[node] = int(site.inside(node, sys.executable, "-c", lease, key))
+            command = [sys.executable, "-c", HOLD_PORT, str(taken[node] + 2)]
+            holders.append(site.sandbox.popen(node, command, cwd="/", stdout=subprocess.PIPE))
+            assert holders[-1].stdout.readline() == b"ready\n"
+        cluster("ports", "--nodes", 2).expect(0, "2 nodes (node1, node2)")
+        for node, base in taken.items():
+            low, _ = site.members("ports")[node]["ports"]
+            assert low % hosts.PORT_BLOCK == base % hosts.PORT_BLOCK and low != base
+        assert (
+            f":{site.members('ports')['node1']['ports'][0] + 2}"
+            in (site.cluster("ports") / "head.json").read_text()
+        )
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
+
+
+def _temp(site: Site, name: str) -> Path:
+    return hosts.temp_dir("/tmp", str(site.cluster(name)))
+
+
+@contextmanager
+def _trap(site: Site, node: str, name: str) -> Iterator[Path]:
+    """Another user's directory where the cluster's temp directory should be."""
+    path = _temp(site, name)
+    site.inside(node, "sh", "-c", f"mkdir {path} && chown {NOBODY} {path}")
+    try:
+        yield path
+        assert site.inside(node, "stat", "-c", "%u", str(path)).strip() == str(NOBODY)
+    finally:
+        site.inside(node, "rmdir", str(path))
+
+
+@contextmanager
+def _read_only_tmp(site: Site, node: str) -> Iterator[None]:
+    site.inside(node, "mount", "-o", "remount,ro", "/tmp")
+    try:
+        yield
+    finally:
+        site.inside(node, "mount", "-o", "remount,rw", "/tmp")
+
+
+def test_nodes_that_cannot_start_are_named(site: Site) -> None:
+    """Each by its own error, Ray's own words among them; and the job is given back."""
+    broken = site.state / "home" / "broken" / "ray"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(
+        "raise ImportError('libold.so.7: cannot open shared object file: No such file')\n"
+    )
+    config = site.state / "home" / "broken.yaml"
+    bad_ray = f'[ "$SLURMD_NODENAME" != node4 ] || export PYTHONPATH={broken.parent}'
+    config.write_text(
+        f"slurm:\n  setup:\n    - '{bad_ray}'\n    - '[ \"$SLURMD_NODENAME\" != node2 ] || (exit 41)'\n"
+    )
+    with _trap(site, "node3", "broken") as path:
+        began = time.monotonic()
+        done = site.run("up", "--name", "broken", "--nodes", 4, "-c", config)
+        assert time.monotonic() - began < 60
+    done.expect(1, "of 4 nodes cannot start, and at least 4 are needed", f"{path} belongs to uid {NOBODY}")
+    assert re.search(r"^ +node3: ", done.err, re.MULTILINE) and "slurm.exclude" in done.err
+    assert "timed out" not in done.err and "raylaunch.agent" not in done.err
+    site.wait_clean()
+
+    done = site.run("up", "--name", "broken", "--nodes", "4", "-c", config, "--set", "slurm.exclude=node3")
+    done.expect(1)  # three nodes cannot be four: sbatch says so at once
+    with _trap(site, "node3", "broken"):
+        done = site.run("up", "--name", "broken", "--nodes", "2:4", "-c", config)
+    done.expect(1)
+    assert re.search(r"^ +node2: .*setup line 2 ended with 41", done.err, re.MULTILINE), done.err
+    assert re.search(r"^ +node4: .*libold\.so\.7: cannot open shared object file", done.err, re.MULTILINE)
+    site.wait_clean()
+
+
+def test_ready_at_the_minimum_and_late_nodes_join(site: Site, cluster: Callable[..., Done]) -> None:
+    flag = site.state / "home" / "flag"
+    config = site.state / "home" / "late.yaml"
+    wait = f'[ "$SLURMD_NODENAME" != node3 ] || while [ ! -e {flag} ]; do sleep 0.1; done'
+    config.write_text(f"slurm:\n  setup: ['{wait}']\n")
+    with _trap(site, "node4", "late") as path:
+        done = cluster("late", "--nodes", "2:4", "-c", config)
+        done.expect(0, "cluster late is ready: 2 nodes (node1, node2)", "--cluster late")
+        found = site.cluster_status("late")
+        assert found["state"] == "ready" and found["jobs"][0]["nodes"] == ["node1", "node2", "node3", "node4"]
+        flag.touch()
+        wait_for(
+            "node3 joins",
+            lambda: site.members("late").get("node3", {}).get("state") == "ready",
+            60,
+            lambda: str(site.members("late")),
+        )
+        (failure,) = (site.cluster("late") / "nodes").glob("*.json")
+        assert failure.stem == "node4" and str(path) in failure.read_text()
+        site.run("down", "late").expect(0, "is down: no job, process or temp directory is left")
+
+
+def test_ready_with_three_of_four(site: Site, cluster: Callable[..., Done]) -> None:
+    with _read_only_tmp(site, "node3"):
+        done = cluster("three", "--nodes", "3:4")
+        done.expect(0, "cluster three is ready: 3 nodes (node1, node2, node4)")
+        site.run("status").expect(0, "node1", "node2", "node4")
+        site.run("down", "three").expect(0)
+
+
+def test_a_head_that_cannot_start_is_told_at_once(site: Site) -> None:
+    """Whoever then is the head, or nobody: nothing waits for a head that will not come."""
+    with _read_only_tmp(site, "node1"):
+        began = time.monotonic()
+        done = site.run("up", "--name", "headless", "--nodes", "3:4")
+        assert time.monotonic() - began < 60
+        if done.code:
+            assert re.search(r"node1: .*/tmp.*Read-only file system", done.expect(1).err)
+        else:
+            site.run("down", "headless").expect(0)
+    site.wait_clean()
+
+
+def test_an_old_lifes_leftovers_are_cleaned(site: Site, cluster: Callable[..., Done]) -> None:
+    """A node that died with the cluster on it still has its temp directory; the next life takes it."""
+    path = _temp(site, "again")
+    site.inside("node1", "sh", "-c", f"mkdir -p {path}/session_old && touch {path}/session_old/x")
+    cluster("again", "--nodes", 1, "--set", "slurm.nodelist=node1").expect(0)
+    assert site.inside("node1", "sh", "-c", f"ls {path}/session_old 2>&1 || true").count("No such file") == 1
+    first = state.read_json(site.cluster("again") / "cluster.json")
+    site.slurm("scancel", site.jobs()[0].split()[0])  # behind raylaunch's back
+    wait_for("the job's end", lambda: not site.jobs(), 60)
+    site.run("train", "/dev/null", "--cluster", "again").expect(1, "again is down", "up --name again")
+    found = site.cluster_status("again")
+    assert (found["state"], found["nodes"]) == ("down", [])
+    site.run("up", "--name", "again", "--nodes", 1).expect(0)
+    second = state.read_json(site.cluster("again") / "cluster.json")
+    assert second["incarnation"] == first["incarnation"] + 1 and second["canary"] != first["canary"]
+
+
+# --- waiting, and changing one's mind ---------------------------------------------------------------
+
+
+@pytest.fixture
+def full(site: Site) -> Iterator[None]:
+    """All four nodes belong to somebody else."""
+    what = ["-N4", "--exclusive", "-t5", "-o/dev/null", "--wrap", "sleep 300"]
+    job = site.slurm("sbatch", "--parsable", *what).strip()
+    wait_for("the queue full", lambda: f"{job} RUNNING" in site.jobs(), 30)
+    yield
+    site.slurm("scancel", job)
+    site.wait_clean()
+
+
+@pytest.mark.usefixtures("full")
+def test_a_full_queue(site: Site) -> None:
+    command = site.start("up", "--name", "waiting", "--nodes", 2)
+    command.wait_said("is pending (Resources")
+    command.wait_said("estimated start 20", 60)
+    (row,) = [c for c in site.status()["clusters"] if c["name"] == "waiting"]
+    assert (row["state"], row["jobs"][0]["state"], row["jobs"][0]["nodes"]) == ("pending", "PENDING", [])
+    site.run("status").expect(0, "waiting", "pending", "Resources")
+    site.run("dashboard", "waiting").expect(1, "no head yet")
+    began = time.monotonic()
+    command.interrupt()
+    command.ended().expect(130, "interrupted")
+    assert time.monotonic() - began < 10
+    assert len(site.jobs()) == 1  # the one that fills the queue
+    assert not list(site.state.glob("clusters/*/token"))
+
+    site.run("up", "--name", "waiting", "--nodes", 2, "--no-wait").expect(0, "submitted", "raylaunch status")
+    assert site.cluster_status("waiting")["state"] == "pending"
+    site.run("up", "--name", "waiting").expect(2, "alive already", "PENDING")
+    site.run("down").expect(0, "waiting is down")
+    assert len(site.jobs()) == 1
+    site.run("down", "waiting").expect(0, "down already")
+
+
+def test_interrupted_while_booting(site: Site) -> None:
+    command = site.start("up", "--name", "booting", "--nodes", 4)
+    command.wait_said("the head starts on node1")
+    began = time.monotonic()
+    command.interrupt()
+    command.ended().expect(130, "interrupted")
+    assert time.monotonic() - began < 20
+    site.wait_clean()
+    assert site.cluster_status("booting")["state"] == "down"
+
+
+def test_a_limit_on_the_bring_up(site: Site) -> None:
+    done = site.run("up", "--name", "slow", "--nodes", 2, "--timeout", 0.5)
+    done.expect(1, "of at least 2 nodes within 0.5 s", "node1", "node2", "--timeout")
+    site.wait_clean()
+
+
+def test_no_wait_comes_up_by_itself(site: Site, cluster: Callable[..., Done]) -> None:
+    done = cluster("later", "--nodes", 1, "--no-wait").expect(0)
+    assert done.out == ""
+    wait_for("ready", lambda: site.cluster_status("later")["state"] == "ready", 60)
+
+
+# --- the script -------------------------------------------------------------------------------------
+
+
+def test_the_script_is_what_is_submitted(site: Site) -> None:
+    config = site.state / "home" / "script.yaml"
+    config.write_text(
+        "slurm:\n"
+        '  env: {KEY: "${OUR_SECRET}", PLAIN: "it\'s $HOME"}\n'
+        "  setup: ['echo \"hello\"']\n  comment: two words\n  time: 1:30:00\n  exclude: node4\n"
+    )
+    options = ["-c", config, "--name", "shown", "--nodes", "2:3", "--mem", "2G"]
+    options += ["--", "--dependency", "singleton"]
+    env = {"OUR_SECRET": SECRET}
+    shown = site.run("up", "--dry-run", *options, env=env).expect(0)
+    assert site.run("script", *options, env=env).expect(0).out == shown.out
+    assert shown.err == "" and SECRET not in shown.out
+    assert not site.cluster("shown").exists() and not site.jobs()
+    lines = shown.out.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    for line in ("--no-kill", "--nodes=2-3", "--mem=2G", '--comment="two words"', "--dependency singleton"):
+        assert f"#SBATCH {line}" in lines
+    assert any(re.fullmatch(r"#SBATCH --signal=B:USR1@\d+", line) for line in lines)
+    assert subprocess.run(["bash", "-n"], input=shown.out, text=True, check=False).returncode == 0
+    subprocess.run(["sbatch", "--test-only"], input=shown.out, text=True, env=site.env, check=True)
+
+    site.run("up", "--no-wait", *options, env=env).expect(0)
+    try:
+        submitted = site.cluster("shown") / "script.sbatch"
+        job = site.jobs()[0].split()[0]
+        at_slurm = site.state / "home" / "at-slurm"
+        site.slurm("scontrol", "write", "batch_script", job, str(at_slurm))
+        canary = state.read_json(site.cluster("shown") / "cluster.json")["canary"]
+        for text in (submitted.read_text(), at_slurm.read_text()):
+            assert text.rstrip("\0") == shown.out.replace("CANARY=CANARY", f"CANARY={canary}")
+    finally:
+        site.run("down", "shown").expect(0)
+    site.wait_clean()
+
+
+def _table(site: Site) -> list[dict[str, Any]]:
+    return site.status()["clusters"]
+
+
+def test_down_all(site: Site) -> None:
+    for name in ("one", "two"):
+        site.run("up", "--name", name, "--nodes", 1, "--no-wait").expect(0)
+    assert {row["name"] for row in _table(site) if row["state"] != "down"} == {"one", "two"}
+    site.run("down").expect(2, "one", "two", "--all")
+    site.run("down", "one", "--all").expect(2)
+    site.run("dashboard").expect(2, "one", "two")
+    done = site.run("down", "--all").expect(0)
+    assert "cluster one is down" in done.out and "cluster two is down" in done.out
+    site.wait_clean()
