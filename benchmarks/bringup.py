@@ -104,7 +104,11 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    ways = {"raylaunch up": ours, "documentation's script": theirs(DOCUMENTATION), "ray symmetric-run": theirs(SYMMETRIC)}
+    ways = {
+        "raylaunch up": ours,
+        "documentation's script": theirs(DOCUMENTATION),
+        "ray symmetric-run": theirs(SYMMETRIC),
+    }
     times: dict[str, list[float]] = {name: [] for name in ways}
     sandbox = Sandbox.up(f"bench{os.getpid()}", nodes=given.nodes, cpus=4)
     try:

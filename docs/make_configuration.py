@@ -38,7 +38,13 @@ def text() -> str:
             note = field_notes(Config).get(name, "")
             lines += ["", f"## `{name}`", "", f"{note} Default: `{field.default}`."]
             continue
-        lines += ["", f"## `{name}:`", "", f"{inspect.getdoc(kind)}".split(":", 1)[-1].strip().strip("`: ").capitalize(), ""]
+        lines += [
+            "",
+            f"## `{name}:`",
+            "",
+            f"{inspect.getdoc(kind)}".split(":", 1)[-1].strip().strip("`: ").capitalize(),
+            "",
+        ]
         notes = field_notes(kind)
         lines += ["| key | default | |", "| --- | --- | --- |"]
         for key, item in kind.model_fields.items():

@@ -31,6 +31,7 @@ from raylaunch.head import HeadDuties
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Link, Refused
 from raylaunch.raynode import RayNode, RayProcess
+from raylaunch.slurm.client import Slurm
 
 log = logging.getLogger("raylaunch.agent")
 
@@ -118,6 +119,8 @@ class Agent:
         self.workers_cpus = max(1, self.resources.cpus // cluster.workers_per_node)
         self.lease = self._lease(skip=0)
         self.end = asyncio.Event()
+        self.terminated = asyncio.Event()
+        self.orphaned = False
         self.reason = ""
         self.link: Link | None = None
         self.duties: HeadDuties | None = None
@@ -144,7 +147,9 @@ class Agent:
         hosts.claim_temp_dir(self.temp)
         ray = await RayProcess.prepare(self.env, self.ray_log)
         if self.here.is_head:
-            self.duties = HeadDuties(self.here.directory, self.cluster, self._as_head(), self.token, self.env, self.stop)
+            self.duties = HeadDuties(
+                self.here.directory, self.cluster, self._as_head(), self.token, self.env, self.stop
+            )
             await self.duties.open()
         head = await wait_for_head(self.here)
         self.link = await self._connect(head)
@@ -195,6 +200,7 @@ class Agent:
             order = await link.orders()
             self.stop(f"the head's order: {order}")
         except (ConnectionError, OSError) as error:
+            self.orphaned = not self.end.is_set()
             self.stop(f"the head is gone: {error}")
 
     async def _keep_ray(self, ray: RayProcess, head: Head, link: Link) -> None:
@@ -264,6 +270,20 @@ class Agent:
         log.info("ended reason=%r left=%d", self.reason, left)
 
 
+async def give_back_orphaned(here: Here, terminated: asyncio.Event, env: Mapping[str, str]) -> None:
+    """End a job whose head is dead: with `--no-kill` Slurm would keep its nodes until the wall time.
+
+    One survivor does it, the next one half a second later if the first could not, and so on.
+    """
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(terminated.wait(), 0.5 * here.index)
+        return
+    try:
+        await asyncio.to_thread(Slurm().cancel, [env["SLURM_JOB_ID"]])
+    except RaylaunchError as error:
+        log.error("the job could not be given back error=%r", str(error))
+
+
 async def supervise(here: Here) -> int:
     """One agent from its first check to its last; the exit code."""
     agent: Agent | None = None
@@ -288,6 +308,8 @@ async def supervise(here: Here) -> int:
         _report(here, agent, failure)
     if agent is not None:
         await agent.close()
+        if agent.orphaned and not here.local:
+            await give_back_orphaned(here, agent.terminated, os.environ)
         if failure is None:
             return agent.duties.exit_code if agent.duties else 0
     return 1
@@ -311,8 +333,13 @@ def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
 def _handle_signals(agent: Agent) -> None:
     """SIGTERM and SIGINT end the node; SIGUSR1 is Slurm's notice that time runs out."""
     loop = asyncio.get_running_loop()
+
+    def terminate(name: str) -> None:
+        agent.terminated.set()
+        agent.stop(f"signal {name}")
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, agent.stop, f"signal {number.name}")
+        loop.add_signal_handler(number, terminate, number.name)
 
     def out_of_time() -> None:
         if agent.duties is not None:

@@ -221,7 +221,9 @@ def _too_few(cluster: Cluster, total: int, ready: int, failures: dict[str, str])
 def _ended_early(directory: Path, cluster: Cluster, job: Job | None, failures: dict[str, str]) -> BringUpError:
     what = f"job {cluster.jobs[0]} " + (f"is {job.state} ({job.reason})" if job else "is gone")
     if failures:
-        return BringUpError(f"the cluster ended before it was ready ({what}):{_listed(failures)}", f"See {directory / layout.LOGS}.")
+        return BringUpError(
+            f"the cluster ended before it was ready ({what}):{_listed(failures)}", f"See {directory / layout.LOGS}."
+        )
     output = directory / layout.LOGS / f"slurm-{cluster.jobs[0]}.out"
     if cluster.backend == "slurm" and not output.exists():
         return BringUpError(

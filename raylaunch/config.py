@@ -22,9 +22,7 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 def check_name(value: str) -> str:
     """A name becomes a directory, a job name and part of a socket path: keep it plain."""
     if not NAME_PATTERN.fullmatch(value):
-        raise ValueError(
-            "a name has 1 to 63 letters, digits, '.', '_' or '-', and starts with a letter or digit"
-        )
+        raise ValueError("a name has 1 to 63 letters, digits, '.', '_' or '-', and starts with a letter or digit")
     return value
 
 
@@ -54,9 +52,7 @@ def parse_time(value: object) -> str:
         return str(value)
     if isinstance(value, str) and TIME_PATTERN.fullmatch(value.strip()):
         return value.strip()
-    raise ValueError(
-        "time is minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]"
-    )
+    raise ValueError("time is minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]")
 
 
 def check_line(value: str) -> str:
@@ -300,9 +296,7 @@ class Config(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
-    trainer: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["trainers.fsdp:train"])] = (
-        "trainers.fsdp:train"
-    )
+    trainer: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["trainers.fsdp:train"])] = "trainers.fsdp:train"
     """The function `(config, session)` that each worker runs."""
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -168,7 +168,7 @@ class _Dumper(yaml.SafeDumper):
         tag = _tag_of(value) if kind is yaml.ScalarNode and implicit[0] else _TAG + "str"
         return tag if tag != _TAG + "str" else str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
@@ -243,9 +243,7 @@ class _Reading:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            raise UsageError(
-                f"--set {_cut(text)}: not of the form key=value", "For example --set slurm.nodes=4."
-            )
+            raise UsageError(f"--set {_cut(text)}: not of the form key=value", "For example --set slurm.nodes=4.")
         shown = f"{key}=..." if key.startswith(_SECRETS) else _cut(text)
         self.layers.append(_nest(key, self._compose(value, 4, "", f"--set {shown}")))
 
@@ -416,15 +414,7 @@ class _Fitting:
             inner = kind.element(list)
             return [self._value(child, inner, f"{key}[{i}]") for i, child in enumerate(item.value)]
         if item.value is None:  # `setup:` with all its lines commented out
-            return (
-                None
-                if kind.takes(type(None))
-                else []
-                if kind.takes(list)
-                else {}
-                if kind.takes(dict)
-                else None
-            )
+            return None if kind.takes(type(None)) else [] if kind.takes(list) else {} if kind.takes(dict) else None
         item = self._expanded(item, key)
         exact = kind.takes(type(item.value)) or (isinstance(item.value, int) and kind.takes(float))
         return item.value if exact or item.value is None or not kind.takes(str) else item.text
@@ -444,9 +434,7 @@ class _Fitting:
             if name is None:
                 return "${"
             if not match[0].endswith("}") or not _VARIABLE.fullmatch(name):
-                self._bad(
-                    item, key, f"only ${{NAME}} is understood, got {match[0]}; for plain text write $${{"
-                )
+                self._bad(item, key, f"only ${{NAME}} is understood, got {match[0]}; for plain text write $${{")
             elif name not in os.environ:
                 plain = f"; for plain text write $${{{name}}}"
                 self._bad(item, key, f"the environment variable {name} is not set{plain}")
@@ -534,12 +522,7 @@ def _advice(item: Item, kind: Kind) -> str:
     word = item.text.lower()
     if kind.takes(bool) and word in {"yes", "on", "y", "1", "no", "off", "n", "0"}:
         return f"; write {'true' if word in {'yes', 'on', 'y', '1'} else 'false'}"
-    if (
-        kind.takes(int)
-        and isinstance(item.value, float)
-        and item.value.is_integer()
-        and abs(item.value) < 1e15
-    ):
+    if kind.takes(int) and isinstance(item.value, float) and item.value.is_integer() and abs(item.value) < 1e15:
         return f"; write {int(item.value)}"
     return ""
 

@@ -228,7 +228,9 @@ def classify(error: Exception) -> Ending:
     for rank, failure in sorted(failures.items()):
         inner = getattr(failure, "health_check_failure", failure)
         if isinstance(inner, RayActorError):
-            return Ending("fault", fingerprint=f"lost rank {rank}", text=f"lost rank {rank}: {_last_line(inner)}", rank=rank)
+            return Ending(
+                "fault", fingerprint=f"lost rank {rank}", text=f"lost rank {rank}: {_last_line(inner)}", rank=rank
+            )
     for rank, failure in sorted(failures.items()):
         text = _last_line(failure)
         if not _COMMUNICATION.search(str(failure)):

@@ -85,9 +85,9 @@ def marked(name: str, value: str) -> list[int]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.uids().real == os.getuid() and _running(process):
-                if process.environ().get(name) == value:
-                    found.append(process.pid)
+            ours = process.pid != os.getpid() and process.uids().real == os.getuid() and _running(process)
+            if ours and process.environ().get(name) == value:
+                found.append(process.pid)
     return found
 
 

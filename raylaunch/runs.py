@@ -84,7 +84,7 @@ def prepare(run: Path, config: Config, cluster: str, fresh: bool = False) -> Run
             )
         if config.step_scheduler.global_batch_size is None:  # the run's own stays in force
             config = with_global_batch(config, before.step_scheduler.global_batch_size)
-    for part in (layout.LOGS, "attempts"):
+    for part in (".", layout.LOGS, "attempts"):
         state.make_dir(run / part)
     (run / state.STOP_FILE).unlink(missing_ok=True)
     state.write_text(run / layout.CONFIG_FILE, configfile.dump(config))

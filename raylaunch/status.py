@@ -73,7 +73,13 @@ def _cluster(
         "incarnation": record.incarnation,
         "jobs": [{"id": j.id, "state": j.state, "reason": j.reason, "nodes": list(j.nodes)} for j in own],
         "nodes": [
-            {"name": n["name"], "address": n["address"], "role": n["role"], "state": n["state"], "error": n.get("error")}
+            {
+                "name": n["name"],
+                "address": n["address"],
+                "role": n["role"],
+                "state": n["state"],
+                "error": n.get("error"),
+            }
             for n in sorted(nodes, key=lambda n: str(n["name"]))
         ],
         "dashboard": {"url": way[0], "node": way[1], "tunnel": way[2]} if way else None,
@@ -114,6 +120,7 @@ def find_run(state_dir: Path, name: str) -> tuple[Path, Run]:
     if run is None:
         known = sorted(p.parent.name for p in (state_dir / "runs").glob(f"*/{layout.RUN_FILE}"))
         raise UsageError(
-            f"no run {name} in {state_dir}", f"There is: {', '.join(known)}." if known else "Start one with `raylaunch train`."
+            f"no run {name} in {state_dir}",
+            f"There is: {', '.join(known)}." if known else "Start one with `raylaunch train`.",
         )
     return directory, run

@@ -53,9 +53,7 @@ def newest(directory: Path, group: dist.ProcessGroup) -> Commit | None:
 def load(commit: Commit, tensors: dict[str, Tensor], group: dist.ProcessGroup) -> None:
     """Fill the tensors in place, each rank its shards, whatever the sharding was when saved."""
     try:
-        state_dict_loader.load(
-            dict(tensors), storage_reader=FileSystemReader(commit.path), process_group=group
-        )
+        state_dict_loader.load(dict(tensors), storage_reader=FileSystemReader(commit.path), process_group=group)
     except CheckpointException as error:
         raise StateError(
             f"cannot load the checkpoint {commit.path}: {_cause(error)}",
@@ -115,9 +113,7 @@ class Saver:
     def failed(self) -> bool:
         """Whether the save in the background has failed here. Tell the others: all then `give_up` at the
         same step, rather than leave some of them in a collective."""
-        return (
-            self._in_flight is not None and self._in_flight.done() and self._in_flight.exception() is not None
-        )
+        return self._in_flight is not None and self._in_flight.done() and self._in_flight.exception() is not None
 
     def give_up(self) -> NoReturn:
         """Raise what made the save in the background fail, here or on another rank."""

@@ -21,7 +21,9 @@ from raylaunch.runs import Run
 @click.option("--rank", type=int, help="Only this rank of a run.")
 @click.option("-n", "--lines", default=200, show_default=True, help="Last lines of each file.")
 @options.state_dir_option
-def logs(name: str | None, follow: bool, node: str | None, rank: int | None, lines: int, state_dir: Path | None) -> None:
+def logs(
+    name: str | None, follow: bool, node: str | None, rank: int | None, lines: int, state_dir: Path | None
+) -> None:
     """Print what a RUN's workers and driver, or a CLUSTER's nodes, have written.
 
     Without a name: the run that was touched last.

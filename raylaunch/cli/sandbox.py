@@ -124,8 +124,7 @@ def _table(found: Status) -> str:
         rows.append((node.name, node.address, node.pid or "-", machine, slurm))
     widths = [max(len(str(row[i])) for row in rows) for i in range(4)]
     lines = [
-        "  ".join([*(str(cell).ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])
-        for row in rows
+        "  ".join([*(str(cell).ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
     ]
     header = f"{found.name}: {found.cpus} cpus, {found.gpus} gpus a node; {', '.join(parts)}"
     return "\n".join([header, found.directory, *lines])

@@ -71,7 +71,9 @@ def _print_cluster(console: Console, cluster: dict[str, Any]) -> None:
                           str(run["attempt"]), str(run["world_size"]), run["directory"])  # fmt: skip
         console.print(table)
     if cluster["dashboard"]:
-        console.print(f"  dashboard {cluster['dashboard']['url']} on {cluster['dashboard']['node']}: {cluster['dashboard']['tunnel']}")
+        console.print(
+            f"  dashboard {cluster['dashboard']['url']} on {cluster['dashboard']['node']}: {cluster['dashboard']['tunnel']}"
+        )
 
 
 @click.command()

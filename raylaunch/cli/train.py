@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,9 @@ def stop(run: str, no_wait: bool, state_dir: Path | None) -> None:
         click.echo(f"run {run} is {record.state} already")
         return
     if not _is_live(where, record.cluster):
-        raise RaylaunchError(f"run {run} does not run: its cluster {record.cluster} is down", "Its last commit is kept.")
+        raise RaylaunchError(
+            f"run {run} does not run: its cluster {record.cluster} is down", "Its last commit is kept."
+        )
     runs.request_stop(run_dir, "raylaunch stop")
     if no_wait:
         return
@@ -177,9 +180,6 @@ def _verdict(news: following.News, run_dir: Path) -> int:
     )
 
 
-_TOLD = {"attempt_started", "attempt_ended", "resumed", "decision", "commit_failed"}
-
-
 def _tell(event: dict[str, Any]) -> str | None:
     """An event as a line for people, None for those that say nothing new."""
     kind = event["kind"]
@@ -197,6 +197,7 @@ class _Lines:
 
     def __init__(self, total: int) -> None:
         self._total, self._state = total, ""
+        self._first: dict[str, Any] | None = None
 
     def __enter__(self) -> _Lines:
         return self
@@ -214,14 +215,20 @@ class _Lines:
             click.echo(f"run {news.run.name} is {self._state}", err=True)
         for row in news.metrics:
             if "loss" in row:
-                click.echo(_describe(row, self._total), err=True)
+                click.echo(f"step {row['step']}/{self._total}  {_figures(row)}{self._left(row)}", err=True)
+
+    def _left(self, row: dict[str, Any]) -> str:
+        """The time left, at the pace of this attempt so far."""
+        first = self._first
+        if first is None or first["attempt"] != row["attempt"]:
+            self._first = row
+            return ""
+        seconds = (row["time"] - first["time"]) / (row["step"] - first["step"]) * (self._total - row["step"])
+        return f"  {datetime.timedelta(seconds=round(seconds))} left"
 
 
-def _describe(row: dict[str, Any], total: int) -> str:
-    return (
-        f"step {row['step']}/{total}  loss {float(row['loss']):.4f}  {row.get('tokens_per_s', 0):,.0f} tokens/s  "
-        f"world {row['world_size']}"
-    )
+def _figures(row: dict[str, Any]) -> str:
+    return f"loss {float(row['loss']):.4f}  {row.get('tokens_per_s', 0):,.0f} tokens/s  world {row['world_size']}"
 
 
 class _Bar:
@@ -255,7 +262,5 @@ class _Bar:
         if rows:
             last = rows[-1]
             fields["completed"] = last["step"]
-            fields["figures"] = (
-                f"loss {float(last['loss']):.4f}  {last.get('tokens_per_s', 0):,.0f} tokens/s  world {last['world_size']}"
-            )
+            fields["figures"] = _figures(last)
         self._progress.update(self._task, **fields)

@@ -62,7 +62,9 @@ def script(
     path: Path | None, sets: tuple[str, ...], state_dir: Path | None, sbatch_options: tuple[str, ...], **flags: Any
 ) -> None:
     """Print the batch script that `up` would submit with the same options."""
-    _print_script(options.load(path, sets, {**flags, "cluster__state_dir": state_dir and str(state_dir)}, sbatch_options))
+    _print_script(
+        options.load(path, sets, {**flags, "cluster__state_dir": state_dir and str(state_dir)}, sbatch_options)
+    )
 
 
 def _print_script(config: Config) -> None:

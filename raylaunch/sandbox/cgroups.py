@@ -27,11 +27,7 @@ def mount_point(kind: Kind, layout: Layout) -> Path | None:
     own = None
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, target, fstype, options = line.split()[:4]
-        if (
-            fstype == "cgroup2"
-            if kind == "cgroup2"
-            else fstype == "cgroup" and "freezer" in options.split(",")
-        ):
+        if fstype == "cgroup2" if kind == "cgroup2" else fstype == "cgroup" and "freezer" in options.split(","):
             if not target.startswith(f"{BASE}/{PREFIX}"):
                 return Path(target)
             if target == str(_own_mount(kind, layout)):
@@ -64,9 +60,7 @@ def group(layout: Layout, part: str = "") -> Path:
     """The sandbox's cgroup2 directory, or that of one part of it ("head", "node1", …)."""
     root = mount_point("cgroup2", layout)
     if root is None:
-        raise SandboxError(
-            "no cgroup2 file system is mounted", "mount -t cgroup2 none /sys/fs/cgroup/unified"
-        )
+        raise SandboxError("no cgroup2 file system is mounted", "mount -t cgroup2 none /sys/fs/cgroup/unified")
     return root / layout.cgroup / part
 
 
@@ -92,9 +86,7 @@ def set_frozen(path: Path, frozen: bool) -> None:
     """Freeze or thaw all processes of the group, and wait until the kernel says it is so."""
     value = "1" if frozen else "0"
     (path / "cgroup.freeze").write_text(value)
-    wait_for(
-        f"{path.name} {'frozen' if frozen else 'thawed'}", lambda: _events(path).get("frozen") == value, 10
-    )
+    wait_for(f"{path.name} {'frozen' if frozen else 'thawed'}", lambda: _events(path).get("frozen") == value, 10)
 
 
 def kill(path: Path) -> None:

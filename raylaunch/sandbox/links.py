@@ -38,9 +38,7 @@ def choose_network(layout: Layout) -> int:
         mine = ipaddress.ip_network(f"10.213.{number}.0/24")
         if not any(mine.overlaps(net) for net in taken):
             return number
-    raise SandboxError(
-        "no free network 10.213.x.0/24", "take sandboxes down: raylaunch sandbox down --name …"
-    )
+    raise SandboxError("no free network 10.213.x.0/24", "take sandboxes down: raylaunch sandbox down --name …")
 
 
 @contextlib.contextmanager

@@ -44,9 +44,7 @@ def system_env() -> dict[str, str]:
     return {**os.environ, "PATH": f"{path}:/usr/local/sbin:/usr/sbin:/sbin"}
 
 
-def boot(
-    layout: Layout, spec: Spec, nodes: Sequence[str], before_go: Callable[[], None] | None = None
-) -> None:
+def boot(layout: Layout, spec: Spec, nodes: Sequence[str], before_go: Callable[[], None] | None = None) -> None:
     """Start these nodes side by side; slurmd runs in each once `before_go` has returned."""
     started: dict[str, subprocess.Popen[str]] = {}
     pids: dict[str, int] = {}
@@ -69,9 +67,7 @@ def boot(
                 outer.stdin.write("go\n")
                 outer.stdin.flush()
             except BrokenPipeError:
-                raise SandboxError(
-                    f"{node} ended while it started", tail(layout.log / f"{node}.init.log")
-                ) from None
+                raise SandboxError(f"{node} ended while it started", tail(layout.log / f"{node}.init.log")) from None
     finally:
         for outer in started.values():
             with contextlib.suppress(BrokenPipeError):

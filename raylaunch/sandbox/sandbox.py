@@ -125,9 +125,7 @@ class Sandbox:
     def _build(cls, layout: Layout, nodes: int, cpus: int, gpus: int, accounting: bool) -> Sandbox:
         _make_directories(layout)
         if cgroups.ensure_mount("cgroup2", layout) is None:
-            raise SandboxError(
-                "no cgroup2 file system can be mounted here", "in a container: run it --privileged"
-            )
+            raise SandboxError("no cgroup2 file system can be mounted here", "in a container: run it --privileged")
         freezer = cgroups.ensure_mount("freezer", layout)
         with links.network_lock():
             spec = Spec(
@@ -208,9 +206,7 @@ class Sandbox:
         """
         self._check(node_name)
         if node.living(self.layout, node_name) is not None:
-            raise SandboxError(
-                f"{node_name} is running already", f"first: raylaunch sandbox kill {node_name}"
-            )
+            raise SandboxError(f"{node_name} is running already", f"first: raylaunch sandbox kill {node_name}")
         node.clear(self.layout, self.spec, node_name)  # its init may have ended by itself
         node.wait_until_noticeable(self.layout, node_name)
         before = slurm.slurmd_start(self.layout, node_name)

@@ -116,9 +116,7 @@ def clean_env(environ: Mapping[str, str], script: str = "", options: Sequence[st
     """
     lines = [line.removeprefix("#SBATCH") for line in script.splitlines() if line.startswith("#SBATCH")]
     words = [*(word for line in lines for word in line.split()[:1]), *options]
-    said = {
-        _SHORT_OPTIONS.get(word[:2], "") if word[:2] != "--" else word[2:].split("=")[0] for word in words
-    }
+    said = {_SHORT_OPTIONS.get(word[:2], "") if word[:2] != "--" else word[2:].split("=")[0] for word in words}
     said |= {"requeue"} if "no-requeue" in said else set()
 
     def stays(name: str) -> bool:
@@ -126,10 +124,7 @@ def clean_env(environ: Mapping[str, str], script: str = "", options: Sequence[st
             return True
         if name.startswith("SBATCH_"):
             tail = name.removeprefix("SBATCH_")
-            return (
-                tail not in _OWN_SBATCH
-                and _SBATCH_OPTIONS.get(tail, tail.lower().replace("_", "-")) not in said
-            )
+            return tail not in _OWN_SBATCH and _SBATCH_OPTIONS.get(tail, tail.lower().replace("_", "-")) not in said
         return not name.startswith(_SLURM_PREFIXES)
 
     return {name: value for name, value in environ.items() if stays(name)}

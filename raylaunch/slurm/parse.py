@@ -209,9 +209,7 @@ def parse_jobs(text: str) -> list[JobRow]:
             continue
         if not line.strip():
             continue
-        job, state, partition, user, count, nodes, start, left, reason, name = _exactly(
-            10, fields, line, "squeue"
-        )
+        job, state, partition, user, count, nodes, start, left, reason, name = _exactly(10, fields, line, "squeue")
         rows.append(
             JobRow(
                 id=job,

@@ -30,8 +30,8 @@ step_scheduler:
 class Site:
     """One state directory, and the command line on it."""
 
-    def __init__(self, folder: Path, binary: Path = Path(sys.executable).with_name("raylaunch")) -> None:
-        self.state, self.binary = folder / "state", binary
+    def __init__(self, folder: Path, binary: Path | None = None) -> None:
+        self.state, self.binary = folder / "state", binary or Path(sys.executable).with_name("raylaunch")
         text = folder / "text"
         text.mkdir()
         for number in range(6):
@@ -117,14 +117,29 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve(site: Site) -> None:
     assert "run plain is finished at step 40" in plain.stdout
     rows = site.lines("plain")
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, STEPS + 1))
-    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "world_size", "attempt", "time"} <= set(rows[0])
+    assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "world_size", "attempt", "time"} <= set(
+        rows[0]
+    )
     curve = site.curve("plain")
     assert curve[STEPS] < 0.8 * curve[1]
 
-    site("train", str(site.config), "--cluster", "two", "--run", "hurt", "--detach", "--set", "step_scheduler.max_steps=41")
+    site(
+        "train",
+        str(site.config),
+        "--cluster",
+        "two",
+        "--run",
+        "hurt",
+        "--detach",
+        "--set",
+        "step_scheduler.max_steps=41",
+    )
     until(lambda: max(site.curve("hurt"), default=0) >= 8, "step 8")
     os.kill(workers(site, "hurt", 1)[1], signal.SIGKILL)
-    until(lambda: site.status("two")["runs"][0]["state"] == "finished" and "hurt" in str(site.status("two")["runs"][0]), "end")
+    until(
+        lambda: site.status("two")["runs"][0]["state"] == "finished" and "hurt" in str(site.status("two")["runs"][0]),
+        "end",
+    )
     events = site.lines("hurt", "events")
     started = [e for e in events if e["kind"] == "attempt_started"]
     assert [e["workers"] for e in started] == [2, 2]

@@ -170,9 +170,7 @@ def test_two_sandboxes_do_not_meet(sandbox: Sandbox, make_sandbox: Make) -> None
     assert slurm(other, "srun", "--overlap", "-w", "node2", "hostname") == "node2\n"
     assert not other.status().nodes[0].address.startswith(sandbox.spec.gateway.removesuffix("1"))
     # A credential of one munged means nothing to the other.
-    made = subprocess.run(
-        ["munge", "-n", f"--socket={other.layout.munge_socket}"], capture_output=True, check=True
-    )
+    made = subprocess.run(["munge", "-n", f"--socket={other.layout.munge_socket}"], capture_output=True, check=True)
     read = subprocess.run(
         ["unmunge", f"--socket={sandbox.layout.munge_socket}"],
         input=made.stdout,
@@ -425,7 +423,7 @@ def test_bad_input_is_told(sandbox: Sandbox) -> None:
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)  # noqa: ARG005
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     reason = missing()
     assert "apt-get install -y" in reason and "slurm-wlm-basic-plugins" in reason and "\n" not in reason
     assert "mariadb-server" not in reason

@@ -231,9 +231,7 @@ def user_file(text: str) -> None:
 def test_layers_win_in_order() -> None:
     user_file("slurm: {account: user, partition: user, qos: user, comment: user}\nmodel: {size: tiny}")
     text = "slurm: {partition: file, qos: file, comment: file}"
-    config = load(
-        text, "slurm.comment=set", **{"slurm.qos": "flag", "slurm.comment": "flag", "slurm.mem": None}
-    )
+    config = load(text, "slurm.comment=set", **{"slurm.qos": "flag", "slurm.comment": "flag", "slurm.mem": None})
     slurm = config.slurm
     assert (slurm.account, slurm.partition, slurm.qos, slurm.comment) == ("user", "file", "flag", "set")
     assert slurm.mem is None and config.model.dim == SIZES["tiny"]["dim"]

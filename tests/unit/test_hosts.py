@@ -54,7 +54,9 @@ def test_services_have_a_port_each() -> None:
 def test_temp_dir_is_short_and_apart() -> None:
     paths = {hosts.temp_dir("/tmp", key, index) for key in ("/a/clusters/x", "/b/clusters/x") for index in (None, 1, 2)}
     assert len(paths) == 6
-    longest = max(len(str(p)) for p in paths) + len("/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1")
+    longest = max(len(str(p)) for p in paths) + len(
+        "/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
+    )
     assert longest <= 107
 
 

@@ -75,9 +75,7 @@ def test_shares_cover_each_position_once_and_are_even(start: int, count: int, wo
 
 @given(count=st.integers(1, 600), world_size=st.integers(1, 70), local=st.integers(1, 20))
 def test_passes_hold_the_largest_share_and_no_more(count: int, world_size: int, local: int) -> None:
-    largest = max(
-        high - low for low, high in (order.share(0, count, r, world_size) for r in range(world_size))
-    )
+    largest = max(high - low for low, high in (order.share(0, count, r, world_size) for r in range(world_size)))
     passes = order.passes(count, world_size, local)
     assert passes * local >= largest > (passes - 1) * local
 

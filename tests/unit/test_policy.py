@@ -59,7 +59,14 @@ def test_a_finished_run_is_finished_even_when_it_was_asked_to_stop() -> None:
     stop=st.one_of(st.none(), st.just("down")),
 )
 def test_every_decision_keeps_the_promises(
-    nodes: int, per_node: int, minimum: int | None, kind: str | None, same: int, idle: int, held: float, stop: str | None
+    nodes: int,
+    per_node: int,
+    minimum: int | None,
+    kind: str | None,
+    same: int,
+    idle: int,
+    held: float,
+    stop: str | None,
 ) -> None:
     last = None if kind is None else Ending(kind, "f", "t")  # type: ignore[arg-type]
     elastic = ElasticConfig(min_nodes=minimum)

@@ -50,13 +50,17 @@ def test_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_env_values_reach_the_shell_as_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"A": "it's $HOME `x` \"q\"", "B": "pre ${TOKEN} post", "C": ""}
-    lines = [line for line in script.render(SlurmConfig(env=values), "m", Path("/s"), "c").splitlines() if line.startswith("export ")]
+    values = {"A": 'it\'s $HOME `x` "q"', "B": "pre ${TOKEN} post", "C": ""}
+    lines = [
+        line
+        for line in script.render(SlurmConfig(env=values), "m", Path("/s"), "c").splitlines()
+        if line.startswith("export ")
+    ]
     shown = subprocess.run(
         ["bash", "-c", "\n".join(lines) + '\nprintf "%s|%s|%s" "$A" "$B" "$C"'],
         env={"TOKEN": "s e"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert shown.stdout == "it's $HOME `x` \"q\"|pre s e post|"
+    assert shown.stdout == 'it\'s $HOME `x` "q"|pre s e post|'
 
 
 @pytest.mark.parametrize(

@@ -30,9 +30,7 @@ class Fake:
         self.env: Mapping[str, str] = {}
         self.timeout = 0.0
 
-    def __call__(
-        self, command: Sequence[str], timeout: float, stdin: str | None, env: Mapping[str, str]
-    ) -> Completed:
+    def __call__(self, command: Sequence[str], timeout: float, stdin: str | None, env: Mapping[str, str]) -> Completed:
         self.commands.append(list(command))
         if len(self.commands) == 1:
             self.timeout, self.stdin, self.env = timeout, stdin, env
@@ -65,8 +63,7 @@ REFUSALS = [
         "Set slurm.partition to one of: main (default), low, small, down.",
     ),
     (
-        "sbatch: error: Batch job submission failed: "
-        "Invalid account or account/partition combination specified\n",
+        "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified\n",
         "slurm.account",
     ),
     ("sbatch: error: Batch job submission failed: Invalid qos specification\n", "slurm.qos"),
@@ -82,8 +79,7 @@ REFUSALS = [
     ),
     ("sbatch: error: Batch job submission failed: Node count specification invalid\n", "slurm.nodes"),
     (
-        "sbatch: error: Batch job submission failed: "
-        "Requested time limit is invalid (missing or exceeds some limit)\n",
+        "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)\n",
         "small: 1 node with 4 CPUs, 24105 MiB, gpu:2, up to 0:10:00",
     ),
     ("sbatch: error: Batch job submission failed: Invalid feature specification\n", "slurm.constraint"),
@@ -142,12 +138,8 @@ def test_unreachable(command: str, stderr: str, hint: str) -> None:
 
 
 def test_too_slow() -> None:
-    late = subprocess.TimeoutExpired(
-        ["squeue"], 10, stderr=b"squeue: error: s_p_parse_file: cannot stat file /x\n"
-    )
-    with pytest.raises(
-        SlurmUnavailable, match=r"`squeue .* -j 1` did not answer within 10 s\n.*cannot stat"
-    ) as caught:
+    late = subprocess.TimeoutExpired(["squeue"], 10, stderr=b"squeue: error: s_p_parse_file: cannot stat file /x\n")
+    with pytest.raises(SlurmUnavailable, match=r"`squeue .* -j 1` did not answer within 10 s\n.*cannot stat") as caught:
         Slurm(Fake(squeue=late)).jobs(["1"])
     assert "SLURM_CONF" in caught.value.hint
 
@@ -169,9 +161,7 @@ def test_available() -> None:
     fake = Fake(sbatch=Completed(0, "slurm-wlm 22.05.8\n"))
     assert Slurm(fake).available() and fake.commands == [["sbatch", "--version"]]
     assert not Slurm(Fake(sbatch=FileNotFoundError(2, "No such file"))).available()
-    assert not Slurm(
-        Fake(sbatch=refused("sbatch: fatal: Could not establish a configuration source\n"))
-    ).available()
+    assert not Slurm(Fake(sbatch=refused("sbatch: fatal: Could not establish a configuration source\n"))).available()
     with pytest.raises(SlurmUnavailable):  # SLURM_CONF names a file that is not there: not "no Slurm"
         Slurm(Fake(sbatch=subprocess.TimeoutExpired(["sbatch"], 10))).available()
 
@@ -275,9 +265,7 @@ def test_a_variable_never_beats_the_script(variable: str, line: str, stays: bool
 
 
 def test_real_runner() -> None:
-    code = (
-        "import os, sys; print(sys.stdin.read() + os.environ['X']); print('é', file=sys.stderr); sys.exit(3)"
-    )
+    code = "import os, sys; print(sys.stdin.read() + os.environ['X']); print('é', file=sys.stderr); sys.exit(3)"
     done = client.run([sys.executable, "-S", "-c", code], 30, "in ", {"X": "ü", "PYTHONUTF8": "1"})
     assert done == Completed(3, "in ü\n", "é\n")
     with pytest.raises(subprocess.TimeoutExpired):

@@ -81,7 +81,7 @@ def test_a_run_is_made_continued_and_refused(tmp_path: Path) -> None:
     (run / state.STOP_FILE).touch()
     assert runs.prepare(run, changed("optimizer", lr=0.5), "main").state == "queued"
     assert not (run / state.STOP_FILE).exists()
-    with pytest.raises(RunError, match="model.dim: 128 → 64") as caught:
+    with pytest.raises(RunError, match=r"model\.dim: 128 → 64") as caught:
         runs.prepare(run, changed("model", dim=64), "main")
     assert "--fresh" in caught.value.hint
     runs.prepare(run, changed("model", dim=64), "main", fresh=True)
@@ -110,13 +110,16 @@ def test_what_may_change_in_a_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [("a/big.yaml", "big"), ("examples/stdlib-lm/train.yaml", "stdlib-lm"), ("x/my run!.yaml", "my-run")]
+    ("path", "name"),
+    [("a/big.yaml", "big"), ("examples/stdlib-lm/train.yaml", "stdlib-lm"), ("x/my run!.yaml", "my-run")],
 )
 def test_run_names(path: str, name: str) -> None:
     assert default_run_name(Path(path)) == name
 
 
 def test_records_pass_over_keys_of_a_newer_version(tmp_path: Path) -> None:
-    state.write_json(tmp_path / layout.RUN_FILE, {"name": "r", "state": "queued", "cluster": "c", "created": 0, "new": 1})
+    state.write_json(
+        tmp_path / layout.RUN_FILE, {"name": "r", "state": "queued", "cluster": "c", "created": 0, "new": 1}
+    )
     record = runs.Run.read(tmp_path)
     assert record is not None and record.name == "r"

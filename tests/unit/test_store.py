@@ -119,9 +119,7 @@ def test_collect_removes_leftovers_of_others_and_nothing_else(tmp_path: Path) ->
     ]
 
 
-def test_a_crash_while_deleting_leaves_no_half_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_while_deleting_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         save(tmp_path, step)
     with monkeypatch.context() as patch:
