@@ -28,6 +28,8 @@ from raylaunch.slurm import script as slurm_script
 JOBS_EVERY = (0.5, 5.0)
 """Seconds between two questions to the backend while waiting: the first, and where it grows to."""
 FILES_EVERY = 0.1
+MORE_NEWS = 5.0
+"""Seconds that a hopeless bring-up listens on, to name every node that failed and not the first alone."""
 
 
 def state_dir_of(config: Config) -> Path:
@@ -40,7 +42,7 @@ def state_dir_of(config: Config) -> Path:
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Two `up` of one name at once: the second is refused, not interleaved."""
     state.make_dir(directory)
-    with (directory / ".lock").open("w") as lock:
+    with (directory / ".lock").open("w", opener=lambda p, f: os.open(p, f, 0o600)) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -134,6 +136,7 @@ def wait_ready(
     Raises BringUpError with each failed node's own error. The caller gives the job back then.
     """
     deadline: float | None = None
+    hopeless: float | None = None
     ask_again, pause = 0.0, JOBS_EVERY[0]
     job: Job | None = None
     while True:
@@ -157,7 +160,9 @@ def wait_ready(
             )
         total = len(job.nodes) or cluster.max_nodes
         if failures and total - len(failures) < cluster.min_nodes:
-            raise _too_few(cluster, total, len(ready), failures)
+            hopeless = hopeless or now
+            if len(failures) + len(ready) >= total or now - hopeless > MORE_NEWS:  # name them all at once
+                raise _too_few(cluster, total, failures)
         if not job.pending and deadline is None:
             deadline = now + timeout
         if deadline is not None and now > deadline:
@@ -208,7 +213,7 @@ def _listed(failures: dict[str, str]) -> str:
     return "".join(f"\n    {node}: {text}" for node, text in sorted(failures.items()))
 
 
-def _too_few(cluster: Cluster, total: int, ready: int, failures: dict[str, str]) -> BringUpError:
+def _too_few(cluster: Cluster, total: int, failures: dict[str, str]) -> BringUpError:
     good = total - len(failures)
     advice = f"go on without it: `raylaunch up --nodes {good}:{total}`, or " if good else ""
     return BringUpError(

@@ -64,6 +64,7 @@ def prepare(run: Path, config: Config, cluster: str, fresh: bool = False) -> Run
     Raises RunError with the differences when it cannot, and when the run is finished already.
     With `fresh` an old run is moved aside, never deleted.
     """
+    config = with_absolute_paths(config)
     old = Run.read(run)
     if old is not None and fresh:
         aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -91,6 +92,18 @@ def prepare(run: Path, config: Config, cluster: str, fresh: bool = False) -> Run
     record = Run(run.name, "queued", cluster, old.created if old else time.time(), old.attempt if old else 0)
     state.append_event(run, "queued", cluster=cluster, continued=old is not None)
     return record.save(run)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Relative paths as the command line's directory has them: a worker's directory is another."""
+
+    def absolute(path: str) -> str:
+        return path if path.startswith("stdlib:") or "://" in path else str(Path(path).expanduser().absolute())
+
+    own = config.checkpoint.checkpoint_dir
+    data = config.data.model_copy(update={"text": [absolute(path) for path in config.data.text]})
+    checkpoint = config.checkpoint.model_copy(update={"checkpoint_dir": absolute(own) if own else None})
+    return config.model_copy(update={"data": data, "checkpoint": checkpoint})
 
 
 def with_global_batch(config: Config, size: int | None) -> Config:

@@ -130,9 +130,7 @@ class Loader:
 
         return self._share(step * size, (step + 1) * size, sample)
 
-    def _share(
-        self, start: int, stop: int, sample: Callable[[order.Positions], order.Positions]
-    ) -> list[MicroBatch]:
+    def _share(self, start: int, stop: int, sample: Callable[[order.Positions], order.Positions]) -> list[MicroBatch]:
         plan = self._plan
         mine = sample(np.arange(*order.share(start, stop, plan.rank, plan.world_size), dtype=np.int64))
         size = plan.local_batch_size

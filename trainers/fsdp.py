@@ -126,9 +126,7 @@ def data_facts(config: Config, session: Session, loader: Loader) -> dict[str, in
     }
 
 
-def resume(
-    session: Session, group: dist.ProcessGroup, tensors: dict[str, Tensor], facts: dict[str, int]
-) -> int:
+def resume(session: Session, group: dist.ProcessGroup, tensors: dict[str, Tensor], facts: dict[str, int]) -> int:
     """Load the newest commit into the tensors; the number of steps done so far (0: nothing to load)."""
     started = time.monotonic()
     commit = dcp.newest(session.checkpoint_dir, group)
@@ -172,9 +170,7 @@ def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
 
 
 @torch.no_grad()
-def validate(
-    model: Decoder, batches: list[MicroBatch], device: torch.device, session: Session, step: int
-) -> None:
+def validate(model: Decoder, batches: list[MicroBatch], device: torch.device, session: Session, step: int) -> None:
     """Report the mean loss per token on the held-out samples, the same ones each time."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:

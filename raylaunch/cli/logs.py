@@ -31,7 +31,9 @@ def logs(
     where = options.state_dir(state_dir)
     files = _files(where, name, node, rank)
     if not files:
-        raise UsageError("no such log", "See `raylaunch status --all` for runs and clusters, with their directories.")
+        asked = f"node {node}" if node is not None else f"rank {rank}"
+        there = ", ".join(sorted(path.stem for path in _files(where, name, None, None)))
+        raise UsageError(f"no log of {asked}", f"There is: {there or 'nothing yet'}.")
     _print(files, lines, follow)
 
 

@@ -71,7 +71,8 @@ def options(slurm: SlurmConfig, name: str, cluster_dir: Path) -> list[str]:
     given: list[tuple[str, object]] = [
         ("job-name", slurm.job_name or f"raylaunch-{name}"),
         ("nodes", nodes),
-        ("ntasks-per-node", workers_per_node(slurm)),
+        # With one task a node Slurm stops at the lower end of a range of nodes; unsaid, it takes all it can.
+        ("ntasks-per-node", workers_per_node(slurm) if workers_per_node(slurm) > 1 else None),
         ("gpus-per-node", slurm.gpus_per_node or None),
         ("gres", slurm.gres),
         ("cpus-per-task", slurm.cpus_per_task),

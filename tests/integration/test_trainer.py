@@ -310,11 +310,7 @@ def read_tokens(built: corpus.Store) -> list[int]:
     import pyarrow as pa
 
     with pa.memory_map(str(built.path)) as source:
-        return [
-            t
-            for batch in pa.ipc.open_file(source).read_all().column("tokens").chunks
-            for t in batch.to_pylist()
-        ]
+        return [t for batch in pa.ipc.open_file(source).read_all().column("tokens").chunks for t in batch.to_pylist()]
 
 
 def test_documents_are_separated_and_in_order_of_their_names(folder: Path, tmp_path: Path) -> None:
@@ -332,9 +328,7 @@ def test_globs_and_entries_that_overlap(folder: Path) -> None:
     assert [p.name for p in files] == ["c.md", "a.txt", "two.txt", "empty.txt"]
 
 
-def test_a_store_of_many_batches_reads_as_one(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_of_many_batches_reads_as_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainers import data
 
     monkeypatch.setattr(corpus, "BATCH_TOKENS", 4)
@@ -373,9 +367,7 @@ def test_the_others_hear_of_an_error_or_of_silence(tmp_path: Path) -> None:
         corpus.prepare(tmp_path / "data", text, rank=1, attempt=1, silence=9.0)
 
 
-def test_text_that_may_not_be_read_is_named(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_that_may_not_be_read_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, *_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(path))
 

@@ -1,5 +1,4 @@
 """Reading configuration: layers, places in messages, YAML's traps, and `dump` as the inverse of `load`."""
-# ruff: noqa: E501 (the tables of cases read best with a case on one line)
 
 from __future__ import annotations
 

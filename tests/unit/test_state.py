@@ -123,3 +123,9 @@ def test_records_pass_over_keys_of_a_newer_version(tmp_path: Path) -> None:
     )
     record = runs.Run.read(tmp_path)
     assert record is not None and record.name == "r"
+
+
+def test_relative_paths_are_the_command_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = runs.with_absolute_paths(changed("data", text=["a/*.txt", "/b", "stdlib:", "s3://c"])).data.text
+    assert paths == [str(tmp_path / "a/*.txt"), "/b", "stdlib:", "s3://c"]
