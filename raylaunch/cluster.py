@@ -42,7 +42,7 @@ def state_dir_of(config: Config) -> Path:
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Two `up` of one name at once: the second is refused, not interleaved."""
     state.make_dir(directory)
-    with (directory / ".lock").open("w", opener=lambda p, f: os.open(p, f, 0o600)) as lock:
+    with os.fdopen(os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o600), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
