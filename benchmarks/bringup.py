@@ -42,6 +42,7 @@ date +%s.%N > {out}/ready
 
 SYMMETRIC = """#!/bin/bash
 #SBATCH --nodes={nodes} --ntasks-per-node=1 --cpus-per-task=4 --output={out}/symmetric-%j.out
+export PATH={bin}:$PATH  # it calls `ray` itself
 names=($(scontrol show hostnames "$SLURM_JOB_NODELIST"))
 ip=$(srun --nodes=1 --ntasks=1 -w "${{names[0]}}" hostname --ip-address)
 srun --nodes={nodes} --ntasks={nodes} -c 4 {bin}/ray symmetric-run --address "$ip:6379" --min-nodes {nodes} --num-cpus 4 -- \

@@ -121,6 +121,7 @@ class Agent:
         self.end = asyncio.Event()
         self.terminated = asyncio.Event()
         self.orphaned = False
+        self.claimed = False
         self.reason = ""
         self.link: Link | None = None
         self.duties: HeadDuties | None = None
@@ -145,6 +146,7 @@ class Agent:
     async def live(self) -> None:
         """This node's part, until it is cancelled; raises what kept the node from starting."""
         hosts.claim_temp_dir(self.temp)
+        self.claimed = True
         ray = await RayProcess.prepare(self.env, self.ray_log)
         if self.here.is_head:
             self.duties = HeadDuties(
@@ -260,12 +262,14 @@ class Agent:
         if self.duties is not None:
             await self.duties.close(self.reason)
         left = await asyncio.to_thread(processes.end_tree, os.getpid(), True)
-        shutil.rmtree(self.temp, ignore_errors=True)
+        if self.claimed:  # else it may be somebody else's
+            shutil.rmtree(self.temp, ignore_errors=True)
+            left += self.temp.exists()
         if self.link is not None:
-            self.link.tell(state="ended", left=left + self.temp.exists())
+            self.link.tell(state="ended", left=left)
             self.link.close()
         if self.duties is not None:
-            self.duties.write_end(self.reason, left + self.temp.exists())
+            self.duties.write_end(self.reason, left)
         self.lease.close()
         log.info("ended reason=%r left=%d", self.reason, left)
 

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 
+import raylaunch
 from raylaunch import state
 from raylaunch.sandbox import Sandbox, missing
 from raylaunch.sandbox.procs import wait_for
@@ -30,6 +33,7 @@ __all__ = [
     "Site",
     "mounted",
     "own_sandbox",
+    "python_for_all",
     "same_curve",
     "wait_for",
     "write_texts",
@@ -106,15 +110,20 @@ class Site:
     sandbox: Sandbox
     state: Path
     uid: int = 0
+    command: tuple[str, ...] = (str(BIN / "raylaunch"),)
     _commands: list[Command] = field(default_factory=list)
 
     @classmethod
-    def make(cls, sandbox: Sandbox, name: str, uid: int = 0) -> Site:
+    def make(cls, sandbox: Sandbox, name: str, uid: int = 0, python: Path | None = None) -> Site:
+        """`python`: for a user who may not run ours."""
         directory = sandbox.layout.state / name
         for path in (directory, directory / "home"):
             path.mkdir(mode=0o755)
             os.chown(path, uid, uid)
-        return cls(sandbox, directory, uid)
+        made = cls(sandbox, directory, uid)
+        if python is not None:
+            made.command = (str(python), "-c", "from raylaunch.cli import main; main()")
+        return made
 
     @property
     def env(self) -> dict[str, str]:
@@ -132,7 +141,7 @@ class Site:
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
                 # A test run in the background of a shell ignores SIGINT, and would hand that down.
-                ["env", "--default-signal=INT", str(BIN / "raylaunch"), *words],
+                ["env", "--default-signal=INT", *self.command, *words],
                 stdin=subprocess.DEVNULL, stdout=to_out, stderr=to_err, cwd="/", start_new_session=True,
                 env={**self.env, **(env or {})}, **self._as_user(),
             )  # fmt: skip
@@ -264,6 +273,48 @@ def own_sandbox(name: str, **sizes: int) -> Iterator[Sandbox]:
     finally:
         made.down()
         assert not made.layout.dir.exists()
+
+
+@contextmanager
+def python_for_all() -> Iterator[Path]:
+    """A Python that every user may run, with the packages of ours, which may lie where only we may look.
+
+    To be made before the sandbox, whose nodes inherit the mounts.
+    """
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    bases = [Path("/usr/bin") / name, Path("/usr/local/bin") / name, Path(sys.executable).resolve()]
+    base = next((path for path in bases if _may_run(path)), None)
+    if base is None:
+        pytest.skip(f"no {name} that another user may run: apt-get install {name}")
+    place = Path(tempfile.mkdtemp(prefix="raylaunch-test-", dir="/var/tmp"))
+    place.chmod(0o755)
+    parts = {"checkout": Path(raylaunch.__file__).parents[1], "packages": Path(sysconfig.get_path("purelib"))}
+    own = place / "lib" / name / "site-packages"
+    for path in (place / "bin", own, *(place / part for part in parts)):
+        path.mkdir(parents=True)
+    (place / "bin" / "python").symlink_to(base)
+    (place / "pyvenv.cfg").write_text(f"home = {base.parent}\n")
+    (own / "ours.pth").write_text("".join(f"{place / part}\n" for part in parts))
+    try:
+        for part, path in parts.items():
+            subprocess.run(["mount", "--bind", "-o", "ro", str(path), str(place / part)], check=True)
+        yield place / "bin" / "python"
+    finally:
+        for part in parts:
+            subprocess.run(["umount", str(place / part)], check=True)
+            (place / part).rmdir()  # which an empty directory alone allows: only then remove the rest
+        shutil.rmtree(place)
+
+
+def _may_run(python: Path) -> bool:
+    try:
+        done = subprocess.run(
+            [python, "-c", "import json, ssl"], user=NOBODY, group=NOBODY, extra_groups=[], cwd="/",
+            env={"PATH": os.defpath}, capture_output=True, check=False,
+        )  # fmt: skip
+    except OSError:
+        return False
+    return done.returncode == 0
 
 
 @contextmanager
