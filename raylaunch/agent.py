@@ -347,7 +347,7 @@ def _handle_signals(agent: Agent) -> None:
 
     def out_of_time() -> None:
         if agent.duties is not None:
-            agent.duties.begin_end("walltime")
+            agent.duties.out_of_time()
 
     loop.add_signal_handler(signal.SIGUSR1, out_of_time)
 

@@ -44,11 +44,14 @@ class HeadDuties:
         head: Head,
         token: str,
         env: Mapping[str, str],
+        notice: float,
         stop: Callable[[str], None],
     ) -> None:
         self.directory, self.cluster, self.head, self._env, self._stop = directory, cluster, head, env, stop
         self.members = Members(token, cluster.incarnation, self._member_changed)
         self.exit_code = 0
+        self._notice = notice
+        self._ready = asyncio.Event()  # Ray runs on the head: a driver can connect
         self._queue: deque[str] = deque([cluster.run] if cluster.run else [])
         self._queued = asyncio.Event()
         self._table_changed = asyncio.Event()
@@ -93,6 +96,8 @@ class HeadDuties:
         if what == "joined":
             self._event("node_joined", node=member.node, address=member.info.get("address"))
         elif what == "changed":
+            if member.node == self.head.node and member.info["state"] == "ready":
+                self._ready.set()
             self._event(f"node_{member.info['state']}", node=member.node, error=member.info.get("error"))
         elif not self._ending and member.info.get("state") not in {"ended", "failed"}:
             self._event("node_lost", node=member.node, reason=what)
@@ -134,8 +139,10 @@ class HeadDuties:
             case "run":
                 self._queue.append(str(wanted["run"]))
                 self._queued.set()
-            case "down" | "walltime" as kind:
-                self.begin_end(kind, float(wanted.get("save_limit", SAVE_LIMIT)))
+            case "down":
+                self.begin_end("down", float(wanted.get("save_limit", SAVE_LIMIT)))
+            case "walltime":
+                self.out_of_time()
             case kind:
                 log.warning("unknown request kind=%r", kind)
 
@@ -143,6 +150,7 @@ class HeadDuties:
 
     async def _run_queue(self) -> None:
         """One run after the other, the whole cluster for each."""
+        await self._ready.wait()
         while True:
             await self._queued.wait()
             if not self._queue:
@@ -171,6 +179,10 @@ class HeadDuties:
         outcome = await self._off_loop(runs.settle, directory, status)
         self._event("run_ended", run=name, state=outcome, status=status)
         return outcome
+
+    def out_of_time(self) -> None:
+        """Slurm's notice before the time limit: the run may use most of what is left to save."""
+        self.begin_end("walltime", max(5.0, self._notice - ENDING_LIMIT))
 
     # -- the end -----------------------------------------------------------------------------
 

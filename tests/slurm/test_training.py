@@ -1,0 +1,339 @@
+"""Training on Slurm: what a run writes, how it goes on after faults and at other sizes with the same
+losses, and how it ends. One cluster of four nodes serves most of the tests, in their order."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import Site, own_sandbox, same_curve, wait_for, write_texts
+
+from raylaunch import state
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+STEPS = 60
+EVERY = 5
+"""Steps between commits."""
+SAME = 1e-4
+"""Relative: floating-point order is all that another number of workers may change."""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with own_sandbox("training", nodes=4, cpus=4) as machine:
+        made = Site.make(machine, "alice")
+        write_texts(made.state / "text")
+        yield made
+        made.end()
+
+
+def write_config(site: Site, name: str, **changes: Any) -> Path:
+    """A config file for a small training; `changes` are whole sections' additions."""
+    config: dict[str, dict[str, Any]] = {
+        "model": {"size": "tiny"},
+        "data": {"text": [str(site.state / "text")], "seq_len": 64},
+        "step_scheduler": {
+            # Twelve samples are shared evenly by 4, 3 and 2 workers, one a pass: steps slow enough to hit.
+            "max_steps": STEPS, "global_batch_size": 12, "local_batch_size": 1,
+            "ckpt_every_steps": EVERY, "val_every_steps": STEPS,
+        },
+    }  # fmt: skip
+    for section, values in changes.items():
+        config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
+    path = site.state / "home" / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(site: Site) -> Path:
+    return write_config(site, "base")
+
+
+@pytest.fixture(scope="module")
+def four(site: Site) -> None:
+    """The cluster `main` on all four nodes."""
+    site.run("up", "--nodes", 4, "--mem", "3G").expect(0)
+
+
+@pytest.fixture(scope="module")
+def reference(site: Site, config: Path, four: None) -> dict[int, float]:  # noqa: ARG001
+    """The losses of a run that nothing happened to: the run `smooth`."""
+    done = site.run("train", config, "--run", "smooth").expect(0)
+    assert re.search(rf"run smooth is finished at step {STEPS}, loss \d", done.out)
+    assert str(site.run_dir("smooth")) in done.out
+    assert f"step {STEPS}/{STEPS}  loss" in done.err and "world 4" in done.err and "\x1b" not in done.all
+    losses = site.losses("smooth")
+    assert list(losses) == list(range(1, STEPS + 1))
+    return losses
+
+
+def worker(site: Site, run: str, rank: int, attempt: int = 1) -> tuple[str, str]:
+    """(node, pid) of a rank, from the first line of its log."""
+    log = state.attempt_dir(site.run_dir(run), attempt) / f"rank-{rank}.log"
+    wait_for(f"rank {rank} of {run}", lambda: log.exists() and "device=" in log.read_text(), 120)
+    words = dict(re.findall(r"(\w+)=(\S+)", log.read_text().splitlines()[0]))
+    assert words["rank"] == str(rank) and words["run"] == run
+    return words["node"], words["pid"]
+
+
+# --- a run --------------------------------------------------------------------------------------------
+
+
+def test_metrics_events_and_config_of_a_run(site: Site, reference: dict[int, float]) -> None:
+    run = site.run_dir("smooth")
+    rows = state.read_lines(run / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "world_size", "attempt", "time"}
+    assert all(keys <= row.keys() for row in steps)
+    assert {(row["world_size"], row["attempt"]) for row in steps} == {(4, 1)}
+    assert [row["tokens"] for row in steps] == [step * 12 * 64 for step in range(1, STEPS + 1)]
+    assert reference[STEPS] < 0.8 * reference[1] and abs(reference[1] - 5.58) < 0.3  # ln 264 at first
+    assert [row["step"] for row in rows if "val_loss" in row] == [STEPS]
+
+    events = site.events(run)
+    assert all({"time", "kind"} <= event.keys() for event in events)
+    kinds = [event["kind"] for event in events]
+    assert kinds[0] == "queued" and kinds[-1] == "finished"
+    decisions = [(e["decision"], e["reason"], e["setting"]) for e in events if e["kind"] == "decision"]
+    assert [d[0] for d in decisions] == ["start", "finish"] and all(d[1] for d in decisions) and decisions[0][2]
+    (started,) = site.events(run, "attempt_started")
+    assert (started["workers"], started["nodes"], started["from_step"]) == (4, 4, 0)
+    assert [e["step"] for e in site.events(run, "commit")] == list(range(EVERY, STEPS + 1, EVERY))
+    cluster_events = [(e["kind"], e.get("state")) for e in site.events(site.cluster("main")) if e.get("run")]
+    assert cluster_events == [("run_started", None), ("run_ended", "finished")]
+
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["model"]["dim"] == 64 and resolved["optimizer"]["betas"] == [0.9, 0.95]
+    assert resolved["step_scheduler"]["global_batch_size"] == 12
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        f"step-{step:08d}" for step in (STEPS - EVERY, STEPS)
+    ]
+
+    found = site.run_status("smooth")
+    wanted = {"name", "state", "step", "loss", "attempt", "world_size", "directory"}
+    assert wanted <= found.keys()
+    assert (found["state"], found["step"], found["attempt"], found["world_size"]) == ("finished", STEPS, 1, 4)
+    assert found["loss"] == reference[STEPS] and found["directory"] == str(run)
+    assert found in site.cluster_status("main")["runs"]
+    site.run("status").expect(0, "smooth", "finished", f"{reference[STEPS]:.4f}")
+
+
+@pytest.mark.usefixtures("reference")
+def test_logs_of_a_run(site: Site) -> None:
+    out = site.run("logs", "smooth").expect(0).out
+    assert {line.split(":")[0] for line in out.splitlines()} == {"driver", "rank-0", "rank-1", "rank-2", "rank-3"}
+    one = site.run("logs", "smooth", "--rank", 2).expect(0).out
+    assert one.startswith("raylaunch worker run=smooth attempt=1 rank=2 world=4 ")
+    node, _ = worker(site, "smooth", 2)
+    assert site.run("logs", "smooth", "--node", node).expect(0).out == one
+    assert site.run("logs").expect(0).out == out  # the run that was touched last
+    site.run("logs", "smooth", "--rank", 9).expect(2)
+
+
+def test_a_finished_run_is_not_done_again(site: Site, config: Path, reference: dict[int, float]) -> None:
+    began = time.monotonic()
+    done = site.run("train", config, "--run", "smooth").expect(2, "finished", "max_steps", "--fresh", "--run")
+    assert done.out == "" and time.monotonic() - began < 10
+    site.run("attach", "smooth").expect(0, "run smooth is finished")
+    site.run("stop", "smooth").expect(0, "finished already")
+    assert site.losses("smooth") == reference and site.run_status("smooth")["state"] == "finished"
+
+
+@pytest.mark.usefixtures("reference")
+def test_what_cannot_continue_is_refused_with_the_differences(site: Site, config: Path) -> None:
+    before = (site.run_dir("smooth") / "config.yaml").read_bytes()
+    sets = ["--set", "data.seq_len=32", "--set", "model.n_layers=3", "--set", "step_scheduler.max_steps=99"]
+    done = site.run("train", config, "--run", "smooth", *sets)
+    done.expect(1, "data.seq_len: 64 → 32", "model.n_layers: 2 → 3", "--fresh", "--run")
+    assert "max_steps" not in done.err and "Traceback" not in done.err
+    assert (site.run_dir("smooth") / "config.yaml").read_bytes() == before
+    assert site.run_status("smooth")["state"] == "finished"
+
+
+def test_the_resolved_copy_gives_the_same_run(site: Site, reference: dict[int, float]) -> None:
+    """More steps of it, too: the curve up to here is only the same if the schedule is."""
+    site.run("train", site.run_dir("smooth") / "config.yaml", "--run", "copy").expect(0)
+    same_curve(site.losses("copy"), reference, 1e-6)
+    one, other = ((site.run_dir(name) / "config.yaml").read_text() for name in ("smooth", "copy"))
+    assert one == other
+
+
+# --- faults -------------------------------------------------------------------------------------------
+
+
+def continued(site: Site, run: str, sizes: list[int]) -> list[dict[str, Any]]:
+    """The run's attempts had these sizes, and each began at the last commit before it, not at 0."""
+    started = site.events(site.run_dir(run), "attempt_started")
+    assert [row["workers"] for row in started] == sizes
+    commits = site.events(site.run_dir(run), "commit")
+    for row in started[1:]:
+        before = max(c["step"] for c in commits if c["time"] < row["time"])
+        assert row["from_step"] == before >= EVERY
+    resumed = site.events(site.run_dir(run), "resumed")
+    assert [row["step"] for row in resumed] == [row["from_step"] for row in started[1:]]
+    # No step that was committed is done again.
+    rows = [r for r in state.read_lines(site.run_dir(run) / "metrics.jsonl") if "loss" in r]
+    for number, row in enumerate(started[1:], 2):
+        assert min(r["step"] for r in rows if r["attempt"] == number) == row["from_step"] + 1
+    return started
+
+
+def test_a_killed_worker(site: Site, config: Path, reference: dict[int, float]) -> None:
+    command = site.start("train", config, "--run", "killed")
+    node, pid = worker(site, "killed", 1)
+    site.wait_step("killed", 2 * EVERY)
+    site.inside(node, "kill", "-9", pid)
+    done = command.ended().expect(0, "attempt 1 ended: lost rank 1", "attempt 2: 4 workers, from step")
+    assert f"run killed is finished at step {STEPS}" in done.out
+    continued(site, "killed", [4, 4])
+    (ended, _) = site.events(site.run_dir("killed"), "attempt_ended")
+    assert (ended["how"], ended["rank"]) == ("fault", 1) and ended["committed"] >= 2 * EVERY
+    same_curve(site.losses("killed"), reference, 1e-6)
+    assert site.cluster_status("main")["state"] == "ready"
+
+
+def test_a_killed_node_then_other_sizes(site: Site, config: Path, reference: dict[int, float]) -> None:
+    """Four nodes, a death, three nodes, a stop; then another cluster of two goes on with the run."""
+    command = site.start("train", config, "--run", "shrunk")
+    site.wait_step("shrunk", 2 * EVERY)
+    site.sandbox.kill("node4")
+    try:
+        command.wait_said("attempt 2: 3 workers, from step")
+        command.wait_said("world 3")
+        done = site.run("stop", "shrunk").expect(0, "run shrunk is stopped: raylaunch stop")
+        command.ended().expect(1, "run shrunk is stopped and saved at step")
+        continued(site, "shrunk", [4, 3])
+        stopped_at = site.run_status("shrunk")["step"]
+        assert 2 * EVERY < stopped_at < STEPS, str(done)
+        assert site.events(site.run_dir("shrunk"), "commit")[-1]["step"] == stopped_at
+        found = site.cluster_status("main")
+        states = {node["name"]: node["state"] for node in found["nodes"]}
+        assert states == {"node1": "ready", "node2": "ready", "node3": "ready", "node4": "lost"}
+        site.run("status").expect(0, "node4", "lost")
+        kinds = [(e["kind"], e.get("node")) for e in site.events(site.cluster("main"))]
+        assert ("node_lost", "node4") in kinds
+
+        # What is left of the cluster still is one.
+        began = time.monotonic()
+        site.run("down").expect(0)
+        assert time.monotonic() - began < 30
+        site.wait_clean()
+    finally:
+        site.sandbox.start("node4")
+
+    site.run("up", "--nodes", 2).expect(0)
+    site.run("train", config, "--run", "shrunk").expect(0, "2 workers, from step", "finished")
+    continued(site, "shrunk", [4, 3, 2])
+    same_curve(site.losses("shrunk"), reference, SAME)
+
+
+# --- handing over, letting go, ending ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(site: Site) -> None:
+    """The cluster `main`, alive: on two nodes after the tests above."""
+    if not any(c["state"] == "ready" for c in site.status()["clusters"]):
+        site.run("up", "--nodes", 2).expect(0)
+
+
+@pytest.mark.usefixtures("two")
+def test_let_go_come_back_and_run_out_of_time(site: Site) -> None:
+    """Ctrl-C lets go of a run, `attach` comes back; Slurm's signal before the time limit saves it and
+    ends the cluster."""
+    config = write_config(site, "long", step_scheduler={"max_steps": 5000})
+    command = site.start("train", config)
+    command.wait_said("step 3/5000")
+    command.interrupt()
+    command.ended().expect(130, "detached", "raylaunch attach long", "raylaunch stop long")
+    again = site.start("attach", "long")
+    again.wait_said("loss")
+    assert site.run_status("long")["state"] == "running"
+    site.run("train", config).expect(2, "run long is running", "raylaunch attach long", "raylaunch stop long")
+    site.run("train", config, "--run", "other", "--detach").expect(0, "handed to cluster main")
+    assert site.run_status("other")["state"] == "queued"
+
+    (job,) = site.jobs()
+    site.slurm("scancel", "--signal=USR1", "--batch", job.split()[0])
+    done = again.ended(90).expect(1)
+    assert re.search(r"run long is stopped and saved at step \d+, .*\(walltime\)", done.out), str(done)
+    wait_for("the job's end", lambda: not site.jobs(), 60)
+    site.wait_clean()
+    assert "ExitCode=0:0" in site.slurm("scontrol", "show", "job", job.split()[0])
+    last = site.run_status("long")
+    assert last["state"] == "stopped"
+    assert site.events(site.run_dir("long"), "commit")[-1]["step"] == last["step"]
+    assert site.cluster_status("main")["state"] == "down"
+    assert site.run_status("other")["state"] in {"interrupted", "stopped"}
+    site.run("down").expect(0, "down already")
+
+
+def test_submit(site: Site) -> None:
+    """Two batch jobs side by side, each with a cluster of its own: one trains, one cannot."""
+    steps = {"max_steps": 10, "warmup_steps": 5, "val_every_steps": 0}
+    good = write_config(site, "good", step_scheduler=steps, slurm={"nodes": 1, "ntasks_per_node": 2})
+    bad = write_config(site, "bad", trainer="nowhere:train", elastic={"backoff": 0})
+    jobs = {}
+    for path in (good, bad):
+        done = site.run("submit", path).expect(0)
+        assert re.fullmatch(r"\d+\n", done.out) and done.err == ""
+        jobs[path.stem] = done.out.strip()
+    # While it lives its name is taken, and asking again does it no harm.
+    again = site.run("submit", good)
+    again.expect(2, "good", jobs["good"])
+    assert site.run_status("good")["state"] in {"queued", "running"}
+    site.run("train", good, "--cluster", "good").expect(2, "belongs to its run good")
+    watched = site.start("attach", "good")
+
+    wait_for("both jobs' ends", lambda: not site.jobs(), 200, lambda: str(site.status()))
+    watched.ended().expect(0, "run good is finished at step 10")
+    site.wait_clean()
+    assert "JobState=COMPLETED" in (text := site.slurm("scontrol", "show", "job", jobs["good"]))
+    assert "ExitCode=0:0" in text
+    assert "JobState=FAILED" in (text := site.slurm("scontrol", "show", "job", jobs["bad"]))
+    assert "ExitCode=1:0" in text
+    run = site.run_status("good")
+    assert (run["state"], run["step"], run["world_size"]) == ("finished", 10, 2)
+    run = site.run_status("bad")
+    assert run["state"] == "failed" and "No module named 'nowhere'" in run["reason"]
+    assert len(site.events(site.run_dir("bad"), "attempt_started")) == 2
+    site.run("attach", "bad").expect(1, "run bad failed", "No module named 'nowhere'", "logs")
+    assert {c["state"] for c in site.status()["clusters"]} == {"down"}
+    # The same again is refused before anything is submitted.
+    site.run("submit", good).expect(2, "run good is finished")
+    assert not site.jobs()
+
+
+def test_anew_and_down_while_it_trains(site: Site) -> None:
+    """`--fresh` keeps the old run aside; `down` saves what trains; the next cluster goes on with it."""
+    config = write_config(site, "anew", step_scheduler={"max_steps": 5000})
+    site.run("up", "--name", "third", "--nodes", 1).expect(0)
+    command = site.start("train", config, "--cluster", "third")
+    site.wait_step("anew", EVERY)
+    site.run("down").expect(0, "cluster third is down: no job, process or temp directory is left")
+    command.ended().expect(1, "run anew is stopped and saved at step")
+    site.wait_clean()
+    saved = site.run_status("anew")["step"]
+    assert saved > 0 and site.events(site.run_dir("anew"), "commit")[-1]["step"] == saved
+
+    site.run("up", "--name", "third", "--nodes", 1).expect(0)
+    less = ["--set", f"step_scheduler.max_steps={saved + 2}", "--cluster", "third"]
+    site.run("train", config, *less).expect(0, f"1 workers, from step {saved}", "finished")
+    assert list(site.losses("anew")) == list(range(1, saved + 3))
+    fresh = ["--set", "step_scheduler.max_steps=2", "--cluster", "third", "--fresh"]
+    site.run("train", config, *fresh).expect(0, "run anew is finished at step 2")
+    (aside,) = (path for path in (site.state / "runs").glob("anew.*"))
+    assert list(site.losses(aside.name)) == list(range(1, saved + 3))
+    assert list(site.losses("anew")) == [1, 2]
+    assert json.loads((site.run_dir("anew") / "run.json").read_text())["attempt"] == 1
+    site.run("down", "third").expect(0, "is down: no job, process or temp directory is left")
+    site.wait_clean()
