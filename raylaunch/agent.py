@@ -41,6 +41,7 @@ CONNECT_PATIENCE = 20.0
 RAY_PATIENCE = 120.0
 RAY_TRIES = 3
 RESTART_BACKOFF = 30.0
+DASHBOARD_PATIENCE = 15.0
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,9 @@ class Agent:
         self.claimed = True
         ray = await RayProcess.prepare(self.env, self.ray_log)
         if self.here.is_head:
+            notice = float(self.config.slurm.signal.partition("@")[2])
             self.duties = HeadDuties(
-                self.here.directory, self.cluster, self._as_head(), self.token, self.env, self.stop
+                self.here.directory, self.cluster, self._as_head(), self.token, self.env, notice, self.stop
             )
             await self.duties.open()
         head = await wait_for_head(self.here)
@@ -219,6 +221,9 @@ class Agent:
                 log.info("ray started seconds=%.2f ports=%d-%d", time.monotonic() - began, *self.info()["ports"])  # type: ignore[misc]
                 link.tell(state="ready", error=None)
                 has_run = True
+                if self.duties is not None:
+                    await asyncio.wait({asyncio.create_task(self.duties.enough.wait())}, timeout=DASHBOARD_PATIENCE)
+                    ray.start_dashboard()
                 status = await ray.exited()
                 words = ray.own_words(self.temp)
                 if time.monotonic() - began > 10 * RESTART_BACKOFF:
@@ -327,7 +332,7 @@ def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
     with contextlib.suppress(StateError):  # a directory that is not shared cannot take it: the line above does
         state.write_json(here.directory / layout.NODES / f"{here.node}.json", {"node": here.node, "error": text})
         if here.is_head and (agent is None or agent.duties is None):  # nobody else will say that it is over
-            layout.write_end(here.directory, here.canary, text, {}, exit_code=1)
+            layout.write_end(here.directory, here.canary, text, {}, [], exit_code=1)
     if agent is not None:
         agent.stop(text)
         if agent.link is not None:

@@ -52,6 +52,8 @@ class HeadDuties:
         self.exit_code = 0
         self._notice = notice
         self._ready = asyncio.Event()  # Ray runs on the head: a driver can connect
+        self.enough = asyncio.Event()
+        """The minimum of nodes is ready: what is not needed for that may start now."""
         self._queue: deque[str] = deque([cluster.run] if cluster.run else [])
         self._queued = asyncio.Event()
         self._table_changed = asyncio.Event()
@@ -60,6 +62,7 @@ class HeadDuties:
         self._running: str | None = None
         self._ending = False
         self._unclean: dict[str, Any] = {}
+        self._lost: list[str] = []
         self._files = ThreadPoolExecutor(1, "files")  # one thread: what is written first is there first
         if self._queue:
             self._queued.set()
@@ -98,6 +101,11 @@ class HeadDuties:
         elif what == "changed":
             if member.node == self.head.node and member.info["state"] == "ready":
                 self._ready.set()
+            if (
+                sum(m.alive and m.info["state"] == "ready" for m in self.members.table.values())
+                >= self.cluster.min_nodes
+            ):
+                self.enough.set()
             self._event(f"node_{member.info['state']}", node=member.node, error=member.info.get("error"))
         elif not self._ending and member.info.get("state") not in {"ended", "failed"}:
             self._event("node_lost", node=member.node, reason=what)
@@ -210,7 +218,9 @@ class HeadDuties:
         self._ending = True
         self.members.order("end", reason=reason)
         deadline = time.monotonic() + ENDING_LIMIT
-        others = [m for m in self.members.table.values() if m.node != self.head.node]
+        everyone = [m for m in self.members.table.values() if m.node != self.head.node]
+        others = [m for m in everyone if m.alive]  # of a node lost before, nothing is ours to end any more
+        self._lost = [m.node for m in everyone if not m.alive and m.info["state"] not in {"ended", "failed"}]
         while any(m.alive for m in others) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         for task in list(self._tasks):
@@ -229,8 +239,8 @@ class HeadDuties:
         """The last word: ended.json and the job's exit code. Nodes that did not report count as unclean."""
         self._files.shutdown()
         unclean = dict(self._unclean) | ({self.head.node: left_here} if left_here else {})
-        state.append_event(self.directory, "ended", reason=reason, unclean=unclean)
-        layout.write_end(self.directory, self.cluster.canary, reason, unclean, self.exit_code)
+        state.append_event(self.directory, "ended", reason=reason, unclean=unclean, lost=self._lost)
+        layout.write_end(self.directory, self.cluster.canary, reason, unclean, self._lost, self.exit_code)
 
     def _event(self, kind: str, **fields: Any) -> None:
         """One line of the cluster's events, written off the loop."""

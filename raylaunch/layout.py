@@ -93,13 +93,17 @@ def request(cluster: Path, kind: str, **values: Any) -> None:
     state.write_json(cluster / REQUESTS / name, {"kind": kind, **values})
 
 
-def write_end(cluster: Path, canary: str, reason: str, unclean: dict[str, Any], exit_code: int) -> None:
+def write_end(
+    cluster: Path, canary: str, reason: str, unclean: dict[str, Any], lost: list[str], exit_code: int
+) -> None:
     """A life of a cluster is over: the job's exit code, then ended.json. Its token goes.
 
-    `unclean`: node → how much is left there, -1 for a node without a last word.
+    `unclean`: node → how much is left there, -1 for a node without a last word. `lost`: nodes that
+    were gone before the end began.
     """
     (cluster / TOKEN_FILE).unlink(missing_ok=True)
     state.write_text(cluster / EXIT_CODE_FILE, f"{exit_code}\n")
     state.write_json(
-        cluster / ENDED_FILE, {"canary": canary, "reason": reason, "unclean": unclean, "time": time.time()}
+        cluster / ENDED_FILE,
+        {"canary": canary, "reason": reason, "unclean": unclean, "lost": lost, "time": time.time()},
     )

@@ -141,7 +141,11 @@ class RayProcess:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(node.arguments()).encode() + b"\n")
         await self._process.stdin.drain()
-        self._process.stdin.close()
+
+    def start_dashboard(self) -> None:
+        """Let the head start what it put off (see `raystart.lighten`)."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"dashboard\n")
 
     async def exited(self) -> int:
         """Wait for its end; the exit status (negative: the signal)."""

@@ -5,14 +5,15 @@ head's address; then it reads Ray's arguments as one JSON line from its standard
 as the `ray` command. It dies with the agent, and Ray's own processes die with it.
 
 Two things that Ray's head does before its node counts as started are put off or left out: the
-dashboard (seconds of imports) starts right after, and the Ray Client server (one more open port,
-which nothing here uses) not at all. Both reach into Ray's private parts, which is one reason for the
+dashboard (seconds of imports) starts when the agent says so by a second line, and the Ray Client
+server (one more open port, which nothing here uses) not at all. Both reach into Ray's private parts, which is one reason for the
 pinned version; where those parts are not as expected, Ray starts in its plain way.
 """
 
 from __future__ import annotations
 
 import json
+import select
 import sys
 from typing import Any
 
@@ -44,7 +45,7 @@ def lighten(node: Any, scripts: Any) -> None:
 
     def then(self: Any) -> Any:
         # `ray start --block` asks this once a second from when the node is up: our moment.
-        while waiting:
+        while waiting and select.select([sys.stdin], [], [], 0)[0]:
             target, arguments = waiting.pop()
             start_dashboard(target, **arguments)
         return dead_processes(self)

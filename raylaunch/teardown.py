@@ -117,7 +117,10 @@ def _ask_head(
 def _verify(directory: Path, cluster: Cluster, ended: Ended) -> None:
     """What the agents said about their nodes; on this machine also what we see."""
     word = state.read_json(directory / layout.ENDED_FILE)
-    unclean = dict(word["unclean"]) if word and word.get("canary") == cluster.canary else {}
+    if word is None or word.get("canary") != cluster.canary:
+        word = {"unclean": {}, "lost": []}
+    unclean = dict(word["unclean"])
+    ended.notes += [f"{node} was lost before: nothing there could be ended" for node in word["lost"]]
     for node, left in unclean.items():
         ended.clean = False
         ended.notes.append(f"{node}: " + (f"{left} processes or directories are left" if left > 0 else "no last word"))
