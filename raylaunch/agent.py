@@ -109,7 +109,10 @@ class Agent:
     def __init__(self, here: Here, cluster: Cluster, config: Config) -> None:
         self.here, self.cluster, self.config = here, cluster, config
         self.token_file = here.directory / layout.TOKEN_FILE
-        self.token = self.token_file.read_text().strip()
+        try:
+            self.token = self.token_file.read_text().strip()
+        except FileNotFoundError as error:
+            raise BringUpError("the cluster has ended already") from error
         self.ray_log = here.directory / layout.LOGS / f"{here.node}-ray.log"
         self.temp = hosts.temp_dir(config.cluster.temp_dir, str(here.directory), here.index + 1 if here.local else None)
         peer = next((n for n in here.peers if n != here.node), None)
@@ -121,6 +124,7 @@ class Agent:
         self.lease = self._lease(skip=0)
         self.end = asyncio.Event()
         self.terminated = asyncio.Event()
+        self.may_join = asyncio.Event()
         self.orphaned = False
         self.claimed = False
         self.reason = ""
@@ -201,8 +205,10 @@ class Agent:
     async def _listen(self, link: Link) -> None:
         """Follow the head's orders; without a head there is nothing to live for (yet: elections come)."""
         try:
-            order = await link.orders()
-            self.stop(f"the head's order: {order}")
+            while (order := await link.orders()) != "end":
+                if order == "join":
+                    self.may_join.set()
+            self.stop("the head's order")
         except (ConnectionError, OSError) as error:
             self.orphaned = not self.end.is_set()
             self.stop(f"the head is gone: {error}")
@@ -215,6 +221,9 @@ class Agent:
                 self.here.node, self.address, self.lease.ports, self.resources, self.temp,
                 self.cluster.workers_per_node, None if self.here.is_head else head.gcs,
             )  # fmt: skip
+            if not self.here.is_head:
+                # Ray itself would ask for its head, and when it is not there yet, sleep for seconds.
+                await self.may_join.wait()
             await ray.begin(node)
             began = time.monotonic()
             if await self._has_started(ray):
@@ -326,7 +335,11 @@ async def supervise(here: Here) -> int:
 
 def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
     """Say why this node cannot go on: to the head, in the cluster directory, and in the job's output."""
-    text = str(failure) if isinstance(failure, RaylaunchError) else f"{type(failure).__name__}: {failure}"
+    text = (
+        " ".join(str(failure).split())
+        if isinstance(failure, RaylaunchError)
+        else f"{type(failure).__name__}: {failure}"
+    )
     log.error("failed error=%r", text, exc_info=None if isinstance(failure, RaylaunchError) else failure)
     print(f"{layout.FAILED_LINE} {here.node}: {text}", flush=True)
     with contextlib.suppress(StateError):  # a directory that is not shared cannot take it: the line above does

@@ -98,9 +98,12 @@ class HeadDuties:
         self._table_changed.set()
         if what == "joined":
             self._event("node_joined", node=member.node, address=member.info.get("address"))
+            if self._ready.is_set():
+                self.members.order("join", only=member)
         elif what == "changed":
             if member.node == self.head.node and member.info["state"] == "ready":
                 self._ready.set()
+                self.members.order("join")
             if (
                 sum(m.alive and m.info["state"] == "ready" for m in self.members.table.values())
                 >= self.cluster.min_nodes
@@ -216,7 +219,7 @@ class HeadDuties:
     async def close(self, reason: str) -> None:
         """Send the other agents home and wait for their word, bounded."""
         self._ending = True
-        self.members.order("end", reason=reason)
+        self.members.order("end")
         deadline = time.monotonic() + ENDING_LIMIT
         everyone = [m for m in self.members.table.values() if m.node != self.head.node]
         others = [m for m in everyone if m.alive]  # of a node lost before, nothing is ours to end any more

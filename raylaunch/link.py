@@ -80,11 +80,11 @@ class Members:
             if member.writer is not None:
                 member.writer.close()
 
-    def order(self, command: str, **fields: Any) -> None:
-        """Send an order to every living member."""
-        for member in self.table.values():
+    def order(self, command: str, only: Member | None = None) -> None:
+        """Send an order to every living member, or to one."""
+        for member in self.table.values() if only is None else [only]:
             if member.alive and member.writer is not None:
-                _send(member.writer, {"order": command, **fields})
+                _send(member.writer, {"order": command})
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -100,6 +100,7 @@ def environment(
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train page
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the driver hears of a dead worker
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a thousand cold imports from one file system
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # notices come through the agents
         "PYTHONUNBUFFERED": "1",
         **_HEALTH,

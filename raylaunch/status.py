@@ -49,11 +49,11 @@ def _cluster(
     nodes = cluster.living_nodes(directory, record)
     head = Head.read(directory)
     alive = any(job.alive for job in own)
-    if trouble is not None:
-        now = "unknown"
-    elif not alive or (directory / layout.ENDED_FILE).exists():
+    if (directory / layout.ENDED_FILE).exists() or (trouble is None and not alive):
         now = "down"
         nodes = []
+    elif trouble is not None:
+        now = "unknown"
     elif all(job.pending for job in own):
         now = "pending"
     else:

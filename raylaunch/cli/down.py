@@ -23,7 +23,10 @@ def down(name: str | None, everything: bool, save_limit: float, state_dir: Path 
         raise UsageError("a NAME and --all at once", "Give one of them.")
     where = options.state_dir(state_dir)
     unclean = []
-    for each in _chosen(where, name, everything):
+    chosen = _chosen(where, name, everything)
+    if not chosen:
+        click.echo(f"no cluster in {where}: nothing to do")
+    for each in chosen:
         directory, record = cluster.find(where, each)
         with LiveLine() as line:
             ended = teardown.down(directory, record, save_limit, lambda text, each=each: line(f"{each}: {text}"))  # type: ignore[misc]

@@ -111,6 +111,7 @@ class Site:
     state: Path
     uid: int = 0
     command: tuple[str, ...] = (str(BIN / "raylaunch"),)
+    common_python: Path | None = None
     _commands: list[Command] = field(default_factory=list)
 
     @classmethod
