@@ -6,9 +6,12 @@ does, and the head's agent only when the driver died without a last word (`settl
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,33 +61,58 @@ def checkpoint_dir(run: Path, config: Config) -> Path:
     return Path(own).expanduser() / run.name if own else run / "checkpoints"
 
 
-def prepare(run: Path, config: Config, cluster: str, fresh: bool = False) -> Run:
-    """Make a run's directory, or check that `config` can continue what is there.
+@contextlib.contextmanager
+def prepared(run: Path, config: Config, cluster: str, fresh: bool = False) -> Iterator[Run]:
+    """Make a run's directory, or check that `config` can continue what is there; hand it over inside.
 
-    Raises RunError with the differences when it cannot, and when the run is finished already.
-    With `fresh` an old run is moved aside, never deleted.
+    Raises RunError with the differences when it cannot, and UsageError when the run is finished
+    already. With `fresh` an old run is moved aside, never deleted. When the handing over fails, all
+    is as it was: a run that was made for it goes, one that was moved aside comes back.
     """
     config = with_absolute_paths(config)
     old = Run.read(run)
-    if old is not None and fresh:
-        aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+    if old is not None and not fresh:
+        config = _continued(run, old, config)
+        text = (run / layout.CONFIG_FILE).read_text()
+        try:
+            yield _write(run, config, cluster, old)
+        except BaseException:
+            state.write_text(run / layout.CONFIG_FILE, text)
+            old.save(run)
+            raise
+        return
+    aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}") if run.exists() else None
+    if aside is not None:
         run.rename(aside)
-        old = None
-    if old is not None:
-        before = configfile.load_resolved(run / layout.CONFIG_FILE)
-        differences = continuation_differences(before, config)
-        if differences:
-            raise RunError(
-                f"run {run.name} cannot continue with this config:\n    " + "\n    ".join(differences),
-                f"Undo these changes, choose another name with --run, or begin anew with --fresh ({run} is kept).",
-            )
-        if old.state == "finished" and config.step_scheduler.max_steps <= before.step_scheduler.max_steps:
-            raise UsageError(
-                f"run {run.name} is finished, at step {before.step_scheduler.max_steps}",
-                "Raise step_scheduler.max_steps to go on, or begin anew with --fresh or another --run.",
-            )
-        if config.step_scheduler.global_batch_size is None:  # the run's own stays in force
-            config = with_global_batch(config, before.step_scheduler.global_batch_size)
+    try:
+        yield _write(run, config, cluster, None)
+    except BaseException:
+        shutil.rmtree(run, ignore_errors=True)
+        if aside is not None:
+            aside.rename(run)
+        raise
+
+
+def _continued(run: Path, old: Run, config: Config) -> Config:
+    """The config with which an old run goes on, or why it cannot."""
+    before = configfile.load_resolved(run / layout.CONFIG_FILE)
+    differences = continuation_differences(before, config)
+    if differences:
+        raise RunError(
+            f"run {run.name} cannot continue with this config:\n    " + "\n    ".join(differences),
+            f"Undo these changes, choose another name with --run, or begin anew with --fresh ({run} is kept).",
+        )
+    if old.state == "finished" and config.step_scheduler.max_steps <= before.step_scheduler.max_steps:
+        raise UsageError(
+            f"run {run.name} is finished, at step {before.step_scheduler.max_steps}",
+            "Raise step_scheduler.max_steps to go on, or begin anew with --fresh or another --run.",
+        )
+    if config.step_scheduler.global_batch_size is None:  # the run's own stays in force
+        config = with_global_batch(config, before.step_scheduler.global_batch_size)
+    return config
+
+
+def _write(run: Path, config: Config, cluster: str, old: Run | None) -> Run:
     for part in (".", layout.LOGS, "attempts"):
         state.make_dir(run / part)
     (run / state.STOP_FILE).unlink(missing_ok=True)

@@ -55,8 +55,8 @@ def train(
     name = _run_name(run_name, path)
     run_dir = state.run_dir(where, name)
     _refuse_living(where, run_dir)
-    runs.prepare(run_dir, config, record.name, fresh)
-    layout.request(directory, "run", run=name)
+    with runs.prepared(run_dir, config, record.name, fresh):
+        layout.request(directory, "run", run=name)
     if detach:
         note(f"run {name} is handed to cluster {record.name}; `raylaunch attach {name}` watches it")
         return 0
@@ -105,12 +105,8 @@ def submit(
     backend = backends.of(config.cluster.backend)
     cluster.refuse_living(state.cluster_dir(where, config.cluster.name))
     _refuse_living(where, run_dir)
-    runs.prepare(run_dir, config, config.cluster.name, fresh)
-    try:
+    with runs.prepared(run_dir, config, config.cluster.name, fresh):
         _, record = cluster.submit(config, backend, run=name)
-    except BaseException:
-        runs.settle(run_dir, 1)
-        raise
     click.echo(record.jobs[0])
 
 

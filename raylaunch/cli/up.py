@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from raylaunch import backends, cluster, state, teardown
+from raylaunch import backends, cluster, layout, state, teardown
 from raylaunch.backends import Backend
 from raylaunch.cli import options
 from raylaunch.cli.show import LiveLine, note
@@ -83,6 +83,8 @@ def bring_up(directory: Path, record: Cluster, backend: Backend, timeout: float)
         if not teardown.cancel(directory, record, backend):
             note(f"job {record.jobs[0]} does not end; see `squeue -j {record.jobs[0]}`")
         teardown.forget_secrets(directory)
+        if record.incarnation == 1 and not any((directory / layout.LOGS).iterdir()):
+            teardown.remove_directory(directory)  # it never ran: there is nothing to tell of it
         raise
 
 

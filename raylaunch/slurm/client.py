@@ -241,7 +241,7 @@ class Slurm:
         self, command: Sequence[str], stdin: str | None = None, env: Mapping[str, str] | None = None
     ) -> Completed:
         """Run a command; SlurmUnavailable when it is missing, too slow, or cannot reach Slurm."""
-        shown = shlex.join(command)
+        shown = _shown(command)
         try:
             done = self._runner(command, self._timeout, stdin, clean_env(os.environ) if env is None else env)
         except subprocess.TimeoutExpired as error:
@@ -264,7 +264,7 @@ class Slurm:
 
     def _failure(self, command: Sequence[str], done: Completed, hint: str = "") -> SlurmError:
         said = done.stderr.strip() or done.stdout.strip() or "it said nothing"
-        return SlurmError(f"`{shlex.join(command)}` failed (exit {done.returncode})" + _indented(said), hint)
+        return SlurmError(f"`{_shown(command)}` failed (exit {done.returncode})" + _indented(said), hint)
 
     def _refusal_hint(self, stderr: str) -> str:
         hint = next((hint for words, hint in _REFUSALS if words in stderr), "See sbatch(1).")
@@ -284,6 +284,11 @@ def _unavailable_hint(stderr: str) -> str:
     if "cannot stat file" in stderr or "configuration source" in stderr:
         return "Slurm's configuration is not to be found here: check SLURM_CONF."
     return "Slurm's controller is down or overloaded: see `scontrol ping`, and try again later."
+
+
+def _shown(command: Sequence[str]) -> str:
+    """A command as one would type it; the separator is no character for a terminal."""
+    return shlex.join(command).replace(parse.SEPARATOR, "\\x1f")
 
 
 def _indented(text: str) -> str:

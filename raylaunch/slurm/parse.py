@@ -99,7 +99,7 @@ _BLOCKED = {
     "JobHeldAdmin": "an administrator holds the job back",
     "JobHeldUser": "the job is held: `scontrol release` lets it go",
     "JobHoldMaxRequeue": "the job failed to start too often; Slurm holds it",
-    "PartitionConfig": "the partition does not allow this job: check slurm.nodes, time, mem and GPUs",
+    "PartitionConfig": "the partition does not allow this job: check slurm.nodes, time, cpus_per_task, mem and GPUs",
     "PartitionDown": "the partition is down: choose another slurm.partition",
     "PartitionInactive": "the partition is inactive: choose another slurm.partition",
     "PartitionNodeLimit": "the partition has or allows fewer nodes: lower slurm.nodes",

@@ -48,6 +48,11 @@ _KEYS = {"--nodes": "slurm.nodes", "--ntasks-per-node": "slurm.ntasks_per_node",
 
 def check_extra(extra: Sequence[str]) -> None:
     """Refuse, by name, the sbatch options that raylaunch must own."""
+    if extra and not extra[0].startswith("-"):
+        raise UsageError(
+            f"unexpected argument {extra[0]!r}",
+            f"A cluster is named with --name {extra[0]}; sbatch options go behind `--`, and begin with a dash.",
+        )
     for option in extra:
         if not option.startswith("-"):
             continue  # the value of the option before it

@@ -71,33 +71,38 @@ def test_last_metrics_passes_over_validation_and_torn_lines(tmp_path: Path) -> N
     assert runs.last_metrics(tmp_path / "none") == {}
 
 
+def prepare(run: Path, config: Config, cluster: str, fresh: bool = False) -> runs.Run:
+    with runs.prepared(run, config, cluster, fresh) as record:
+        return record
+
+
 def changed(section: str, **values: object) -> Config:
     return Config.model_validate({section: values})
 
 
 def test_a_run_is_made_continued_and_refused(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "r"
-    assert runs.prepare(run, Config(), "main").state == "queued"
+    assert prepare(run, Config(), "main").state == "queued"
     (run / state.STOP_FILE).touch()
-    assert runs.prepare(run, changed("optimizer", lr=0.5), "main").state == "queued"
+    assert prepare(run, changed("optimizer", lr=0.5), "main").state == "queued"
     assert not (run / state.STOP_FILE).exists()
     with pytest.raises(RunError, match=r"model\.dim: 128 → 64") as caught:
-        runs.prepare(run, changed("model", dim=64), "main")
+        prepare(run, changed("model", dim=64), "main")
     assert "--fresh" in caught.value.hint
-    runs.prepare(run, changed("model", dim=64), "main", fresh=True)
+    prepare(run, changed("model", dim=64), "main", fresh=True)
     assert len(list(run.parent.iterdir())) == 2  # the old one is kept
 
 
 def test_a_finished_run_needs_more_steps(tmp_path: Path) -> None:
     run = tmp_path / "r"
-    runs.prepare(run, Config(), "main").save(run, state="finished")
+    prepare(run, Config(), "main").save(run, state="finished")
     with pytest.raises(UsageError, match="finished"):
-        runs.prepare(run, Config(), "main")
-    assert runs.prepare(run, changed("step_scheduler", max_steps=500), "main").state == "queued"
+        prepare(run, Config(), "main")
+    assert prepare(run, changed("step_scheduler", max_steps=500), "main").state == "queued"
 
 
 def test_a_driver_without_a_last_word_has_failed(tmp_path: Path) -> None:
-    runs.prepare(tmp_path, Config(), "main")
+    prepare(tmp_path, Config(), "main")
     assert runs.settle(tmp_path, -9) == "failed"
     record = runs.Run.read(tmp_path)
     assert record is not None and "signal 9" in record.reason
@@ -129,3 +134,14 @@ def test_relative_paths_are_the_command_lines(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     paths = runs.with_absolute_paths(changed("data", text=["a/*.txt", "/b", "stdlib:", "s3://c"])).data.text
     assert paths == [str(tmp_path / "a/*.txt"), "/b", "stdlib:", "s3://c"]
+
+
+def test_a_run_that_could_not_be_handed_over_never_was(tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    with pytest.raises(RunError), runs.prepared(run, Config(), "main"):
+        raise RunError("sbatch said no")
+    assert not run.exists()
+    prepare(run, Config(), "main")
+    with pytest.raises(RunError), runs.prepared(run, Config(), "main", fresh=True):
+        raise RunError("sbatch said no")
+    assert run.exists() and [p.name for p in tmp_path.iterdir()] == ["r"]
