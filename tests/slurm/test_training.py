@@ -63,7 +63,7 @@ def three(site: Site) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(site: Site, config: Path, four: None) -> dict[int, float]:
+def reference(site: Site, config: Path, three: None) -> dict[int, float]:
     """The losses of a run that nothing happened to: the run `smooth`."""
     done = site.run("train", config, "--run", "smooth").expect(0)
     assert re.search(rf"run smooth is finished at step {STEPS}, loss \d", done.out)
