@@ -64,7 +64,7 @@ def submit(config: Config, backend: Backend, run: str | None = None) -> tuple[Pa
     """
     name = config.cluster.name
     directory = state.cluster_dir(state_dir_of(config), name)
-    is_new = not directory.exists()
+    is_new = not state.exists(directory)
     slurm_script.check_extra(config.slurm.extra)
     with _one_at_a_time(directory):
         try:
@@ -83,7 +83,7 @@ def submit(config: Config, backend: Backend, run: str | None = None) -> tuple[Pa
 
 def refuse_living(directory: Path) -> Cluster | None:
     """The record of a dead cluster of that name, None when there was none; UsageError when it lives."""
-    old = Cluster.read(directory) if directory.exists() else None
+    old = Cluster.read(directory) if state.exists(directory) else None
     job = alive_job(directory, old) if old is not None else None
     if old is not None and job is not None:
         raise UsageError(
@@ -245,7 +245,7 @@ def _ended_early(directory: Path, cluster: Cluster, job: Job | None, failures: d
 def find(state_dir: Path, name: str) -> tuple[Path, Cluster]:
     """A cluster by name; UsageError with the names there are."""
     directory = state.cluster_dir(state_dir, name)
-    cluster = Cluster.read(directory) if directory.exists() else None
+    cluster = Cluster.read(directory) if state.exists(directory) else None
     if cluster is None:
         known = names(state_dir)
         raise UsageError(

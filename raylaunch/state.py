@@ -60,6 +60,12 @@ def _explained(path: Path, doing: str) -> Iterator[None]:
         raise StateError(f"cannot {doing} {path}: {error.strerror or error}", hint) from error
 
 
+def exists(path: Path) -> bool:
+    """Whether it is there; StateError when one may not look."""
+    with _explained(path, "look into"):
+        return path.exists()
+
+
 def make_dir(path: Path, mode: int = 0o700) -> Path:
     """Make a directory with its parents; StateError when that cannot be."""
     with _explained(path, "make the directory"):

@@ -70,9 +70,16 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stdout = None  # `raylaunch logs | head` is no failure
-        sys.exit(0)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `raylaunch logs | head` is no failure
+            sys.stdout = None
+            sys.exit(0)
+        if error.filename is None:
+            raise
+        _complain(
+            f"{error.filename}: {error.strerror}", "Check that path; `--state-dir` chooses another state directory."
+        )
+        sys.exit(1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
