@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import raylaunch
+from raylaunch.cli import COMMANDS
 
 PACKAGE = Path(raylaunch.__file__).parent
 HEAVY = {"ray", "torch", "pyarrow", "numpy", "pydantic", "yaml", "rich", "jinja2", "psutil"}
@@ -55,8 +58,6 @@ def test_commands_import_neither_ray_nor_torch_nor_pyarrow() -> None:
 
 
 def test_every_command_is_documented() -> None:
-    from raylaunch.cli import COMMANDS
-
     readme = (PACKAGE.parent / "README.md").read_text()
     missing = [name for name in COMMANDS if f"raylaunch {name}" not in readme]
     assert not missing, f"README.md says nothing of: {missing}"
@@ -72,3 +73,13 @@ def test_the_configuration_page_is_the_schema() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.TARGET.read_text() == module.text()
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_help(command: str) -> None:
+    from click.testing import CliRunner
+
+    from raylaunch.cli import cli
+
+    shown = CliRunner().invoke(cli, [*command.split(), "--help"])
+    assert shown.exit_code == 0 and "Usage:" in shown.output

@@ -1,0 +1,41 @@
+"""Which endings of an attempt are a machine's fault and which the code's: on Ray's real exceptions."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import ActorDiedError, RayActorError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+
+from raylaunch.driver import classify
+
+GLOO = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.3]:4711. This is typically caused by a crash.")
+MINE = ValueError("shape (3, 4) does not fit")
+
+
+def group(**failures: Exception) -> WorkerGroupError:
+    return WorkerGroupError("…", {int(rank.removeprefix("r")): error for rank, error in failures.items()})
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "rank"),
+    [
+        (group(r0=GLOO, r2=ActorDiedError()), "fault", 2),
+        (group(r0=MINE, r1=RayActorError()), "fault", 1),
+        (group(r1=WorkerHealthCheckFailedError("no answer", RayActorError())), "fault", 1),
+        (group(r0=GLOO, r1=GLOO), "fault", 0),
+        (group(r0=GLOO, r3=MINE), "error", 3),
+        (group(r1=MINE, r2=MINE), "error", 1),
+        (WorkerGroupStartupTimeoutError(4), "fault", None),
+    ],
+)
+def test_the_cause_is_not_the_cascade(error: Exception, kind: str, rank: int | None) -> None:
+    ending = classify(error)
+    assert (ending.kind, ending.rank) == (kind, rank)
+    assert ending.text and ending.fingerprint
+
+
+def test_the_same_error_has_the_same_fingerprint_whatever_its_numbers() -> None:
+    one, two = classify(group(r0=MINE)), classify(group(r2=ValueError("shape (5, 6) does not fit")))
+    assert one.fingerprint == two.fingerprint
+    assert one.fingerprint != classify(group(r0=KeyError("x"))).fingerprint
