@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from raylaunch import layout, runs, state
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Member, Members
+from raylaunch.runs import Run
 
 log = logging.getLogger("raylaunch.head")
 T = TypeVar("T")
@@ -176,9 +177,11 @@ class HeadDuties:
     async def _run(self, name: str) -> str:
         """Run a driver until it ends; the run's last state."""
         directory = runs.directory(self.directory, name)
-        log_path = directory / layout.LOGS / "driver.log"
+        record = await self._off_loop(Run.read, directory)
+        if record is None:
+            return "failed"  # it was moved away while it waited
         self._event("run_started", run=name)
-        with log_path.open("ab") as out:
+        with (directory / layout.LOGS / "driver.log").open("ab") as out:
             self._driver = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "raylaunch.driver", str(self.directory), str(directory),
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
@@ -187,7 +190,7 @@ class HeadDuties:
         self._running = name
         status = await self._driver.wait()
         self._running = None
-        outcome = await self._off_loop(runs.settle, directory, status)
+        outcome = await self._off_loop(runs.settle, directory, status, record.id)
         self._event("run_ended", run=name, state=outcome, status=status)
         return outcome
 
@@ -219,21 +222,19 @@ class HeadDuties:
     async def close(self, reason: str) -> None:
         """Send the other agents home and wait for their word, bounded."""
         self._ending = True
-        self.members.order("end")
-        deadline = time.monotonic() + ENDING_LIMIT
-        everyone = [m for m in self.members.table.values() if m.node != self.head.node]
-        others = [m for m in everyone if m.alive]  # of a node lost before, nothing is ours to end any more
-        self._lost = [m.node for m in everyone if not m.alive and m.info["state"] not in {"ended", "failed"}]
-        while any(m.alive for m in others) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
         for task in list(self._tasks):
             task.cancel()
         if self._driver is not None and self._driver.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                self._driver.kill()
+                self._driver.kill()  # before the nodes: it would take their end for a fault
             await self._driver.wait()
-        if self._running is not None:
-            await self._off_loop(runs.settle, runs.directory(self.directory, self._running), -9)
+        everyone = [m for m in self.members.table.values() if m.node != self.head.node]
+        others = [m for m in everyone if m.alive]  # of a node lost before, nothing is ours to end any more
+        self._lost = [m.node for m in everyone if not m.alive and m.info["state"] not in {"ended", "failed"}]
+        self.members.order("end")
+        deadline = time.monotonic() + ENDING_LIMIT
+        while any(m.alive for m in others) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
         self._unclean = {m.node: m.info.get("left", -1) for m in others if m.info.get("left") != 0}
         await self._off_loop(self._save_table, self.table())
         self.members.close()

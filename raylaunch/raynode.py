@@ -8,6 +8,7 @@ waiting. Ending it is `processes.end_tree`, never `ray stop`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -140,8 +141,9 @@ class RayProcess:
     async def begin(self, node: RayNode) -> None:
         """Hand the arguments over."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(node.arguments()).encode() + b"\n")
-        await self._process.stdin.drain()
+        with contextlib.suppress(ConnectionError):  # it has ended already: whoever waits for it finds out
+            self._process.stdin.write(json.dumps(node.arguments()).encode() + b"\n")
+            await self._process.stdin.drain()
 
     def start_dashboard(self) -> None:
         """Let the head start what it put off (see `raystart.lighten`)."""

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,8 @@ class Run(Record):
     state: str
     cluster: str
     created: float
+    id: str = ""
+    """Of one handing over: the same name may be handed over again while the last driver still goes home."""
     attempt: int = 0
     world_size: int = 0
     nodes: int = 0
@@ -117,7 +120,8 @@ def _write(run: Path, config: Config, cluster: str, old: Run | None) -> Run:
         state.make_dir(run / part)
     (run / state.STOP_FILE).unlink(missing_ok=True)
     state.write_text(run / layout.CONFIG_FILE, configfile.dump(config))
-    record = Run(run.name, "queued", cluster, old.created if old else time.time(), old.attempt if old else 0)
+    created, attempt = (old.created, old.attempt) if old else (time.time(), 0)
+    record = Run(run.name, "queued", cluster, created, uuid.uuid4().hex, attempt)
     state.append_event(run, "queued", cluster=cluster, continued=old is not None)
     return record.save(run)
 
@@ -153,11 +157,12 @@ def stop_reason(run: Path) -> str | None:
     return None if wanted is None else str(wanted.get("reason", ""))
 
 
-def settle(run: Path, status: int) -> str:
-    """The run's last state after its driver ended with `status`, written down if the driver could not."""
+def settle(run: Path, status: int, id: str) -> str:
+    """The last state of the run that was handed over as `id`, after its driver ended with `status`;
+    written down if the driver could not."""
     record = Run.read(run)
-    if record is None:
-        return "failed"
+    if record is None or record.id != id:  # handed over anew already: that one's state is not ours
+        return "finished" if status == 0 else "failed"
     if record.state not in FINAL:
         cause = f"signal {-status}" if status < 0 else f"exit code {status}"
         reason = f"the driver ended without a last word ({cause}); see logs/driver.log"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -134,24 +135,30 @@ class Site:
         path = f"{BIN}{os.pathsep}{kept.get('PATH', os.defpath)}"
         return {**kept, **self.sandbox.env(), **own, "PATH": path}
 
-    def start(self, *args: object, env: Mapping[str, str] | None = None) -> Command:
-        """`raylaunch ARGS` in the background."""
+    def start(self, *args: object, env: Mapping[str, str] | None = None, terminal: bool = False) -> Command:
+        """`raylaunch ARGS` in the background; on a terminal of its own, where asked."""
         words = [str(arg) for arg in args]
+        line = [*self.command, *words]
+        if terminal:
+            line = ["script", "--quiet", "--return", "--command", shlex.join(line), "/dev/null"]
+            env = {"TERM": "xterm", **(env or {})}
         number = len(self._commands)
         out, err = (self.state / "home" / f"{number}.{name}" for name in ("out", "err"))
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
                 # A test run in the background of a shell ignores SIGINT, and would hand that down.
-                ["env", "--default-signal=INT", *self.command, *words],
+                ["env", "--default-signal=INT", *line],
                 stdin=subprocess.DEVNULL, stdout=to_out, stderr=to_err, cwd="/", start_new_session=True,
                 env={**self.env, **(env or {})}, **self._as_user(),
             )  # fmt: skip
         self._commands.append(Command(f"raylaunch {' '.join(words)}", process, out, err))
         return self._commands[-1]
 
-    def run(self, *args: object, env: Mapping[str, str] | None = None, limit: float = LIMIT) -> Done:
+    def run(
+        self, *args: object, env: Mapping[str, str] | None = None, terminal: bool = False, limit: float = LIMIT
+    ) -> Done:
         """`raylaunch ARGS`, to its end."""
-        return self.start(*args, env=env).ended(limit)
+        return self.start(*args, env=env, terminal=terminal).ended(limit)
 
     def _as_user(self) -> dict[str, Any]:
         return {"user": self.uid, "group": self.uid, "extra_groups": []} if self.uid else {}

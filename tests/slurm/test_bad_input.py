@@ -202,7 +202,7 @@ def test_a_state_directory_and_a_file_that_are_not_ours(site: Site) -> None:
     secret.chmod(0o600)
     bob.run("up", env={"RAYLAUNCH_STATE_DIR": str(closed)}).expect(1, str(closed), "Permission denied")
     bob.run("up", "--state-dir", closed).expect(2, "--state-dir", str(closed))
-    bob.run("up", "-c", secret).expect(2, "closed.yaml: cannot be read: Permission denied")
+    bob.run("up", "-c", secret).expect(2, "closed.yaml", "is not readable")
     bob.run("status").expect(0, "no cluster is up")
     bob.wait_clean()
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import BIN, NOBODY, Done, Site, own_sandbox, python_for_all, wait_for
@@ -321,9 +320,14 @@ def test_two_users_on_the_same_nodes_do_not_meet(site: Site, common_python: Path
 @pytest.mark.usefixtures("main")
 def test_down_leaves_nothing_and_may_be_repeated(site: Site) -> None:
     job = site.jobs()[0].split()[0]
+    followed = site.start("logs", "main", "-f", "--node", "node1")
+    followed.wait_said("Ray runtime started")
     began = time.monotonic()
     site.run("down").expect(0, "cluster main is down: no job, process or temp directory is left")
     assert time.monotonic() - began < 15
+    followed.wait_said("ending reason='down'")
+    followed.interrupt()
+    followed.ended().expect(130)
     site.wait_clean(5)
     assert "ExitCode=0:0" in site.slurm("scontrol", "show", "job", job)
     site.run("down").expect(0, "down already")
@@ -471,7 +475,8 @@ def test_an_old_lifes_leftovers_are_cleaned(site: Site, cluster: Callable[..., D
     site.run("train", "/dev/null", "--cluster", "again").expect(1, "again is down", "up --name again")
     found = site.cluster_status("again")
     assert (found["state"], found["nodes"]) == ("down", [])
-    site.run("up", "--name", "again", "--nodes", 1).expect(0)
+    done = site.run("up", "--name", "again", "--nodes", 1, terminal=True).expect(0, "cluster again is ready")
+    assert "\x1b[" in done.out and "the head starts on node" in done.out  # one live line on a terminal
     second = state.read_json(site.cluster("again") / "cluster.json")
     assert second["incarnation"] == first["incarnation"] + 1 and second["canary"] != first["canary"]
 
@@ -576,14 +581,20 @@ def test_the_script_is_what_is_submitted(site: Site) -> None:
     site.wait_clean()
 
 
-def _table(site: Site) -> list[dict[str, Any]]:
-    return site.status()["clusters"]
+def test_two_at_once(site: Site) -> None:
+    """Of one name: one comes up, the other is refused; never half of each."""
+    commands = [site.start("up", "--name", "race", "--nodes", 1, "--no-wait") for _ in range(2)]
+    done = sorted((command.ended() for command in commands), key=lambda one: one.code)
+    assert [one.code for one in done] == [0, 2] and "race" in done[1].err, [str(one) for one in done]
+    assert len(site.jobs()) == 1
+    site.run("down", "race").expect(0)
+    site.wait_clean()
 
 
 def test_down_all(site: Site) -> None:
     for name in ("one", "two"):
         site.run("up", "--name", name, "--nodes", 1, "--no-wait").expect(0)
-    assert {row["name"] for row in _table(site) if row["state"] != "down"} == {"one", "two"}
+    assert {row["name"] for row in site.status()["clusters"] if row["state"] != "down"} == {"one", "two"}
     site.run("down").expect(2, "one", "two", "--all")
     site.run("down", "one", "--all").expect(2)
     site.run("dashboard").expect(2, "one", "two")

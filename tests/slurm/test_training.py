@@ -269,8 +269,8 @@ def test_let_go_come_back_and_run_out_of_time(site: Site) -> None:
     command.wait_said("step 3/5000")
     command.interrupt()
     command.ended().expect(130, "detached", "raylaunch attach long", "raylaunch stop long")
-    again = site.start("attach", "long")
-    again.wait_said("loss")
+    again = site.start("attach", "long", terminal=True)
+    again.wait_said("/5000")
     assert site.run_status("long")["state"] == "running"
     site.run("train", config).expect(2, "run long is running", "raylaunch attach long", "raylaunch stop long")
     site.run("train", config, "--run", "other", "--detach").expect(0, "handed to cluster main")
@@ -280,6 +280,7 @@ def test_let_go_come_back_and_run_out_of_time(site: Site) -> None:
     site.slurm("scancel", "--signal=USR1", "--batch", job.split()[0])
     done = again.ended(90).expect(1)
     assert re.search(r"run long is stopped and saved at step \d+, .*\(walltime\)", done.out), str(done)
+    assert "\x1b[" in done.out and "tokens/s" in done.out  # a progress display on a terminal
     wait_for("the job's end", lambda: not site.jobs(), 60)
     site.wait_clean()
     assert "ExitCode=0:0" in site.slurm("scontrol", "show", "job", job.split()[0])
