@@ -31,6 +31,7 @@ from raylaunch.head import HeadDuties
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Link, Refused
 from raylaunch.raynode import RayNode, RayProcess
+from raylaunch.slurm import script as slurm_script
 from raylaunch.slurm.client import Slurm
 
 log = logging.getLogger("raylaunch.agent")
@@ -117,14 +118,23 @@ class Agent:
         self.temp = hosts.temp_dir(config.cluster.temp_dir, str(here.directory), here.index + 1 if here.local else None)
         peer = next((n for n in here.peers if n != here.node), None)
         self.address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
+        # Without an own GPU request, what nvidia-smi lists on a shared node is other people's.
+        asked = here.local or config.slurm.exclusive or slurm_script.gpus_per_node(config.slurm) > 0
         self.resources = hosts.resources(
-            os.environ, len(here.peers) if here.local else 1, config.cluster.object_store_memory
+            os.environ, len(here.peers) if here.local else 1, config.cluster.object_store_memory, look_for_gpus=asked
         )
+        gpus, workers = len(self.resources.gpus), cluster.workers_per_node
+        if gpus < workers and (gpus or (asked and not here.local and not config.slurm.exclusive)):
+            raise BringUpError(
+                f"{gpus} GPUs on {here.node} for {workers} workers",
+                "Check the node's GPUs (nvidia-smi), slurm.gpus_per_node and slurm.ntasks_per_node.",
+            )
         self.workers_cpus = max(1, self.resources.cpus // cluster.workers_per_node)
         self.lease = self._lease(skip=0)
         self.end = asyncio.Event()
         self.terminated = asyncio.Event()
         self.may_join = asyncio.Event()
+        self.state = "starting"
         self.orphaned = False
         self.claimed = False
         self.reason = ""
@@ -161,9 +171,9 @@ class Agent:
             await self.duties.open()
         head = await wait_for_head(self.here)
         self.link = await self._connect(head)
-        listener = asyncio.create_task(self._listen(self.link))
+        listener = asyncio.create_task(self._listen(self.link, head))
         try:
-            await self._keep_ray(ray, head, self.link)
+            await self._keep_ray(ray, head)
         finally:
             listener.cancel()
 
@@ -179,7 +189,7 @@ class Agent:
         """What the head should know of this node."""
         base = self.lease.ports.base
         return {
-            "state": "starting", "address": self.address, "hostname": socket.gethostname(), "pid": os.getpid(),
+            "state": self.state, "address": self.address, "hostname": socket.gethostname(), "pid": os.getpid(),
             "ports": [base, base + hosts.PORT_BLOCK - 1], "temp_dir": str(self.temp),
             "resources": self.resources.as_dict(), "error": None,
         }  # fmt: skip
@@ -202,18 +212,32 @@ class Agent:
                     ) from error
                 await asyncio.sleep(0.3)
 
-    async def _listen(self, link: Link) -> None:
+    async def _listen(self, link: Link, head: Head) -> None:
         """Follow the head's orders; without a head there is nothing to live for (yet: elections come)."""
-        try:
-            while (order := await link.orders()) != "end":
-                if order == "join":
-                    self.may_join.set()
-            self.stop("the head's order")
-        except (ConnectionError, OSError) as error:
-            self.orphaned = not self.end.is_set()
-            self.stop(f"the head is gone: {error}")
+        while True:
+            try:
+                while (order := await link.orders()) != "end":
+                    if order == "join":
+                        self.may_join.set()
+                self.stop("the head's order")
+                return
+            except (ConnectionError, OSError) as error:
+                log.warning("connection to the head lost error=%r", str(error))
+            try:
+                link = self.link = await self._connect(head)  # a hiccup of the network is no end
+                link.tell(state=self.state)
+            except BringUpError as error:
+                self.orphaned = True
+                self.stop(f"the head is gone: {error.message}")
+                return
 
-    async def _keep_ray(self, ray: RayProcess, head: Head, link: Link) -> None:
+    def _tell(self, now: str, **info: object) -> None:
+        """Tell the head how this node stands."""
+        self.state = now
+        if self.link is not None:
+            self.link.tell(state=now, **info)
+
+    async def _keep_ray(self, ray: RayProcess, head: Head) -> None:
         """Start Ray, and start it again when it ends; the head's own is not replaceable in place."""
         failures, has_run = 0, False
         while True:
@@ -228,7 +252,7 @@ class Agent:
             began = time.monotonic()
             if await self._has_started(ray):
                 log.info("ray started seconds=%.2f ports=%d-%d", time.monotonic() - began, *self.info()["ports"])  # type: ignore[misc]
-                link.tell(state="ready", error=None)
+                self._tell("ready", error=None)
                 has_run = True
                 if self.duties is not None:
                     await asyncio.wait({asyncio.create_task(self.duties.enough.wait())}, timeout=DASHBOARD_PATIENCE)
@@ -244,10 +268,10 @@ class Agent:
             log.warning("ray ended status=%s failures=%d words=%r", status, failures, words)
             if (self.here.is_head and has_run) or (not has_run and failures >= RAY_TRIES):
                 raise BringUpError(f"Ray on {self.here.node} ended ({raynode.described(status)}): {words}")
-            link.tell(state="restarting", error=words)
+            self._tell("restarting", error=words)
             await asyncio.sleep(min(RESTART_BACKOFF, 0.5 * 2 ** (failures - 1)))
             await asyncio.to_thread(self._fresh_ground, has_run, failures)
-            link.tell(ports=self.info()["ports"])
+            self._tell("restarting", ports=self.info()["ports"])
             ray = await RayProcess.prepare(self.env, self.ray_log)
 
     def _fresh_ground(self, has_run: bool, failures: int) -> None:
@@ -274,7 +298,10 @@ class Agent:
     async def close(self) -> None:
         """End everything of ours on this node, and tell the head whether that worked."""
         if self.duties is not None:
-            await self.duties.close(self.reason)
+            try:
+                await self.duties.close()
+            except (RaylaunchError, OSError) as error:  # a full disk must not keep processes alive
+                log.error("the head could not end in order error=%r", str(error))
         left = await asyncio.to_thread(processes.end_tree, os.getpid(), True)
         if self.claimed:  # else it may be somebody else's
             shutil.rmtree(self.temp, ignore_errors=True)
@@ -291,8 +318,13 @@ class Agent:
 async def give_back_orphaned(here: Here, terminated: asyncio.Event, env: Mapping[str, str]) -> None:
     """End a job whose head is dead: with `--no-kill` Slurm would keep its nodes until the wall time.
 
-    One survivor does it, the next one half a second later if the first could not, and so on.
+    One survivor does it, the next one half a second later if the first could not, and so on. A head
+    that has written that we are lost has outlived us: then it is we who are cut off.
     """
+    table = state.read_json(here.directory / layout.MEMBERS_FILE) or {"nodes": []}
+    if any(row["name"] == here.node and row["state"] == "lost" for row in table["nodes"]):
+        log.warning("the head holds this node for lost: leaving quietly")
+        return
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(terminated.wait(), 0.5 * here.index)
         return
@@ -323,6 +355,8 @@ async def supervise(here: Here) -> int:
     except (RaylaunchError, OSError) as error:
         failure = error
     if failure is not None:
+        if agent is not None and agent.duties is not None:
+            agent.duties.exit_code = 1
         _report(here, agent, failure)
     if agent is not None:
         await agent.close()

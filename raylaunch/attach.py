@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch import backends, layout, runs, state
+from raylaunch.errors import RunError, SlurmUnavailable
 from raylaunch.layout import Cluster
 from raylaunch.runs import Run
 
@@ -35,7 +36,8 @@ def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterat
     alive = True
     while True:
         run = Run.read(run_dir)
-        assert run is not None, run_dir
+        if run is None:
+            raise RunError(f"the run's directory {run_dir} is gone", "It was moved aside by --fresh, or deleted.")
         over = run.state in runs.FINAL
         if not over and time.monotonic() > ask_again:
             ask_again = time.monotonic() + CLUSTER_EVERY
@@ -50,4 +52,7 @@ def _alive(cluster_dir: Path) -> bool:
     cluster = Cluster.read(cluster_dir)
     if cluster is None or (cluster_dir / layout.ENDED_FILE).exists():
         return False
-    return any(job.alive for job in backends.of(cluster.backend).states(cluster_dir, cluster.jobs).values())
+    try:
+        return any(job.alive for job in backends.of(cluster.backend).states(cluster_dir, cluster.jobs).values())
+    except SlurmUnavailable:
+        return True  # the run does not need the controller

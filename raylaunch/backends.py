@@ -6,6 +6,7 @@ each a node of its own (address in 127.0.0.0/8, ports, temp directory, a share o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -38,7 +39,7 @@ class Job:
 
     @property
     def pending(self) -> bool:
-        return self.state == "PENDING"
+        return self.state in {"PENDING", "CONFIGURING"}  # the second: its nodes are still powered up
 
 
 class Backend(Protocol):
@@ -98,7 +99,7 @@ class LocalBackend:
         for index in range(cluster.max_nodes):
             with (directory / layout.LOGS / "agents.out").open("ab") as out:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "raylaunch.agent"],
+                    [sys.executable, "-P", "-m", "raylaunch.agent"],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
                     env={
                         **os.environ,
@@ -127,7 +128,8 @@ class LocalBackend:
         """SIGTERM lets an agent end its own tree; what then still lives is killed with its tree, and
         so is what an agent left behind that was killed itself."""
         for pid in self.agents(directory).values():
-            os.kill(pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + limit
         while self.agents(directory) and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -21,13 +21,15 @@ from typing import Any
 from raylaunch import backends, configfile, layout, state, teardown
 from raylaunch.backends import Backend, Job
 from raylaunch.config import Config
-from raylaunch.errors import BringUpError, RaylaunchError, UsageError
+from raylaunch.errors import BringUpError, RaylaunchError, SlurmUnavailable, UsageError
 from raylaunch.layout import Cluster, Head
 from raylaunch.slurm import script as slurm_script
 
 JOBS_EVERY = (0.5, 5.0)
 """Seconds between two questions to the backend while waiting: the first, and where it grows to."""
 FILES_EVERY = 0.1
+SILENCE_LIMIT = 180.0
+"""Seconds of a controller's failover: no reason to give back what has queued for hours."""
 MORE_NEWS = 5.0
 """Seconds that a hopeless bring-up listens on, to name every node that failed and not the first alone."""
 
@@ -139,10 +141,17 @@ def wait_ready(
     hopeless: float | None = None
     ask_again, pause = 0.0, JOBS_EVERY[0]
     job: Job | None = None
+    answered, heard = time.monotonic(), False
     while True:
         now = time.monotonic()
         if now >= ask_again:
-            job = backend.states(directory, cluster.jobs).get(cluster.jobs[0])
+            try:
+                job = backend.states(directory, cluster.jobs).get(cluster.jobs[0])
+                answered, heard = now, True
+            except SlurmUnavailable:
+                if now - answered > SILENCE_LIMIT:
+                    raise
+                show(Progress("pending", "Slurm does not answer; asking again"))
             pause = min(JOBS_EVERY[1], pause * 1.3)
             ask_again = now + pause
         nodes = living_nodes(directory, cluster)
@@ -151,6 +160,9 @@ def wait_ready(
         if len(ready) >= cluster.min_nodes:
             show(Progress("ready", f"{len(ready)} nodes are ready", len(ready), cluster.max_nodes))
             return ready
+        if not heard:
+            time.sleep(FILES_EVERY)
+            continue
         if job is None or not job.alive or (directory / layout.ENDED_FILE).exists():
             raise _ended_early(directory, cluster, job, failures)
         if job.blocked:

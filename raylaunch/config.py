@@ -131,8 +131,8 @@ class SlurmConfig(Section):
     exclusive: bool = False
     mail_type: Line | None = None
     mail_user: Line | None = None
-    signal: Annotated[str, Field(pattern=r"^(B:)?[A-Z0-9]+@[0-9]+$", examples=["B:USR1@120"])] = "B:USR1@120"
-    """Signal before the time limit; raylaunch saves and ends the run on it."""
+    signal: Annotated[str, Field(pattern=r"^B:(SIG)?USR1@[0-9]+$", examples=["B:USR1@120"])] = "B:USR1@120"
+    """How many seconds before the time limit raylaunch is told, to save and end the run: B:USR1@SECONDS."""
     comment: Line | None = None
     env: Environment = Field(default_factory=dict)
     modules: list[Line] = Field(default_factory=list)

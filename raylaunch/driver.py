@@ -55,6 +55,10 @@ _COMMUNICATION = re.compile(
 )
 
 
+# Broken hardware is no error of the code, however much it looks like one.
+_HARDWARE = re.compile(r"(\bECC\b|unspecified launch failure|busy or unavailable|\bXid\b|CUDA error: hardware)")
+
+
 @dataclass
 class Driver:
     """One run on one cluster, from here to its end."""
@@ -93,10 +97,12 @@ class Driver:
                 case Start():
                     self.held_since = None
                     self._decided("start", decision, workers=decision.workers, delay=decision.delay)
+                    nodes = facts.nodes
                     if decision.delay:
                         self._pause(decision.delay)
-                    if runs.stop_reason(self.run_dir) is None:
-                        self.attempt(decision.workers, facts.nodes)
+                        nodes = len(self.settled_nodes())  # some may have come or gone meanwhile
+                    if runs.stop_reason(self.run_dir) is None and nodes >= (self.config.elastic.min_nodes or 1):
+                        self.attempt(nodes * self.cluster.workers_per_node, nodes)
 
     def facts(self) -> Facts:
         """What the policy needs to know now."""
@@ -159,7 +165,6 @@ class Driver:
                 "run_dir": str(self.run_dir),
                 "attempt": number,
                 "global_batch_size": self.config.step_scheduler.global_batch_size,
-                "path": [],
             },
             torch_config=TorchConfig(timeout_s=self.config.distributed.comm_timeout),
             scaling_config=ScalingConfig(
@@ -233,6 +238,8 @@ def classify(error: Exception) -> Ending:
             )
     for rank, failure in sorted(failures.items()):
         text = _last_line(failure)
+        if _HARDWARE.search(str(failure)):
+            return Ending("fault", fingerprint=f"hardware of rank {rank}", text=f"rank {rank}: {text}", rank=rank)
         if not _COMMUNICATION.search(str(failure)):
             print_ = re.sub(r"0x[0-9a-f]+|\d+", "#", f"{type(failure).__name__}: {text}")
             return Ending("error", fingerprint=print_, text=f"rank {rank}: {type(failure).__name__}: {text}", rank=rank)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raylaunch import layout, runs, state
+from raylaunch.errors import RaylaunchError
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Member, Members
 from raylaunch.runs import Run
@@ -30,6 +31,11 @@ log = logging.getLogger("raylaunch.head")
 T = TypeVar("T")
 
 REQUEST_EVERY = 0.3
+ABOARD_LIMIT, LATE_LIMIT = 300.0, 5.0
+"""Seconds that a submitted run waits for the minimum of nodes, and then for the rest."""
+DRIVER_TRIES = 3
+_TROUBLE = (RaylaunchError, OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What one bad file or a full disk raises: logged, and the next one tried."""
 SAVE_LIMIT = 60.0
 """Seconds that a run gets to save when the cluster is to end, unless the request says otherwise."""
 ENDING_LIMIT = 10.0
@@ -105,10 +111,7 @@ class HeadDuties:
             if member.node == self.head.node and member.info["state"] == "ready":
                 self._ready.set()
                 self.members.order("join")
-            if (
-                sum(m.alive and m.info["state"] == "ready" for m in self.members.table.values())
-                >= self.cluster.min_nodes
-            ):
+            if self._ready_nodes() >= self.cluster.min_nodes:
                 self.enough.set()
             self._event(f"node_{member.info['state']}", node=member.node, error=member.info.get("error"))
         elif not self._ending and member.info.get("state") not in {"ended", "failed"}:
@@ -131,7 +134,12 @@ class HeadDuties:
         while True:
             await self._table_changed.wait()
             self._table_changed.clear()
-            await self._off_loop(self._save_table, self.table())
+            try:
+                await self._off_loop(self._save_table, self.table())
+            except _TROUBLE as error:
+                log.error("the table could not be written error=%r", str(error))
+                await asyncio.sleep(1.0)
+                self._table_changed.set()
 
     def _save_table(self, rows: list[dict[str, Any]]) -> None:
         state.write_json(self.directory / layout.MEMBERS_FILE, {"canary": self.cluster.canary, "nodes": rows})
@@ -141,8 +149,11 @@ class HeadDuties:
     async def _take_requests(self) -> None:
         folder = self.directory / layout.REQUESTS
         while True:
-            for wanted in await self._off_loop(_collect, folder):
-                self._take(wanted)
+            try:
+                for wanted in await self._off_loop(_collect, folder):
+                    self._take(wanted)
+            except _TROUBLE as error:
+                log.error("a request could not be taken error=%r", str(error))
             await asyncio.sleep(REQUEST_EVERY)
 
     def _take(self, wanted: Mapping[str, Any]) -> None:
@@ -163,16 +174,33 @@ class HeadDuties:
     async def _run_queue(self) -> None:
         """One run after the other, the whole cluster for each."""
         await self._ready.wait()
+        if self.cluster.run is not None:
+            await self._all_aboard()
         while True:
             await self._queued.wait()
             if not self._queue:
                 self._queued.clear()
                 continue
             name = self._queue.popleft()
-            outcome = await self._run(name)
-            if self.cluster.run is not None and not self._ending:
+            try:
+                outcome = await self._run(name)
+            except _TROUBLE as error:  # of this run; the cluster lives on
+                outcome = "failed"
+                log.error("run failed run=%s", name, exc_info=error)
+            if self.cluster.run is not None:
                 self.exit_code = 0 if outcome == "finished" else 1
                 self.begin_end(f"run {name} {outcome}")
+
+    async def _all_aboard(self) -> None:
+        """A submitted run begins with the minimum of nodes, and gives the others a moment."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.enough.wait(), ABOARD_LIMIT)
+        deadline = time.monotonic() + LATE_LIMIT
+        while time.monotonic() < deadline and self._ready_nodes() < self.cluster.max_nodes:
+            await asyncio.sleep(0.1)
+
+    def _ready_nodes(self) -> int:
+        return sum(m.alive and m.info["state"] == "ready" for m in self.members.table.values())
 
     async def _run(self, name: str) -> str:
         """Run a driver until it ends; the run's last state."""
@@ -181,18 +209,28 @@ class HeadDuties:
         if record is None:
             return "failed"  # it was moved away while it waited
         self._event("run_started", run=name)
-        with (directory / layout.LOGS / "driver.log").open("ab") as out:
-            self._driver = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "raylaunch.driver", str(self.directory), str(directory),
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**self._env, "RAY_ADDRESS": self.head.gcs},
-            )  # fmt: skip
-        self._running = name
-        status = await self._driver.wait()
-        self._running = None
+        for _ in range(DRIVER_TRIES):
+            status = await self._drive(directory)
+            now = await self._off_loop(Run.read, directory)
+            if status >= 0 or self._ending or now is None or now.id != record.id or now.state in runs.FINAL:
+                break
+            self._event("driver_lost", run=name, status=status)
         outcome = await self._off_loop(runs.settle, directory, status, record.id)
         self._event("run_ended", run=name, state=outcome, status=status)
         return outcome
+
+    async def _drive(self, run: Path) -> int:
+        """One driver, from its start to its end; the exit status."""
+        with (run / layout.LOGS / "driver.log").open("ab") as out:
+            self._driver = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "raylaunch.driver", str(self.directory), str(run),
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**self._env, "RAY_ADDRESS": self.head.gcs},
+            )  # fmt: skip
+        self._running = run.name
+        status = await self._driver.wait()
+        self._running = None
+        return status
 
     def out_of_time(self) -> None:
         """Slurm's notice before the time limit: the run may use most of what is left to save."""
@@ -219,7 +257,7 @@ class HeadDuties:
                 self._event("save_timed_out", run=self._running, seconds=save_limit)
         self._stop(reason)
 
-    async def close(self, reason: str) -> None:
+    async def close(self) -> None:
         """Send the other agents home and wait for their word, bounded."""
         self._ending = True
         for task in list(self._tasks):
@@ -242,9 +280,12 @@ class HeadDuties:
     def write_end(self, reason: str, left_here: int) -> None:
         """The last word: ended.json and the job's exit code. Nodes that did not report count as unclean."""
         self._files.shutdown()
+        if self.cluster.run is not None and self.exit_code == 0:
+            run = Run.read(runs.directory(self.directory, self.cluster.run))
+            self.exit_code = 0 if run is not None and run.state == "finished" else 1
         unclean = dict(self._unclean) | ({self.head.node: left_here} if left_here else {})
-        state.append_event(self.directory, "ended", reason=reason, unclean=unclean, lost=self._lost)
         layout.write_end(self.directory, self.cluster.canary, reason, unclean, self._lost, self.exit_code)
+        state.append_event(self.directory, "ended", reason=reason, unclean=unclean, lost=self._lost)
 
     def _event(self, kind: str, **fields: Any) -> None:
         """One line of the cluster's events, written off the loop."""

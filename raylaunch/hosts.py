@@ -308,12 +308,13 @@ def memory(env: Mapping[str, str]) -> int:
     return min(limit for limit in limits if limit > 0)
 
 
-def gpus(env: Mapping[str, str]) -> tuple[str, ...]:
-    """GPUs given to this process: CUDA_VISIBLE_DEVICES where it is set, else what nvidia-smi lists."""
+def gpus(env: Mapping[str, str], look: bool = True) -> tuple[str, ...]:
+    """GPUs given to this process: CUDA_VISIBLE_DEVICES where it is set, else (if we may `look`) what
+    nvidia-smi lists."""
     visible = env.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return tuple(name for name in visible.split(",") if name and name not in {"-1", "NoDevFiles"})
-    if shutil.which("nvidia-smi") is None:
+    if not look or shutil.which("nvidia-smi") is None:
         return ()
     try:
         listing = subprocess.run(
@@ -325,9 +326,13 @@ def gpus(env: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(listing.stdout.split())
 
 
-def resources(env: Mapping[str, str], share: int = 1, object_store: int | None = None) -> Resources:
+def resources(
+    env: Mapping[str, str], share: int = 1, object_store: int | None = None, look_for_gpus: bool = True
+) -> Resources:
     """What Ray gets on this node; `share` nodes of the local backend divide the machine among them."""
     memory_share = memory(env) // share
     shm = shutil.disk_usage("/dev/shm").free // share
     store = object_store or min(1 << 30, memory_share // 10, shm // 2)
-    return Resources(max(1, cpus(env) // share), memory_share, max(store, 80 << 20), gpus(env) if share == 1 else ())
+    return Resources(
+        max(1, cpus(env) // share), memory_share, max(store, 80 << 20), gpus(env, look_for_gpus) if share == 1 else ()
+    )

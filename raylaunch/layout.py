@@ -87,10 +87,12 @@ class Head(Record):
         return None if value is None else cls.parse(value)
 
 
-def request(cluster: Path, kind: str, **values: Any) -> None:
-    """Ask something of the head's agent; requests are taken in the order of their names."""
+def request(cluster: Path, kind: str, **values: Any) -> Path:
+    """Ask something of the head's agent; requests are taken in the order of their names, and go then."""
     name = f"{time.time():.6f}-{kind}-{uuid.uuid4().hex[:6]}.json"
-    state.write_json(cluster / REQUESTS / name, {"kind": kind, **values})
+    path = cluster / REQUESTS / name
+    state.write_json(path, {"kind": kind, **values})
+    return path
 
 
 def write_end(

@@ -128,7 +128,7 @@ class RayProcess:
     async def prepare(cls, env: Mapping[str, str], log: Path) -> RayProcess:
         """Start the process that will be Ray's, so that it imports; `begin` tells it what to do."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "raylaunch.raystart",
+            sys.executable, "-P", "-m", "raylaunch.raystart",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=dict(env), start_new_session=True,
         )  # fmt: skip
@@ -166,10 +166,12 @@ class RayProcess:
         """Copy what it prints to the node's log, and notice the line that says it has started."""
         assert self._process.stdout is not None
         with self._log.open("ab", buffering=0) as out:
-            async for line in self._process.stdout:
-                out.write(line)
-                if STARTED.encode() in line:
+            last = b""
+            while chunk := await self._process.stdout.read(1 << 16):
+                out.write(chunk)
+                if STARTED.encode() in last + chunk:  # it may be cut in two
                     self.started.set()
+                last = chunk[-len(STARTED) :]
 
 
 _TROUBLE = re.compile(r"(error|exception|fail|unable|refused|denied|in use|no space|not found|check failed)", re.I)

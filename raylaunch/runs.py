@@ -118,7 +118,7 @@ def _continued(run: Path, old: Run, config: Config) -> Config:
 def _write(run: Path, config: Config, cluster: str, old: Run | None) -> Run:
     for part in (".", layout.LOGS, "attempts"):
         state.make_dir(run / part)
-    (run / state.STOP_FILE).unlink(missing_ok=True)
+    state.write_text(run / state.STOP_FILE, state.NO_STOP)
     state.write_text(run / layout.CONFIG_FILE, configfile.dump(config))
     created, attempt = (old.created, old.attempt) if old else (time.time(), 0)
     record = Run(run.name, "queued", cluster, created, uuid.uuid4().hex, attempt)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import queue
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -85,15 +86,18 @@ class Session:
         stop_file = self.run_dir / state.STOP_FILE
         with (self.run_dir / state.METRICS_FILE).open("a", encoding="utf-8", buffering=1) as out:
             while True:
-                if not self._stop.is_set() and stop_file.exists():
-                    self._stop.set()
                 try:
+                    # Its content, not its existence: NFS remembers for a minute that a file is not there.
+                    if not self._stop.is_set() and stop_file.exists() and stop_file.read_text() != state.NO_STOP:
+                        self._stop.set()
                     line = self._lines.get(timeout=0.5)
+                    if line is None:
+                        return
+                    out.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
                 except queue.Empty:
                     continue
-                if line is None:
-                    return
-                out.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
+                except OSError as error:  # a full disk or a stale handle: the next stop must still be seen
+                    print(f"session: {error}", file=sys.stderr, flush=True)
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from raylaunch.errors import StateError
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
-STOP_FILE = "stop"
+STOP_FILE, NO_STOP = "stop", "null\n"
 
 
 def default_state_dir() -> Path:

@@ -18,7 +18,7 @@ from raylaunch import backends, layout, state
 from raylaunch.backends import Backend
 from raylaunch.layout import Cluster, Head
 
-TAKEN_LIMIT = 8.0
+TAKEN_LIMIT = 15.0
 """Seconds within which a living head takes a request."""
 ENDING_LIMIT = 20.0
 GONE_LIMIT = 60.0
@@ -92,15 +92,15 @@ def _ask_head(
     directory: Path, cluster: Cluster, backend: Backend, save_limit: float, show: Callable[[str], None], ended: Ended
 ) -> None:
     """Let the head save and end; give up on it when it does not take the request or does not end."""
-    layout.request(directory, "down", save_limit=save_limit)
+    request = layout.request(directory, "down", save_limit=save_limit)
     show("saving and ending")
     taken_by = time.monotonic() + TAKEN_LIMIT
     ended_by = time.monotonic() + save_limit + ENDING_LIMIT
     ask_again = time.monotonic() + 1.0
     while not (directory / layout.ENDED_FILE).exists():
         now = time.monotonic()
-        waiting = any((directory / layout.REQUESTS).glob("[!.]*.json"))
-        if (waiting and now > taken_by) or now > ended_by:
+        # Opening it, not listing its directory: NFS lists what is gone for half a minute.
+        if (now > taken_by and state.read_json(request) is not None) or now > ended_by:
             ended.notes.append("the head did not answer; its job was cancelled")
             return
         if now > ask_again:

@@ -46,7 +46,6 @@ def main(spec: dict[str, Any]) -> None:
         global_batch_size=int(spec["global_batch_size"]), cpus=int(os.environ.get("OMP_NUM_THREADS", "1")),
     )  # fmt: skip
     module, function = config.trainer.split(":")
-    sys.path[:0] = [p for p in spec["path"] if p not in sys.path]
     session.start()
     session.event("connected", workers=session.world_size)  # all are there, and know each other
     try:

@@ -32,6 +32,11 @@ OWNED = {
     "--wrap": "raylaunch is the script",
     "--array": "a cluster is one job",
     "--ntasks": "give slurm.nodes and slurm.ntasks_per_node",
+    "--gpus": "give slurm.gpus_per_node",
+    "--gpus-per-task": "give slurm.gpus_per_node and slurm.ntasks_per_node",
+    "--ntasks-per-gpu": "give slurm.gpus_per_node and slurm.ntasks_per_node",
+    "--tres-per-task": "give slurm.gpus_per_node and slurm.ntasks_per_node",
+    "--tres-per-node": "give slurm.gres",
     "--chdir": "the job starts where raylaunch was called",
     "--quiet": "raylaunch reads sbatch's answer",
     "--test-only": "use --dry-run",
@@ -39,10 +44,10 @@ OWNED = {
 _SHORT = {"-k": "--no-kill", "-o": "--output", "-e": "--error", "-W": "--wait", "-a": "--array", "-n": "--ntasks",
           "-D": "--chdir", "-Q": "--quiet", "-N": "--nodes", "-J": "--job-name", "-t": "--time", "-p": "--partition",
           "-A": "--account", "-q": "--qos", "-C": "--constraint", "-w": "--nodelist", "-x": "--exclude",
-          "-c": "--cpus-per-task"}  # fmt: skip
+          "-c": "--cpus-per-task", "-G": "--gpus"}  # fmt: skip
 # These have a key of their own, and raylaunch needs to know their value.
 _KEYS = {"--nodes": "slurm.nodes", "--ntasks-per-node": "slurm.ntasks_per_node", "--signal": "slurm.signal",
-         "--job-name": "slurm.job_name", "--gpus-per-node": "slurm.gpus_per_node",
+         "--job-name": "slurm.job_name", "--gpus-per-node": "slurm.gpus_per_node", "--gres": "slurm.gres",
          "--cpus-per-task": "slurm.cpus_per_task"}  # fmt: skip
 
 

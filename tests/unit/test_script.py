@@ -40,7 +40,7 @@ def test_is_bash_and_survives_a_dead_node(name: str) -> None:
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     assert "#SBATCH --no-kill\n" in text
     assert "#SBATCH --signal=B:USR1@120\n" in text
-    assert "--kill-on-bad-exit=0 --wait=0" in text
+    assert "srun --export=ALL --no-kill --kill-on-bad-exit=0 --wait=0" in text
 
 
 def test_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,9 +83,9 @@ def changed(section: str, **values: object) -> Config:
 def test_a_run_is_made_continued_and_refused(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "r"
     assert prepare(run, Config(), "main").state == "queued"
-    (run / state.STOP_FILE).touch()
+    runs.request_stop(run, "x")
     assert prepare(run, changed("optimizer", lr=0.5), "main").state == "queued"
-    assert not (run / state.STOP_FILE).exists()
+    assert runs.stop_reason(run) is None
     with pytest.raises(RunError, match=r"model\.dim: 128 → 64") as caught:
         prepare(run, changed("model", dim=64), "main")
     assert "--fresh" in caught.value.hint
