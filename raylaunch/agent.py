@@ -144,9 +144,9 @@ class Agent:
     @property
     def env(self) -> dict[str, str]:
         """The environment of what this agent starts."""
-        return raynode.environment(
-            os.environ, self.token_file, self.temp, self.address, self.lease.ports, self.workers_cpus
-        )
+        interface = self.config.cluster.interface
+        base = {"NCCL_SOCKET_IFNAME": interface, **os.environ} if interface else os.environ
+        return raynode.environment(base, self.token_file, self.temp, self.address, self.lease.ports, self.workers_cpus)
 
     def _lease(self, skip: int) -> hosts.PortLease:
         return hosts.lease_ports(f"{os.getuid()} {self.here.directory} {self.here.node}", skip)
@@ -310,7 +310,10 @@ class Agent:
             self.link.tell(state="ended", left=left)
             self.link.close()
         if self.duties is not None:
-            self.duties.write_end(self.reason, left)
+            try:
+                self.duties.write_end(self.reason, left)
+            except (RaylaunchError, OSError) as error:
+                log.error("the end could not be written error=%r", str(error))
         self.lease.close()
         log.info("ended reason=%r left=%d", self.reason, left)
 

@@ -287,7 +287,7 @@ class LoggingConfig(Section):
     """`logging:`."""
 
     log_every_steps: Positive = 1
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Steps between two lines of metrics.jsonl; the last step always has one."""
 
 
 class Config(Section):

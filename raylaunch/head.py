@@ -67,7 +67,7 @@ class HeadDuties:
         self._tasks: set[asyncio.Task[None]] = set()
         self._driver: asyncio.subprocess.Process | None = None
         self._running: str | None = None
-        self._ending = False
+        self._ending = self._closed = False
         self._unclean: dict[str, Any] = {}
         self._lost: list[str] = []
         self._files = ThreadPoolExecutor(1, "files")  # one thread: what is written first is there first
@@ -101,6 +101,8 @@ class HeadDuties:
     # -- the table of nodes ------------------------------------------------------------------
 
     def _member_changed(self, member: Member, what: str) -> None:
+        if self._closed:
+            return  # our own node's farewell, after the last word
         log.info("member node=%s alive=%s state=%s what=%r", member.node, member.alive, member.info.get("state"), what)
         self._table_changed.set()
         if what == "joined":
@@ -279,6 +281,7 @@ class HeadDuties:
 
     def write_end(self, reason: str, left_here: int) -> None:
         """The last word: ended.json and the job's exit code. Nodes that did not report count as unclean."""
+        self._closed = True
         self._files.shutdown()
         if self.cluster.run is not None and self.exit_code == 0:
             run = Run.read(runs.directory(self.directory, self.cluster.run))
@@ -296,6 +299,9 @@ def _collect(folder: Path) -> list[dict[str, Any]]:
     """Take the requests that lie there, oldest first."""
     found = []
     for path in sorted(folder.glob("[!.]*.json")):
-        found.append(state.read_json(path) or {})
+        try:
+            found.append(dict(state.read_json(path) or {}))
+        except _TROUBLE as error:
+            log.error("not a request path=%s error=%r", path, str(error))
         path.unlink(missing_ok=True)
     return found

@@ -20,7 +20,10 @@ def gather(state_dir: Path, with_ended: bool = False) -> dict[str, Any]:
 
     A backend that does not answer leaves its clusters in state "unknown", with its words in `error`.
     """
-    found = [cluster.find(state_dir, name) for name in cluster.names(state_dir)]
+    found = []
+    for name in cluster.names(state_dir):
+        with contextlib.suppress(RaylaunchError):  # a cluster that cannot be read does not hide the others
+            found.append(cluster.find(state_dir, name))
     jobs: dict[str, Job] = {}
     trouble: dict[str, str] = {}
     for name in sorted({c.backend for _, c in found}):
