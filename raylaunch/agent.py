@@ -255,7 +255,8 @@ class Agent:
                 self._tell("ready", error=None)
                 has_run = True
                 if self.duties is not None:
-                    await asyncio.wait({asyncio.create_task(self.duties.enough.wait())}, timeout=DASHBOARD_PATIENCE)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self.duties.enough.wait(), DASHBOARD_PATIENCE)
                     ray.start_dashboard()
                 status = await ray.exited()
                 words = ray.own_words(self.temp)

@@ -166,7 +166,13 @@ def test_the_dashboard_is_for_the_head_alone(site: Site) -> None:
     assert re.search(rf"ssh -N -L {port}:127\.0\.0\.1:{port} \S+@node1$", out[1])
     assert site.run("dashboard", "main").expect(0).out.splitlines() == out
     get = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=5).status)"
-    assert site.inside("node1", sys.executable, "-c", get, f"http://127.0.0.1:{port}/").strip() == "200"
+    here = [sys.executable, "-c", get, f"http://127.0.0.1:{port}/"]
+    # It starts once the minimum of nodes is ready, so a moment after `up` has returned.
+    wait_for(
+        "the dashboard answers on the head's loopback",
+        lambda: site.sandbox.exec("node1", here, capture_output=True, text=True, timeout=30).stdout.strip() == "200",
+        30,
+    )
     from_elsewhere = [sys.executable, "-c", get, f"http://{site.sandbox.spec.address('node1')}:{port}/"]
     done = site.sandbox.exec("node2", from_elsewhere, capture_output=True, text=True, timeout=30)
     assert done.returncode != 0 and "Connection refused" in done.stderr
