@@ -1,0 +1,383 @@
+"""The node loop: gathers the facts about nodes and jobs, asks the policy, and deals with Slurm.
+
+    the head's table, one squeue for all jobs, one sinfo for all nodes → Facts → nodepolicy.decide
+      → joiners submitted, amended or cancelled here; drains and releases handed to the caller
+
+The head turns it every few seconds. Where compute nodes may not submit jobs, it says so once, and
+`raylaunch watch` turns it on the login node: one of the two submits, never both. Blocking calls;
+nothing is kept in it that a new loop would not find out again. It ends no node's agent itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from raylaunch import allocation, jobview, layout, nodepolicy, state, submits
+from raylaunch.backends import Backend, LocalBackend, SlurmBackend
+from raylaunch.config import Config
+from raylaunch.errors import SlurmError, SlurmUnavailable, StateError
+from raylaunch.jobview import View
+from raylaunch.layout import Cluster, Head
+from raylaunch.nodepolicy import Decision, Facts, Node
+from raylaunch.slurm import script as slurm_script
+
+BUSY, QUIET, SILENT = 2.0, 10.0, 60.0
+"""Seconds to the next turn: while something is under way, otherwise, and at most while Slurm is silent."""
+ASK_AGAIN, LOOK_AGAIN = 300.0, 10.0
+"""Seconds after which a site that refused a joiner is asked again (limits of jobs pass), and one that has
+no further node now."""
+NO_NODE = "node configuration is not available"
+SHORT_LIFE = 60.0
+"""Seconds: a joiner that ended sooner after it was ready is not followed by another at once."""
+
+
+@dataclass
+class Turn:
+    """What came of one turn, for the caller to write down and to execute."""
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """Each with its `kind`."""
+    drain: list[tuple[str, str]] = field(default_factory=list)
+    """(node, reason): the run must leave these at its next step, then their agents end."""
+    release_nodes: list[str] = field(default_factory=list)
+    """The same for nodes that are too many."""
+    strikes: list[tuple[str, str]] = field(default_factory=list)
+    """(node, reason): nodes whose agent could not start."""
+    exclude: list[str] = field(default_factory=list)
+    """Nodes that have struck out since the last turn."""
+    give_up: str | None = None
+    time_left: dict[str, int | None] = field(default_factory=dict)
+    """Job → seconds to its time limit."""
+    job_nodes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Job → nodes that Slurm says it holds."""
+    pause: float = QUIET
+    """Seconds until the next turn, unless something happens before."""
+
+
+@dataclass
+class _Past:
+    """What is remembered of a joiner."""
+
+    nodes: tuple[str, ...] = ()
+    ready: float | None = None
+    wanted: bool = True
+
+
+class NodeLoop:
+    """One cluster's node loop. `watcher`: on the login node, beside or in place of the head's."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Config,
+        backend: Backend,
+        watcher: bool = False,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._directory, self._config, self._backend, self._watcher = directory, config, backend, watcher
+        self._clock = clock
+        self._barred = slurm_script.barred(config.slurm)
+        self._refused = ("", 0.0)
+        self._seen: dict[str, tuple[str, float]] = {}
+        self._said: dict[str, str] = {}
+        self._past: dict[str, _Past] = {}
+        self._failed_joiners = 0
+        self._submitted = -1e9
+        self._below: float | None = None
+        self._silent = 0.0
+        self._excluded: frozenset[str] | None = None
+        # What lies there already was counted by another loop, or befell nodes that nobody led.
+        self._struck = dict(self._failures())
+        self._ended = ""
+
+    def turn(
+        self,
+        table: Sequence[Mapping[str, Any]],
+        wanted: int,
+        strikes: Mapping[str, int],
+        draining: set[str] | None = None,
+        scaled: bool = False,
+        resumes: int = 0,
+    ) -> Turn:
+        """One turn. `table`: the rows of members.json; `wanted`: 0 for as many as the base job got;
+        `scaled`: a person chose `wanted`, so that idle nodes are not taken beyond it."""
+        turn = Turn()
+        cluster = Cluster.read(self._directory)
+        if cluster is None:
+            raise StateError(f"{self._directory / layout.CLUSTER_FILE} is gone", "End the cluster's jobs by hand.")
+        try:
+            view = jobview.look(self._backend, self._directory, cluster, self._config)
+            self._silent = 0.0
+        except SlurmUnavailable as error:
+            self._silent = min(SILENT, max(BUSY, 2 * self._silent))
+            turn.pause = self._silent
+            self._decided(turn, nodepolicy.Hold("Slurm does not answer", error.message.splitlines()[0]))
+            return turn
+        turn.time_left, turn.job_nodes = dict(view.time_left), {j.job: j.nodes for j in view.joiners if not j.pending}
+        if view.base.nodes:
+            turn.job_nodes[view.base.job] = view.base.nodes
+        members = self._members(table, view, draining or set())
+        self._follow_joiners(view, members)
+        self._strike_failures(turn)
+        facts = self._facts(cluster, view, members, wanted, strikes, scaled, resumes)
+        struck = nodepolicy.excluded(strikes, self._config.elastic)
+        turn.exclude = sorted(struck - (self._excluded if self._excluded is not None else struck))
+        self._excluded = struck
+        turn.events += [{"kind": "excluded", "node": node} for node in turn.exclude]
+        self._adopt(view, cluster, turn)
+        if view.waits_needlessly and isinstance(self._backend, SlurmBackend):
+            with contextlib.suppress(SlurmError):  # it starts a little later, then
+                self._backend.slurm.start_now(view.base.job)
+        decisions = nodepolicy.decide(facts, self._config.elastic)
+        for decision in decisions:
+            self._do(decision, cluster, turn)
+        calm = all(isinstance(d, nodepolicy.Hold) for d in decisions) and not any(j.pending for j in view.joiners)
+        settled = all(m.state in {"ready", "ended", "failed", "lost"} for m in members) and view.base.state == "running"
+        turn.pause = QUIET if calm and settled and self._alive(members) >= facts.wanted else BUSY
+        return turn
+
+    # -- facts -------------------------------------------------------------------------------------
+
+    def _members(self, table: Sequence[Mapping[str, Any]], view: View, draining: set[str]) -> tuple[Node, ...]:
+        now = self._clock()
+        held = {(view.base.job, node) for node in view.base.nodes} | {(j.job, n) for j in view.joiners for n in j.nodes}
+        found = []
+        for row in table:
+            job, condition = str(row.get("job") or ""), str(row["state"])
+            if self._watcher and job and (job, row["name"]) not in held and condition not in {"ended", "failed"}:
+                condition = "lost"  # nobody may be left to write that down
+            elif row["name"] in draining and condition in nodepolicy.ALIVE:
+                condition = "draining"
+            name = str(row["name"])
+            if self._seen.get(name, ("", 0.0))[0] != condition:
+                # What was so before this loop began is as old as its head says.
+                self._seen[name] = (condition, now if name in self._seen else float(row.get("since", now)))
+            age = max(0.0, now - self._seen[name][1])
+            found.append(Node(name, condition, job, age, row.get("role") == "head"))
+        return tuple(found)
+
+    @staticmethod
+    def _alive(members: Sequence[Node]) -> int:
+        return sum(m.state in nodepolicy.ALIVE for m in members)
+
+    def _facts(
+        self, cluster: Cluster, view: View, members: tuple[Node, ...], wanted: int, strikes: Mapping[str, int],
+        scaled: bool, resumes: int,
+    ) -> Facts:  # fmt: skip
+        now = self._clock()
+        elastic = self._config.elastic
+        if self._alive(members) >= (elastic.min_nodes or 1):
+            self._below = None
+        elif self._below is None:
+            self._below = now
+        ours = {m.name for m in members if m.state in nodepolicy.ALIVE} | set(view.base.nodes)
+        struck = nodepolicy.excluded(strikes, elastic)
+        idle = sum(
+            row.idle and elastic.join.partition in row.partitions and row.name not in ours | struck | self._barred
+            for row in view.nodes.values()
+        )
+        into = elastic.join.partition is not None and not scaled
+        return Facts(
+            wanted=wanted or len(view.base.nodes) or cluster.min_nodes,
+            max_nodes=self._config.max_nodes,
+            ceiling=self._config.max_nodes if into else 0,
+            members=members,
+            joiners=view.joiners,
+            base=view.base,
+            strikes=strikes,
+            draining=frozenset(n for n, row in view.nodes.items() if row.drains),
+            down=frozenset(n for n, row in view.nodes.items() if row.down),
+            failed=frozenset(n for n, when in self._struck.items() if now - when < nodepolicy.BOOT_LIMIT),
+            barred=self._barred,
+            idle=idle,
+            shared=not self._config.slurm.exclusive
+            and any(view.nodes[n].state == "mixed" for n in view.base.nodes if n in view.nodes),
+            refused=self._who_submits(cluster, view),
+            watched=not self._watcher and submits.is_watched(self._directory),
+            failed_joiners=self._failed_joiners,
+            since_submit=now - self._submitted,
+            below_min=now - self._below if self._below is not None else 0.0,
+            resumes=resumes,
+        )
+
+    def _who_submits(self, cluster: Cluster, view: View) -> str:
+        """Why not this loop; "" when it does."""
+        why, until = self._refused
+        if why and self._clock() < until:
+            return why
+        if not self._watcher:
+            return ""
+        head = Head.read(self._directory)
+        held = {n for j in view.joiners for n in j.nodes} | set(view.base.nodes)
+        lives = head is not None and head.canary == cluster.canary and head.node in held
+        return "the head submits itself" if lives and not submits.head_refusal(self._directory, cluster) else ""
+
+    def _follow_joiners(self, view: View, members: Sequence[Node]) -> None:
+        """Count the joiners in a row that brought nothing."""
+        now = self._clock()
+        ready = {(m.name, m.job) for m in members if m.state == "ready"}
+        living = {j.job: j for j in view.joiners}
+        for job, joiner in living.items():
+            past = self._past.setdefault(job, _Past())
+            past.nodes = joiner.nodes or past.nodes
+            if past.ready is None and any((n, job) in ready or (n, "") in ready for n in joiner.nodes):
+                past.ready = now
+                self._failed_joiners = 0
+        for job in [job for job in self._past if job not in living]:
+            past = self._past.pop(job)
+            if past.wanted and past.ready is None:
+                self._failed_joiners += 1
+            elif past.wanted and past.ready is not None and now - past.ready < SHORT_LIFE:
+                self._failed_joiners = max(1, self._failed_joiners)
+
+    def _strike_failures(self, turn: Turn) -> None:
+        """Agents that could not start say so in nodes/NAME.json; each time is a strike."""
+        for node, when in self._failures():
+            if self._struck.get(node) != when:
+                self._struck[node] = when
+                with contextlib.suppress(StateError):
+                    error = (state.read_json(self._directory / layout.NODES / f"{node}.json") or {}).get("error")
+                    turn.strikes.append((node, f"could not start: {error}"))
+
+    def _failures(self) -> Iterator[tuple[str, float]]:
+        """(node, time of its last failed start)."""
+        for path in (self._directory / layout.NODES).glob("[!.]*.json"):
+            with contextlib.suppress(OSError):
+                yield path.stem, path.stat().st_mtime
+
+    # -- deeds ---------------------------------------------------------------------------------------
+
+    def _decided(self, turn: Turn, decision: Decision) -> None:
+        """One event a decision. To hold for the same reason is said once, and to want the same joiner that
+        cannot be had, too."""
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(decision).__name__).lower()
+        key = re.sub(r"\d+ s\b", "", f"{decision}")
+        if name in {"hold", "join"} and self._said.get(name) == key:
+            return
+        if name not in {"hold", "join"}:
+            self._said.pop("hold", None)
+        self._said[name] = key
+        turn.events.append({"kind": "node_decision", "decision": name, **asdict(decision)})
+
+    def _do(self, decision: Decision, cluster: Cluster, turn: Turn) -> None:
+        self._decided(turn, decision)
+        try:
+            match decision:
+                case nodepolicy.Join(n=n, exclude=exclude):
+                    self._submit(cluster, turn, n, exclude)
+                case nodepolicy.Resume():
+                    self._resume(cluster, turn)
+                case nodepolicy.Amend(job=job, exclude=exclude) if isinstance(self._backend, SlurmBackend):
+                    slurm = self._config.slurm
+                    self._backend.slurm.keep_off(job, [slurm_script.excluded(slurm, exclude) or ""])
+                case nodepolicy.Release(jobs=jobs, nodes=nodes):
+                    for job in jobs:
+                        self._past.setdefault(job, _Past()).wanted = False
+                    if jobs:
+                        self._backend.cancel(self._directory, jobs)
+                    turn.release_nodes += nodes
+                    self._let_go(nodes)
+                case nodepolicy.Drain(node=node, reason=reason):
+                    turn.drain.append((node, reason))
+                    self._let_go([node])
+                case nodepolicy.GiveUp(reason=reason):
+                    turn.give_up = reason
+        except SlurmUnavailable as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, subprocess.TimeoutExpired):
+                self._refuse(cluster, turn, error)  # there is no such command here
+            else:
+                self._submitted = self._clock()  # it may be queued all the same: its comment will tell
+                turn.events.append({"kind": "slurm_silent", "error": error.message})
+        except SlurmError as error:
+            self._refuse(cluster, turn, error)
+
+    def _let_go(self, nodes: Sequence[str]) -> None:
+        """Their joiners end because we want them to: no failures."""
+        for past in self._past.values():
+            past.wanted = past.wanted and not set(past.nodes) & set(nodes)
+
+    def _submit(self, cluster: Cluster, turn: Turn, nodes: int, exclude: Sequence[str]) -> None:
+        with self._appending(cluster) as append:
+            if append is None:
+                return
+            if isinstance(self._backend, LocalBackend):
+                job = self._backend.join(self._directory, cluster, nodes)
+            else:
+                name, canary = cluster.name, cluster.canary
+                script = slurm_script.render_joiner(self._config, name, self._directory, canary, nodes, exclude)
+                job = self._backend.submit(self._directory, cluster, script)
+            append(job)
+        self._submitted = self._clock()
+        self._past[job] = _Past()
+        self._said.pop("join", None)
+        turn.events.append({"kind": "joiner_submitted", "job": job, "nodes": nodes, "exclude": list(exclude)})
+        self._tell_refusal(cluster, "")
+
+    def _resume(self, cluster: Cluster, turn: Turn) -> None:
+        with self._appending(cluster) as append:
+            if append is None:
+                return
+            self._submitted = self._clock()
+            job = self._backend.submit(
+                self._directory, cluster, (self._directory / layout.SCRIPT_FILE).read_text(encoding="utf-8")
+            )
+            append(job)
+        turn.events.append({"kind": "successor", "job": job})
+
+    @contextlib.contextmanager
+    def _appending(self, cluster: Cluster) -> Iterator[Callable[[str], None] | None]:
+        """Record the job that is submitted under this; None when somebody else has submitted since the
+        facts were gathered, so that no hole is filled twice. (Successive joins of one turn are our own.)"""
+        with allocation.locked(self._directory):
+            now = Cluster.read(self._directory)
+            known = {*cluster.jobs, *self._past}
+            if now is None or now.canary != cluster.canary or not set(now.jobs) <= known:
+                yield None
+                return
+            latest = now
+
+            def append(job: str) -> None:
+                replace(latest, jobs=(*latest.jobs, job)).write(self._directory / layout.CLUSTER_FILE)
+
+            yield append
+
+    def _adopt(self, view: View, cluster: Cluster, turn: Turn) -> None:
+        """Record jobs whose submitter was killed before it could."""
+        for job in view.unrecorded:
+            with allocation.locked(self._directory):
+                now = Cluster.read(self._directory)
+                if now is not None and now.canary == cluster.canary and job not in now.jobs:
+                    replace(now, jobs=(*now.jobs, job)).write(self._directory / layout.CLUSTER_FILE)
+            self._past.setdefault(job, _Past())
+            turn.events.append({"kind": "joiner_found", "job": job})
+
+    def _refuse(self, cluster: Cluster, turn: Turn, error: SlurmError) -> None:
+        """Say once that this place cannot submit; it is tried again, seldom."""
+        text = " ".join(error.message.split())
+        if NO_NODE in text:  # all that there are, are ours, excluded or dead: no matter of who submits
+            self._refused = ("there is no further node that could join", self._clock() + LOOK_AGAIN)
+            return
+        if self._said.get("refused") != text:
+            self._said["refused"] = text
+            hint = "`raylaunch watch` on a login node submits in its place."
+            turn.events.append({"kind": "joiner_refused", "error": text, "hint": "" if self._watcher else hint})
+        self._refused = (text, self._clock() + ASK_AGAIN)
+        self._tell_refusal(cluster, text)
+
+    def _tell_refusal(self, cluster: Cluster, text: str) -> None:
+        """Let a watcher know whether the head submits."""
+        if not self._watcher and submits.head_refusal(self._directory, cluster) != text:
+            state.write_json(self._directory / submits.FILE, {"canary": cluster.canary, "refused": text})
+
+    def cannot_submit(self, cluster: Cluster, why: str) -> list[dict[str, Any]]:
+        """Found out before the first joiner is needed (`submits.may_submit`): the events to write."""
+        turn = Turn()
+        self._refuse(cluster, turn, SlurmError(why))
+        return turn.events

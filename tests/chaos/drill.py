@@ -1,0 +1,212 @@
+"""What the chaos tests share: a run on a real cluster, a fault in the middle of it, and what must hold after.
+
+Each test is one run of the same small training. Its losses must be those of the run that nothing
+happened to; no committed step is done twice; nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from helpers import BIN, Command, Site, own_sandbox, same_curve, wait_for, write_texts
+
+from raylaunch import state
+
+STEPS, EVERY = 80, 5
+SAME_SIZE, OTHER_SIZE = 0.0, 1e-4
+"""Relative differences of the losses: none at the same size, floating-point order at another."""
+LIMIT = float(os.environ.get("RAYLAUNCH_TEST_PATIENCE", "120"))
+"""Seconds for a recovery; many times what it takes on a quiet machine."""
+
+
+@dataclass
+class Drill:
+    """One cluster on one sandbox, for the runs of a module."""
+
+    site: Site
+    cluster: str = "main"
+
+    @classmethod
+    @contextmanager
+    def on(cls, name: str, nodes: int, cpus: int = 4) -> Iterator[Drill]:
+        """A sandbox of `nodes` nodes; the cluster on it is up to the test."""
+        with own_sandbox(name, nodes=nodes, cpus=cpus) as machine:
+            site = Site.make(machine, "alice")
+            write_texts(site.state / "text")
+            try:
+                yield cls(site)
+            finally:
+                for node in machine.status().nodes:
+                    if node.frozen:
+                        machine.thaw(node.name)
+                    if node.cut:
+                        machine.heal(node.name)
+                site.end()
+
+    # -- starting -----------------------------------------------------------------------------------
+
+    def up(self, nodes: int | str, **sets: Any) -> None:
+        """Bring the cluster up; `sets`: config keys with `__` for the dot."""
+        words = [w for key, value in sets.items() for w in ("--set", f"{key.replace('__', '.')}={value}")]
+        config = self.config("cluster")
+        self.site.run("up", "-c", config, "--name", self.cluster, "--nodes", nodes, "--mem", "3G", *words).expect(0)
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """A config file for the run; `changes` are whole sections' additions."""
+        config: dict[str, Any] = {
+            "model": {"size": "tiny"},
+            "data": {"text": [str(self.site.state / "text")], "seq_len": 64},
+            "step_scheduler": {
+                # Ten samples, one a pass: three workers share them unevenly, and steps are slow enough to hit.
+                "max_steps": STEPS, "global_batch_size": 10, "local_batch_size": 1,
+                "ckpt_every_steps": EVERY, "val_every_steps": 0,
+            },
+            "elastic": {"grow_after": 1.0},
+            "slurm": {"env": {"PYTHONPATH": str(Path(__file__).parent)}},  # for trainers that misbehave
+        }  # fmt: skip
+        for section, values in changes.items():
+            config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
+        path = self.site.state / "home" / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def train(self, run: str, **changes: Any) -> Command:
+        """Start a run, and watch it in the background."""
+        return self.site.start("train", self.config(run, **changes), "--run", run, "--cluster", self.cluster)
+
+    def smooth(self) -> dict[int, float]:
+        """The losses of a run that nothing happens to; it is made once."""
+        if not self.site.run_dir("smooth").exists():
+            self.train("smooth").ended().expect(0)
+        losses = self.site.losses("smooth")
+        assert list(losses) == list(range(1, STEPS + 1))
+        return losses
+
+    # -- looking ------------------------------------------------------------------------------------
+
+    def run_events(self, run: str, kind: str | None = None) -> list[dict[str, Any]]:
+        return self.site.events(self.site.run_dir(run), kind)
+
+    def cluster_events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        return self.site.events(self.site.cluster(self.cluster), kind)
+
+    def nodes(self) -> dict[str, str]:
+        """Node → state, by the head's table."""
+        return {name: str(row["state"]) for name, row in self.site.members(self.cluster).items()}
+
+    def head(self) -> str:
+        return str(state.read_json(self.site.cluster(self.cluster) / "head.json")["node"])
+
+    def incarnation(self) -> int:
+        return int(state.read_json(self.site.cluster(self.cluster) / "head.json")["incarnation"])
+
+    def life(self) -> str:
+        """Of the base job: its id, and how often it began again."""
+        return str(state.read_json(self.site.cluster(self.cluster) / "head.json")["life"])
+
+    def worker(self, run: str, rank: int, attempt: int = 1) -> tuple[str, str]:
+        """(node, pid there) of a rank, from the first line of its log."""
+        log = state.attempt_dir(self.site.run_dir(run), attempt) / f"rank-{rank}.log"
+        wait_for(f"rank {rank} of {run}", lambda: log.exists() and "device=" in log.read_text(), LIMIT)
+        words = dict(re.findall(r"(\w+)=(\S+)", log.read_text().splitlines()[0]))
+        return words["node"], words["pid"]
+
+    def ray_drain(self, node: str) -> None:
+        """`ray drain-node`, as a person with Ray's own tools would."""
+        directory = self.site.cluster(self.cluster)
+        gcs = state.read_json(directory / "head.json")["gcs"]
+        ids = f"import ray; ray.init({gcs!r}); print({{n['NodeName']: n['NodeID'] for n in ray.nodes() if n['Alive']}}[{node!r}])"
+        id_ = self._on_head(str(BIN / "python"), "-c", ids).split()[-1]
+        why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
+        self._on_head(str(BIN / "ray"), "drain-node", "--address", gcs, "--node-id", id_, *why)
+
+    def _on_head(self, *argv: str) -> str:
+        """Output of a command on the head's node that may talk to Ray."""
+        token = str(self.site.cluster(self.cluster) / "token")
+        done = self.site.sandbox.exec(
+            self.head(), argv, cwd="/", capture_output=True, text=True, timeout=60,
+            env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token},
+        )  # fmt: skip
+        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
+        return str(done.stdout)
+
+    # -- waiting ------------------------------------------------------------------------------------
+
+    def wait_commits(self, run: str, count: int = 2) -> None:
+        """Until the run has committed so often: it is in the middle of its work then."""
+        self.wait(f"{count} commits of {run}", lambda: len(self.run_events(run, "commit")) >= count, run)
+
+    def wait_event(self, run: str, kind: str, count: int = 1, **fields: Any) -> dict[str, Any]:
+        """Until the run has `count` events of a kind with these fields; the last of them."""
+
+        def found() -> list[dict[str, Any]]:
+            rows = self.run_events(run, kind)
+            return [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
+
+        self.wait(f"{kind} {fields} of {run}", lambda: len(found()) >= count, run)
+        return found()[-1]
+
+    def wait_cluster_event(self, kind: str, count: int = 1, **fields: Any) -> dict[str, Any]:
+        def found() -> list[dict[str, Any]]:
+            rows = self.cluster_events(kind)
+            return [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
+
+        self.wait(f"{kind} {fields} of the cluster", lambda: len(found()) >= count)
+        return found()[-1]
+
+    def wait_nodes(self, **wanted: str) -> None:
+        """Until these nodes are in these states."""
+        self.wait(f"nodes {wanted}", lambda: all(self.nodes().get(n) == s for n, s in wanted.items()))
+
+    def wait(self, what: str, ready: Callable[[], bool], run: str | None = None, limit: float = LIMIT) -> None:
+        def shown() -> str:
+            rows = self.cluster_events()[-12:] + (self.run_events(run)[-12:] if run else [])
+            return "\n".join(str(row)[:300] for row in sorted(rows, key=lambda row: row["time"]))
+
+        wait_for(what, ready, limit, shown)
+
+    # -- what must hold -----------------------------------------------------------------------------
+
+    def finished(self, command: Command, run: str, reference: dict[int, float], relative: float = OTHER_SIZE) -> None:
+        """The run came to its end on the curve of the undisturbed one, and no committed step was done again."""
+        command.ended(LIMIT + 60).expect(0, f"run {run} is finished at step {STEPS}")
+        same_curve(self.site.losses(run), reference, relative)
+        self.committed_once(run)
+
+    def committed_once(self, run: str) -> None:
+        """Each attempt begins right after the last commit before it."""
+        events = self.run_events(run)
+        commits = [row for row in events if row["kind"] == "commit"]
+        rows = [row for row in state.read_lines(self.site.run_dir(run) / "metrics.jsonl") if "loss" in row]
+        for row in events:
+            if row["kind"] == "attempt_started":
+                before = max([c["step"] for c in commits if c["time"] < row["time"]], default=0)
+                assert row["from_step"] == before, (row, before)
+                steps = [r["step"] for r in rows if r["attempt"] == row["attempt"]]
+                assert not steps or steps[0] == before + 1, (row, steps[:3])
+
+    def sizes(self, run: str) -> list[int]:
+        """The world sizes of the run's attempts."""
+        return [int(row["workers"]) for row in self.run_events(run, "attempt_started")]
+
+    def clean(self) -> None:
+        """Take the cluster down: nothing is left of it, anywhere."""
+        self.site.run("down", self.cluster).expect(0)
+        self.site.wait_clean(60)
+
+    def ready_nodes(self) -> list[str]:
+        return sorted(node for node, now in self.nodes().items() if now == "ready")
+
+    def ready(self) -> int:
+        return len(self.ready_nodes())
+
+    def other_than_head(self) -> str:
+        """A ready node that is not the head's."""
+        return next(node for node in self.ready_nodes() if node != self.head())

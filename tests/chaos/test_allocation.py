@@ -1,0 +1,134 @@
+"""The allocation ends while the run goes on: its time is up, or another job takes its nodes. The run is
+saved where there is notice, and goes on in the next allocation, on the undisturbed curve."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+from drill import OTHER_SIZE, STEPS, Drill
+from helpers import wait_for
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def drill() -> Iterator[Drill]:
+    with Drill.on("allocation", nodes=2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def reference(drill: Drill) -> dict[int, float]:
+    """The losses of a run that nothing happened to."""
+    drill.cluster = "smooth"
+    drill.site.run("submit", drill.config("smooth", slurm={"nodes": 2}), "--run", "smooth").expect(0)
+    drill.site.run("attach", "smooth").expect(0)
+    drill.site.wait_clean(60)
+    return drill.site.losses("smooth")
+
+
+def submit(drill: Drill, run: str, **changes: object) -> str:
+    """A batch job of its own for the run; its id."""
+    drill.cluster = run
+    slurm = {"nodes": 2, **dict(changes.pop("slurm", {}))}  # type: ignore[call-overload]
+    done = drill.site.run("submit", drill.config(run, slurm=slurm, **changes), "--run", run).expect(0)
+    return done.out.strip()
+
+
+def ended_well(drill: Drill, run: str, reference: dict[int, float], relative: float = 0.0) -> None:
+    drill.finished(drill.site.start("attach", run), run, reference, relative)
+    drill.site.wait_clean(90)
+
+
+@pytest.mark.timeout(900)
+def test_a_chain_of_jobs_finishes_the_run(drill: Drill, reference: dict[int, float]) -> None:
+    """The first runs into its real time limit, the second finishes."""
+    job = submit(
+        drill, "chain", slurm={"time": 2, "signal": "B:USR1@75"}, step_scheduler={"max_steps": STEPS, "ckpt_every_steps": 40},
+        trainer="trouble:slow_at_first", alerts={"command": ["true"], "min_interval": 0},
+    )  # fmt: skip
+    drill.wait("a step", lambda: bool(drill.run_events("chain", "first_step")))
+    assert drill.wait_cluster_event("requeued")["job"] == job
+    commits = [row["step"] for row in drill.run_events("chain", "commit")]
+    (ended,) = drill.run_events("chain", "attempt_ended")
+    assert ended["committed"] == ended["step"] == commits[-1]  # saved in time: nothing is done twice
+    drill.wait("the next life", lambda: len(drill.cluster_events("head")) == 2)
+    drill.site.slurm("scontrol", "update", f"jobid={job}", "TimeLimit=30")  # enough, however busy the machine is
+    assert {row["why"] for row in drill.cluster_events("notice")} == {"walltime"}
+    ended_well(drill, "chain", reference)
+    alerts = [event["alert"] for event in drill.run_events("chain", "alert")]
+    assert (alerts.count("started"), alerts.count("held"), alerts[-1]) == (2, 1, "finished")  # in each life, once
+    assert "ExitCode=0:0" in drill.site.slurm("scontrol", "show", "job", job)
+
+
+@pytest.mark.parametrize("partition", ["low", "lowc"])
+@pytest.mark.parametrize("grace", [True, False])
+def test_preempted(drill: Drill, reference: dict[int, float], partition: str, grace: bool) -> None:
+    """`low` requeues what it preempts, `lowc` cancels it; with grace there is time to save."""
+    run = f"preempted-{partition}-{'grace' if grace else 'none'}"
+    drill.site.slurm("scontrol", "update", f"partition={partition}", f"GraceTime={10 if grace else 0}")
+    submit(drill, run, slurm={"partition": partition}, trainer="trouble:slow")
+    drill.wait_commits(run, 1)
+    other = drill.site.slurm("sbatch", "--parsable", "-N2", "--exclusive", "-p", "main", "--wrap", "sleep 300").strip()
+    drill.wait("the other job runs", lambda: f"{other} RUNNING" in drill.site.jobs(), run)
+    if grace:
+        ended = drill.run_events(run, "attempt_ended")[-1]
+        assert ended["how"] == "stopped" and ended["committed"] == ended["step"]
+    wait_for("a job that waits", lambda: any("PENDING" in job for job in drill.site.jobs()), 60)
+    drill.site.slurm("scancel", other)
+    drill.wait("the next life", lambda: len(drill.cluster_events("head")) == 2)
+    ended_well(drill, run, reference)
+
+
+def test_a_job_that_waits_again_already_gets_no_successor(drill: Drill) -> None:
+    """Slurm may requeue a preempted job before its head asks for that: two allocations of one cluster would fight."""
+    job = drill.site.slurm("sbatch", "--parsable", "--hold", "--wrap", "true").strip()
+    ask = (
+        "import sys; from pathlib import Path; from raylaunch.allocation import *;"
+        "print([kind for kind, _ in go_on(Path('/nowhere'), sys.argv[1], 'preempted', Onward.REQUEUE)])"
+    )
+    try:
+        assert drill.site.inside("node1", sys.executable, "-c", ask, job).strip() == "['requeued']"
+        assert [row.split()[0] for row in drill.site.jobs()] == [job]
+    finally:
+        drill.site.slurm("scancel", job)
+
+
+def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill, reference: dict[int, float]) -> None:
+    """Slurm ends the whole job when it comes back. Nobody asked for that: a successor goes on."""
+    job = submit(
+        drill, "away", slurm={"nodes": "1-2"}, elastic={"replace": False, "max_nodes": 3},
+        trainer="trouble:slow_until_whole",
+    )  # fmt: skip
+    drill.wait("two nodes", lambda: drill.sizes("away") == [2], "away")
+    drill.wait_commits("away")
+    host = drill.head()
+    drill.site.sandbox.freeze(host)
+    drill.wait("Slurm's verdict", lambda: host not in drill.site.job_nodes(job), "away")
+    drill.site.sandbox.thaw(host)
+    drill.wait_cluster_event("successor")
+    ended_well(drill, "away", reference, OTHER_SIZE)
+    assert 1 in drill.sizes("away")
+
+
+def test_requeues_are_capped(drill: Drill, reference: dict[int, float]) -> None:
+    job = submit(drill, "capped", elastic={"max_requeues": 0}, trainer="trouble:slow")
+    drill.wait_commits("capped", 1)
+    drill.site.slurm("scancel", "--signal=USR1", "--batch", job)
+    drill.wait_cluster_event("ended")
+    drill.site.wait_clean(60)
+    assert drill.cluster_events("requeues_used_up") and not drill.cluster_events("requeued")
+    assert drill.site.run_status("capped")["state"] == "stopped"
+
+
+def test_a_cancelled_job_stays_cancelled(drill: Drill, reference: dict[int, float]) -> None:
+    """A person's scancel is no fault: nothing comes after it."""
+    job = submit(drill, "cancelled", trainer="trouble:slow", alerts={"command": ["true"]})
+    drill.wait_commits("cancelled", 1)
+    drill.site.slurm("scancel", job)
+    wait_for("the job's end", lambda: not drill.site.jobs(), 60)
+    drill.site.wait_clean(30)
+    assert [event["alert"] for event in drill.run_events("cancelled", "alert")] == ["started", "stopped"]
+    assert not drill.cluster_events("requeued") and not drill.cluster_events("successor")

@@ -1,0 +1,124 @@
+"""Trainers that get into trouble: ours, with something done before a step. Named in a test's config."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import stale
+import torch
+from torch import Tensor
+
+from raylaunch.checkpoint import store
+from raylaunch.config import Config
+from raylaunch.session import Session
+from trainers import fsdp
+
+AT = 12
+"""The step before which it happens: 11 are done, 10 are committed where every fifth is."""
+
+
+def _before_each_step(config: Config, session: Session, deed: Callable[[Session, int], None]) -> None:
+    class Troubled(Session):
+        def progress(self, step: int, phase: str = "step") -> None:
+            super().progress(step, phase)
+            if phase == "step":
+                deed(self, step)
+
+    session.__class__ = Troubled
+    fsdp.train(config, session)
+
+
+def slow(config: Config, session: Session) -> None:
+    """A run that can be caught in the middle on any machine."""
+    _before_each_step(config, session, lambda session, step: time.sleep(0.25))
+
+
+def slow_at_first(config: Config, session: Session) -> None:
+    """No job of two minutes finishes this one, on no machine; the next one does."""
+    pause = 4.0 if session.incarnation == 1 else 0.1
+    _before_each_step(config, session, lambda session, step: time.sleep(pause))
+
+
+def slow_until_whole(config: Config, session: Session) -> None:
+    """The last quarter takes its time unless `elastic.max_nodes` take part: a run that sees the growth."""
+    whole = session.world_size == config.elastic.max_nodes
+
+    def deed(session: Session, step: int) -> None:
+        time.sleep(0.25 if whole or step < 60 else 2.5)
+
+    _before_each_step(config, session, deed)
+
+
+def exit_once(config: Config, session: Session) -> None:
+    """Rank 1 of the first attempt exits with 1, without a word."""
+
+    def deed(session: Session, step: int) -> None:
+        if (session.attempt, session.rank, step) == (1, 1, AT - 1):
+            os._exit(1)
+
+    _before_each_step(config, session, deed)
+
+
+def hang_once(config: Config, session: Session) -> None:
+    """Rank 1 of the first attempt sleeps for ever before a collective."""
+
+    def deed(session: Session, step: int) -> None:
+        if (session.attempt, session.rank, step) == (1, 1, AT - 1):
+            _sleeps_here()
+
+    _before_each_step(config, session, deed)
+
+
+def _sleeps_here() -> None:
+    time.sleep(10_000)
+
+
+def broken(config: Config, session: Session) -> None:
+    """A bug: the same error at the same step, each time."""
+
+    def deed(session: Session, step: int) -> None:
+        if step == AT - 1:
+            raise ValueError("a bug in somebody's code")
+
+    _before_each_step(config, session, deed)
+
+
+def grows(config: Config, session: Session) -> None:
+    """Rank 1 of the first attempt takes memory until somebody stops it."""
+
+    def deed(session: Session, step: int) -> None:
+        if (session.attempt, session.rank, step) == (1, 1, AT - 1):
+            kept = []
+            while True:
+                kept.append(bytearray(b"x" * (16 << 20)))
+
+    _before_each_step(config, session, deed)
+
+
+def not_a_number(config: Config, session: Session) -> None:
+    """The loss of one batch is no number; that of all others is."""
+    steps: list[int] = []
+    plain: Callable[..., Tensor] = fsdp.summed_loss
+
+    def summed_loss(*arguments: Any) -> Tensor:
+        loss = plain(*arguments)
+        return loss * torch.nan if steps[-1] == AT - 1 and session.rank == 0 else loss
+
+    fsdp.summed_loss = summed_loss
+    _before_each_step(config, session, lambda session, step: steps.append(step))
+
+
+def stubborn(config: Config, session: Session) -> None:
+    """The first attempt has a process on each node that commits when it is told to (see `stale`)."""
+    if session.attempt == 1:
+        mine = store.pending(session.checkpoint_dir, stale.STEP, session.incarnation, session.attempt)
+        who = map(str, (session.node, os.getpid(), session.incarnation, session.attempt))
+        # Without our marks: the agent that comes back would end it, sometimes before it has tried.
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
+        subprocess.run([sys.executable, stale.__file__, str(mine), str(session.run_dir), *who], check=True, env=plain)
+    fsdp.train(config, session)

@@ -1,0 +1,274 @@
+"""Whether each row of the fault matrix fails when its mechanism is switched off.
+
+    python tests/chaos/without.py [--jobs N] [WORD…]
+
+Each switch is one small edit of a copy of this checkout, with which the row's test must fail; `WORD`s choose
+switches by name or test. It takes a minute or two each, as root. The first line of the assertion is shown: it
+should be about the mechanism. Exit code 1 when a test passed all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = "60"
+"""Seconds that the tests wait for what will not happen."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """`old` in `file` becomes `new`, and each of `tests` fails."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+SWITCHES = (
+    Switch(
+        "new attempts", "raylaunch/policy.py",
+        "    if facts.stop_reason is not None:\n",
+        '    if last is not None and last.kind == "fault":\n        return Finish("failed", "off")\n'
+        "    if facts.stop_reason is not None:\n",
+        (
+            "processes::test_a_worker_is_killed", "training_loop::test_a_worker_exits",
+            "training_loop::test_a_worker_is_killed_by_its_memory_limit", "nodes::test_two_nodes_at_once",
+            "nodes::test_a_second_node_dies_during_the_recovery_from_the_first",
+            "injector::test_workers_and_nodes_die_and_the_ledger_says",
+        ),
+    ),
+    Switch(
+        "restarts of Ray", "raylaunch/agent.py", '            self._tell("restarting", error=words)\n            await',
+        '            raise BringUpError("off")\n            await', ("processes::test_the_raylet_is_killed",),
+    ),
+    Switch(
+        "keeper", "raylaunch/keeper.py", "if self._told_to_end or (status >= 0", "if True or (status >= 0",
+        ("processes::test_an_agent_is_killed",),
+    ),
+    Switch("drivers again", "raylaunch/drivers.py", "TRIES = 3", "TRIES = 1", ("processes::test_the_driver_is_killed",)),
+    Switch(
+        "dashboards again", "raylaunch/raystart.py", "if any(kind == DASHBOARD for", "if False and any(kind == DASHBOARD for",
+        ("processes::test_the_dashboard_is_killed",),
+    ),
+    Switch("steps again", "sbatch/cluster.sbatch", "-le 100 ]", "-le 0 ]", ("processes::test_slurm_kills_the_step",)),
+    Switch(
+        "election", "raylaunch/election.py", "    if facts.silent > PATIENCE:\n", "    return Wait('off')\n    if False:\n",
+        ("processes::test_the_gcs_is_killed", "processes::test_the_head_s_agent_is_killed", "nodes::test_the_head_s_node_dies"),
+    ),
+    Switch(
+        "joiners", "raylaunch/nodepolicy.py", "if missing > 0 and (elastic.replace", "if False and (elastic.replace",
+        ("nodes::test_a_node_dies_and_is_replaced",),
+    ),
+    Switch(
+        "growth", "raylaunch/policy.py", "steady = _may_join(view, elastic.grow_after)", "steady: frozenset[str] = frozenset()",
+        ("nodes::test_a_node_dies_and_is_replaced", "nodes::test_a_scaled_cluster_grows_and_shrinks"),
+    ),
+    Switch(
+        "the minimum", "raylaunch/policy.py", "if facts.nodes < minimum:", "if facts.nodes < 1:",
+        ("nodes::test_below_the_minimum_the_run_holds",),
+    ),
+    Switch(
+        "other ports", "raylaunch/agent.py", "if not same_ports:", "if False:", ("processes::test_the_raylet_is_killed",),
+    ),
+    Switch(
+        "silence", "raylaunch/link.py", "PING_LIMIT = 3.0", "PING_LIMIT = 3e3",
+        ("nodes::test_a_node_falls_silent_and_comes_back[freeze]", "nodes::test_a_node_falls_silent_and_comes_back[cut]"),
+    ),
+    Switch(
+        "fence", "raylaunch/checkpoint/store.py", "    me = incarnation, attempt\n    fences =", "    return\n    fences =",
+        (
+            "nodes::test_a_node_falls_silent_and_comes_back[freeze]",
+            "nodes::test_the_head_falls_silent_and_comes_back[freeze]",
+        ),
+    ),
+    Switch(
+        "resignation", "raylaunch/head.py", "if await self._off_loop(self._is_fenced):\n                    self._event",
+        "if False:\n                    self._event",
+        (
+            "nodes::test_the_head_falls_silent_and_comes_back[freeze]",
+            "nodes::test_the_head_falls_silent_and_comes_back[cut]",
+        ),
+    ),
+    Switch(
+        "drains (Slurm)", "raylaunch/nodepolicy.py", "for node in sorted(count.to_leave,", "for node in sorted(count.to_leave[:0],",
+        ("nodes::test_a_drained_node_is_left_with_no_step_lost",),
+    ),
+    Switch(
+        "drains (Ray)", "raylaunch/watch.py", "self._draining = now, self._ask_ray()", "self._draining = now, frozenset()",
+        ("nodes::test_ray_drains_a_node",),
+    ),
+    Switch(
+        "resignation (drained)", "raylaunch/head.py", "if node == self.head.node:\n            self._resign",
+        "if False:\n            self._resign", ("nodes::test_the_head_s_node_is_drained",),
+    ),
+    Switch(
+        "Slurm's silence", "raylaunch/nodeloop.py", "            turn.pause = self._silent\n",
+        '            turn.give_up = "Slurm is gone"\n', ("nodes::test_slurm_s_own_daemons_die",),
+    ),
+    Switch(
+        "guests", "raylaunch/nodepolicy.py", "elif missing <= 0 and taking > 0", "elif False and taking > 0",
+        ("joining::test_idle_nodes_of_another_partition_are_taken",),
+    ),
+    Switch(
+        "strikes", "raylaunch/nodepolicy.py", "if count >= elastic.max_strikes)", "if count < 0)",
+        ("joining::test_a_node_that_struck_out",),
+    ),
+    Switch(
+        "watchers", "raylaunch/nodeloop.py", 'if not self._watcher:\n            return ""', 'if True:\n            return "off"',
+        ("joining::test_where_nodes_may_not_submit_jobs",),
+    ),
+    Switch(
+        "guests that lead", "raylaunch/head.py", "        return any(\n            m.alive and m.info", "        return False and any(\n            m.alive and m.info",
+        ("joining::test_a_guest_that_leads_is_preempted",),
+    ),
+    Switch(
+        "joiners without a base", "raylaunch/head.py", "if why and not comes_back and others:", "if False:",
+        ("joining::test_the_head_is_away_for_longer",),
+    ),
+    Switch(
+        "a batch host that comes back", "raylaunch/allocation.py", 'return self.reason if self.reason in _BROKEN else ""',
+        'return ""', ("allocation::test_the_batch_host_is_away_for_longer",),
+    ),
+    Switch(
+        "notice", "raylaunch/head.py", "if not self._noticed and not self._ending:", "if False:",
+        (
+            "allocation::test_a_chain_of_jobs_finishes_the_run", "allocation::test_preempted[True-low]",
+            "allocation::test_preempted[True-lowc]",
+        ),
+    ),
+    Switch(
+        "the queue over lives", "raylaunch/head.py", "memory.queue.insert(0, memory.running)", "pass",
+        ("allocation::test_preempted[False-low]",),
+    ),
+    Switch(
+        "successors", "raylaunch/allocation.py", 'return Slurm().preempt_mode(job) != "CANCEL"', "return True",
+        ("allocation::test_preempted[False-lowc]",),
+    ),
+    Switch(
+        "one allocation", "raylaunch/allocation.py", "if _waits(slurm, job):", "if False:",
+        ("allocation::test_a_job_that_waits_again_already",),
+    ),
+    Switch(
+        "the limit of requeues", "raylaunch/head.py", "and self._memory.continued < limit", "",
+        ("allocation::test_requeues_are_capped",),
+    ),
+    Switch(
+        "why it ended", "raylaunch/head.py", "why = why or await asyncio.to_thread(allocation.why_ended,",
+        'why = why or "preemption" or await asyncio.to_thread(allocation.why_ended,',
+        ("allocation::test_a_cancelled_job_stays_cancelled",),
+    ),
+    Switch("watchdog", "raylaunch/watchdog.py", "if idle <= most:", "if True:", ("training_loop::test_a_rank_hangs",)),
+    Switch(
+        "verdict", "raylaunch/policy.py", "and own and facts.same_error >= elastic.max_same_error", "and False",
+        ("training_loop::test_the_same_error_twice_ends_the_run",),
+    ),
+    Switch(
+        "numbers", "trainers/nonfinite.py", "if math.isfinite(loss) and math.isfinite(norm):", "if True:",
+        (
+            "training_loop::test_a_loss_that_is_no_number_ends_the_run",
+            "training_loop::test_a_loss_that_is_no_number_is_left_out[skip]",
+            "training_loop::test_a_loss_that_is_no_number_is_left_out[rollback]",
+        ),
+    ),
+    Switch(
+        "saves that fail", "raylaunch/checkpoint/dcp.py", "error=cause.message)\n        return cause",
+        "error=cause.message)\n        raise cause", ("training_loop::test_storage_that_takes_nothing",),
+    ),
+    Switch(
+        "patience with storage", "raylaunch/watchdog.py", 'LONG_PHASES = {"load", "validate", "save"}',
+        "LONG_PHASES: set[str] = set()", ("training_loop::test_storage_that_stalls",),
+    ),
+    Switch(
+        "digests", "raylaunch/checkpoint/digests.py", "if found[1] != sha256:", "if False:",
+        ("training_loop::test_a_damaged_checkpoint_is_done_without[flipped]",),
+    ),
+    Switch(
+        "the one before", "raylaunch/checkpoint/dcp.py", "        _refuse(session, one, refused)\n    unreadable",
+        '        raise StateError("off", "off")\n    unreadable',
+        ("training_loop::test_a_damaged_checkpoint_is_done_without[torn]",),
+    ),
+)  # fmt: skip
+
+
+def environment(place: Path, switch: Switch) -> Path:
+    """A Python of its own that sees the edited copy in place of this checkout; its path."""
+    tree = place / "tree"
+    left_out = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, tree, ignore=left_out)
+    file = tree / switch.file
+    text = file.read_text()
+    assert text.count(switch.old) == 1, (
+        f"{switch.name}: {switch.file} has {text.count(switch.old)} times {switch.old!r}"
+    )
+    file.write_text(text.replace(switch.old, switch.new))
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    own = place / "lib" / version / "site-packages"
+    own.mkdir(parents=True)
+    (own / "ours.pth").write_text(f"{tree}\n{sysconfig.get_path('purelib')}\n")
+    (place / "pyvenv.cfg").write_text(f"home = {Path(sys.executable).resolve().parent}\n")
+    (place / "bin").mkdir()
+    (place / "bin" / "python").symlink_to(Path(sys.executable).resolve())
+    for name in ("raylaunch", "ray"):
+        text = (Path(sys.executable).parent / name).read_text()
+        (place / "bin" / name).write_text(re.sub(r"^#!.*", f"#!{place}/bin/python", text, count=1))
+        (place / "bin" / name).chmod(0o755)
+    return place / "bin" / "python"
+
+
+def fails(switch: Switch) -> bool:
+    """Run the switch's tests; whether each failed."""
+    caught = True
+    with tempfile.TemporaryDirectory(prefix="raylaunch-without-", dir="/var/tmp") as place:
+        python = environment(Path(place), switch)
+        for test in switch.tests:
+            module, _, name = test.partition("::")
+            began = time.monotonic()
+            done = subprocess.run(
+                [python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/chaos/test_{module}.py", "-k", chosen(name)],
+                cwd=Path(place) / "tree", capture_output=True, text=True, check=False,
+                env={**os.environ, "RAYLAUNCH_TEST_PATIENCE": PATIENCE},
+            )  # fmt: skip
+            failed = done.returncode == 1 and re.search(r"\b1 (failed|error)\b", done.stdout) is not None
+            caught &= failed
+            said = [line for line in done.stdout.splitlines() if line.startswith("E  ")] or done.stdout.splitlines()[
+                -3:
+            ]
+            word = "fails" if failed else "DOES NOT FAIL"
+            print(
+                f"{word:6} without {switch.name}: {test} ({time.monotonic() - began:.0f} s)\n       {said[0][:200]}",
+                flush=True,
+            )
+    return caught
+
+
+def chosen(name: str) -> str:
+    """For pytest's -k, which knows no brackets."""
+    return " and ".join(re.split(r"[\[\]-]+", name.rstrip("]")))
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--jobs", type=int, default=1)
+    options.add_argument("words", nargs="*")
+    asked = options.parse_args()
+    some = [s for s in SWITCHES if not asked.words or any(word in str(s) for word in asked.words)]
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        return 0 if all(list(pool.map(fails, some))) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
