@@ -10,7 +10,6 @@ Refused: entries that match nothing, unreadable files, a store that was made fro
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 import sysconfig
@@ -25,12 +24,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from raylaunch import state
+from raylaunch.config import STDLIB
+from raylaunch.data import dataset, files
 from raylaunch.errors import RaylaunchError, RunError
 
 SEPARATOR = 256
-BATCH_TOKENS = 1 << 22
-"""Tokens per record batch (8 MiB): the memory a build needs, and the unit of `data.Tokens`."""
-COLUMN = "tokens"
 STORE_FILE = "tokens.arrow"
 MANIFEST_FILE = "manifest.json"
 
@@ -76,16 +74,16 @@ def find(directory: Path, text: list[str]) -> Store | None:
 
 def build(directory: Path, text: list[str], attempt: int, beat: Callable[[], None] = lambda: None) -> Store:
     """Write the store and its manifest; `beat` is called every now and then."""
-    files = list_files(text)
+    texts = list_files(text)
     state.make_dir(directory)
     path, temporary = directory / STORE_FILE, directory / f"{STORE_FILE}.tmp-{attempt}"
     documents: list[dict[str, Any]] = []
     digest, tokens = hashlib.sha256(), 0
     try:
         with temporary.open("wb") as sink:
-            schema = pa.schema([(COLUMN, pa.uint16())])
+            schema = pa.schema([(dataset.TOKENS, pa.uint16())])
             with pa.ipc.new_file(sink, schema) as writer:
-                for batch in _batches(_chunks(files, documents, beat)):
+                for batch in _batches(_chunks(texts, documents, beat)):
                     writer.write_batch(pa.record_batch([pa.array(batch)], schema=schema))
                     digest.update(batch.tobytes())
                     tokens += len(batch)
@@ -118,48 +116,23 @@ def build(directory: Path, text: list[str], attempt: int, beat: Callable[[], Non
 
 def list_files(text: list[str]) -> list[Path]:
     """The files that the entries of data.text name: entry by entry, sorted within each, no file twice."""
-    files: dict[Path, None] = {}
+    listed: dict[Path, None] = {}
     for entry in text:
         try:
-            found = _stdlib_files() if entry == "stdlib:" else _matching_files(entry)
+            found = _stdlib_files() if entry == STDLIB else files.matching(entry)
         except OSError as error:
             raise _unreadable(error) from error
         if not found:
-            where = "" if entry == "stdlib:" or Path(entry).is_absolute() else f" (looked in {Path.cwd()})"
             raise RunError(
-                f"data.text: nothing matches {entry!r}{where}",
+                f"data.text: nothing matches {repr(entry) if entry == STDLIB else files.sought(entry)}",
                 "Give files, directories or globs that exist on every node, as absolute paths, or `stdlib:`.",
             )
-        files.update(dict.fromkeys(found))
-    return list(files)
+        listed.update(dict.fromkeys(found))
+    return list(listed)
 
 
 def _stdlib_files() -> list[Path]:
-    return _walk(Path(sysconfig.get_path("stdlib")), lambda p: p.suffix == ".py", _SKIPPED_IN_STDLIB)
-
-
-def _matching_files(entry: str) -> list[Path]:
-    path = Path(entry).expanduser()
-    # Not Path.glob: that wants the pattern split from an absolute root.
-    matches = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]  # noqa: PTH207
-    found: set[Path] = set()
-    for match in matches:
-        found.update(_walk(match, lambda _: True, set()) if match.is_dir() else [match.absolute()])
-    return sorted(found)
-
-
-def _walk(root: Path, wanted: Callable[[Path], bool], skipped: set[str]) -> list[Path]:
-    """All wanted files below root, sorted; hidden files and directories are left out."""
-    found = []
-    for folder, folders, names in os.walk(root.absolute(), onerror=_raise):
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        paths = [Path(folder, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if wanted(path) and path.is_file()]
-    return sorted(found)
-
-
-def _raise(error: OSError) -> None:
-    raise error  # os.walk would leave out what it may not list
+    return files.walk(Path(sysconfig.get_path("stdlib")), lambda p: p.suffix == ".py", _SKIPPED_IN_STDLIB)
 
 
 def _unreadable(error: OSError) -> RunError:
@@ -170,10 +143,10 @@ def _unreadable(error: OSError) -> RunError:
 
 
 def _chunks(
-    files: list[Path], documents: list[dict[str, Any]], beat: Callable[[], None]
+    texts: list[Path], documents: list[dict[str, Any]], beat: Callable[[], None]
 ) -> Iterator[npt.NDArray[np.uint16]]:
     """The files' bytes as tokens, piece by piece; a line of `documents` for each that is not empty."""
-    for path in files:
+    for path in texts:
         length = 0
         try:
             with path.open("rb") as source:
@@ -189,14 +162,14 @@ def _chunks(
 
 
 def _batches(chunks: Iterator[npt.NDArray[np.uint16]]) -> Iterator[npt.NDArray[np.uint16]]:
-    """Pieces of any size → batches of exactly BATCH_TOKENS, but the last."""
-    batch, filled = np.empty(BATCH_TOKENS, dtype=np.uint16), 0
+    """Pieces of any size → batches of exactly dataset.BATCH_TOKENS, but the last."""
+    batch, filled = np.empty(dataset.BATCH_TOKENS, dtype=np.uint16), 0
     for chunk in chunks:
         while len(chunk):
-            part = chunk[: BATCH_TOKENS - filled]
+            part = chunk[: dataset.BATCH_TOKENS - filled]
             batch[filled : filled + len(part)] = part
             filled, chunk = filled + len(part), chunk[len(part) :]
-            if filled == BATCH_TOKENS:
+            if filled == dataset.BATCH_TOKENS:
                 yield batch
                 filled = 0
     if filled:

@@ -1,70 +1,62 @@
-"""From the token store to the micro-batches of a step.
+"""From a run's data to the micro-batches of a step.
 
-A sample is a window of seq_len+1 tokens, windows start every seq_len tokens; the last
-val_fraction of them is held out. `Loader.training(step)` gives this rank's share of the step's
-samples as micro-batches of one fixed shape; where the share does not fill them, rows of weight 0
-do. Reading is memory-mapped and runs one step ahead in a thread. Nothing here has a state to save:
-the step says it all (see `order`).
+`Loader.training(step)` gives this rank's share of the step's samples as micro-batches of one fixed shape;
+where the share does not fill them, rows that count for nothing do. Reading is memory-mapped and runs one
+step ahead in a thread; `Loader.waited` says how long steps had to wait for it all the same. Nothing here has
+a state to save: the step says it all (see `order`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
-from raylaunch.errors import RunError
-from trainers import order
-from trainers.corpus import BATCH_TOKENS, COLUMN, Store
+from raylaunch.data import order
+from trainers import context
+from trainers.datasets import Data, Source
+
+IGNORED = -100
+"""The target of a token that does not count in the loss (what torch's cross-entropy ignores)."""
+
+LOOKED_UP = 4096
+"""Positions whose samples are looked up at once."""
+FETCHERS = 16
+"""Samples that are asked for at a time, of data at a URL."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One pass: `inputs` and `targets` [local_batch_size, seq_len] int64, `weights` [local_batch_size]
-    float32, 1 for a sample and 0 for padding. `samples`: how many are real."""
+    """One pass: `inputs` and `targets` [local_batch_size, tokens] int64, a target IGNORED where it does not count.
+
+    `tokens` is seq_len, or this worker's part of it (see `context`). `documents`: of every input of the sample, the
+    number of its document, [local_batch_size, seq_len] int64; None: all see each other. `samples`, `counted`: how
+    many samples and targets are real; a sample counts where its first tokens are. `rows`: how many rows are no
+    padding."""
 
     inputs: Tensor
     targets: Tensor
-    weights: Tensor
+    documents: Tensor | None
     samples: int
+    counted: int
+    rows: int
 
     def to(self, device: torch.device) -> MicroBatch:
         """On the device; from pinned memory the copies do not block."""
-        inputs, targets = (t.to(device, non_blocking=True) for t in (self.inputs, self.targets))
-        return MicroBatch(inputs, targets, self.weights.to(device, non_blocking=True), self.samples)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self) -> MicroBatch:
+        """In memory that a GPU copies from by itself."""
+        return self._map(Tensor.pin_memory)
 
-class Tokens:
-    """Random access to the store's memory-mapped column."""
-
-    def __init__(self, path: Path, count: int) -> None:
-        self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batches: dict[int, npt.NDArray[np.uint16]] = {}
-        assert self._file.num_record_batches == -(-count // BATCH_TOKENS)
-
-    def read(self, start: int, length: int) -> npt.NDArray[np.uint16]:
-        """A view of the mapped file, or a copy where the window crosses record batches."""
-        pieces = []
-        while length:
-            index, offset = divmod(start, BATCH_TOKENS)
-            piece = self._batch(index)[offset : offset + length]
-            assert len(piece), "the window leaves the store"
-            pieces.append(piece)
-            start, length = start + len(piece), length - len(piece)
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-    def _batch(self, index: int) -> npt.NDArray[np.uint16]:
-        if index not in self._batches:
-            column = self._file.get_batch(index).column(COLUMN)
-            self._batches[index] = column.to_numpy(zero_copy_only=True)
-        return self._batches[index]
+    def _map(self, move: Callable[[Tensor], Tensor]) -> MicroBatch:
+        documents = None if self.documents is None else move(self.documents)
+        return MicroBatch(move(self.inputs), move(self.targets), documents, self.samples, self.counted, self.rows)
 
 
 @dataclass(frozen=True)
@@ -77,74 +69,126 @@ class Plan:
     local_batch_size: int
     rank: int
     world_size: int
+    context: tuple[int, int] = (0, 1)
+    """Which part of each sample is this worker's, of how many."""
+
+
+Where = tuple[Source, int]
+"""A sample: its source, and its number there."""
 
 
 class Loader:
     """The micro-batches of this rank, for training steps and for validation."""
 
-    def __init__(self, store: Store, plan: Plan, *, val_fraction: float, pin: bool) -> None:
-        samples = (store.tokens - 1) // plan.seq_len
-        if samples < 1:
-            raise RunError(
-                f"data.text holds {store.tokens} tokens; one sample of data.seq_len {plan.seq_len} needs "
-                f"{plan.seq_len + 1}",
-                "Add text or lower data.seq_len.",
-            )
-        self.training_samples, self.validation_samples = order.split_validation(samples, val_fraction)
-        self._plan, self._pin = plan, pin
-        self._tokens = Tokens(store.path, store.tokens)
+    def __init__(self, data: Data, plan: Plan, *, pin: bool) -> None:
+        self._data, self._plan, self._pin = data, plan, pin
+        self._places = context.places(*plan.context, plan.seq_len).numpy() if plan.context[1] > 1 else slice(None)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
+        self._looked_up: tuple[int, list[Where]] = -1, []
+        self._fetchers = ThreadPoolExecutor(max_workers=FETCHERS, thread_name_prefix="fetch")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
+        self.waited = 0.0
+        """Seconds that training has waited for data, in all."""
 
     def training(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of training step `step` (from 0); starts on those of the next."""
+        asked = time.monotonic()
         if self._ahead is not None and self._ahead[0] == step:
             batches = self._ahead[1].result()
         else:
             batches = self._training(step)
+        self.waited += time.monotonic() - asked
         self._ahead = step + 1, self._reader.submit(self._training, step + 1)
         return batches
 
     def validation(self, batches: int) -> list[MicroBatch]:
         """This rank's part of `batches` global batches of held-out samples: the same ones every time
         and at any world size, each at most once; fewer when fewer are held out."""
-        count, size = self.validation_samples, self._plan.global_batch_size
+        count, size = self._data.validation_samples, self._plan.global_batch_size
         if not count:
             return []
-
-        def sample(positions: order.Positions) -> order.Positions:
-            return self.training_samples + order.samples_at(positions, count, self._plan.seed)
-
         stop = min(batches * size, count)
-        return [b for at in range(0, stop, size) for b in self._share(at, min(at + size, stop), sample)]
+        return [b for at in range(0, stop, size) for b in self._share(at, min(at + size, stop), self._held_out)]
 
     def close(self) -> None:
         """End the reading thread."""
         self._reader.shutdown(cancel_futures=True)
+        self._fetchers.shutdown(cancel_futures=True)
 
     def _training(self, step: int) -> list[MicroBatch]:
         size = self._plan.global_batch_size
+        return self._share(step * size, (step + 1) * size, self._trained_on)
 
-        def sample(positions: order.Positions) -> order.Positions:
-            return order.samples_at(positions, self.training_samples, self._plan.seed)
+    def _trained_on(self, positions: order.Positions) -> list[Where]:
+        found: list[Where] = []
+        known = self._looked_up  # another thread may put another there meanwhile
+        for position in positions.tolist():
+            block, at = divmod(position, LOOKED_UP)
+            if known[0] != block:
+                known = self._looked_up = block, self._look_up(block)
+            found.append(known[1][at])
+        return found
 
-        return self._share(step * size, (step + 1) * size, sample)
+    def _look_up(self, block: int) -> list[Where]:
+        """The samples at LOOKED_UP positions: as many cost little more than one."""
+        positions = np.arange(block * LOOKED_UP, (block + 1) * LOOKED_UP, dtype=np.int64)
+        seed, sources = self._plan.seed, self._data.training
+        numbers, places = order.mixed(positions, self._data.quotas, seed)
+        samples = np.empty_like(positions)
+        for number in np.unique(numbers):
+            here = numbers == number
+            samples[here] = order.samples_at(places[here], sources[number].training, seed)
+        return [(sources[n], sample) for n, sample in zip(numbers.tolist(), samples.tolist(), strict=True)]
 
-    def _share(self, start: int, stop: int, sample: Callable[[order.Positions], order.Positions]) -> list[MicroBatch]:
+    def _held_out(self, positions: order.Positions) -> list[Where]:
+        sources = self._data.validation
+        samples = order.samples_at(positions, self._data.validation_samples, self._plan.seed)
+        ends = np.cumsum([source.validation for source in sources])
+        numbers = np.searchsorted(ends, samples, side="right")
+        return [
+            (sources[n], sources[n].training + int(sample - (ends[n] - sources[n].validation)))
+            for n, sample in zip(numbers, samples, strict=True)
+        ]
+
+    def _share(self, start: int, stop: int, samples: Callable[[order.Positions], list[Where]]) -> list[MicroBatch]:
         plan = self._plan
-        mine = sample(np.arange(*order.share(start, stop, plan.rank, plan.world_size), dtype=np.int64))
-        size = plan.local_batch_size
-        count = order.passes(stop - start, plan.world_size, size)
-        return [self._micro_batch(mine[i * size : (i + 1) * size]) for i in range(count)]
+        cut = order.pieces(start, stop, plan.rank, plan.world_size, plan.local_batch_size)
+        return [self._micro_batch(samples(positions)) for positions in cut]
 
-    def _micro_batch(self, samples: order.Positions) -> MicroBatch:
-        plan = self._plan
-        rows = np.zeros((plan.local_batch_size, plan.seq_len + 1), dtype=np.int64)
-        for row, sample in enumerate(samples):
-            rows[row] = self._tokens.read(int(sample) * plan.seq_len, plan.seq_len + 1)
-        weights = (torch.arange(plan.local_batch_size) < len(samples)).float()
-        tokens = torch.from_numpy(rows)
-        inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        if self._pin:
-            inputs, targets, weights = inputs.pin_memory(), targets.pin_memory(), weights.pin_memory()
-        return MicroBatch(inputs, targets, weights, samples=len(samples))
+    def _micro_batch(self, samples: list[Where]) -> MicroBatch:
+        length, size = self._plan.seq_len, self._plan.local_batch_size
+        tokens = np.empty((size, length + 1), dtype=np.int64)
+        tokens[len(samples) :] = 0
+        # Where each target counts; None: all of them do.
+        whole = len(samples) == size and not self._data.masked and all(s.counted is None for s, _ in samples)
+        counts = None if whole else np.zeros((size, length), dtype=bool)
+
+        def fill(row: int) -> None:
+            source, sample = samples[row]
+            at = sample * length
+            tokens[row] = source.tokens.read(at, length + 1)
+            if counts is not None:
+                counts[row] = True if source.counted is None else source.counted.read(at + 1, length)
+
+        if any(source.tokens.far for source, _ in samples):
+            list(self._fetchers.map(fill, range(len(samples))))
+        else:
+            for row in range(len(samples)):
+                fill(row)
+        here = self._places
+        inputs, targets, documents = tokens[:, :-1], tokens[:, 1:], None
+        if counts is not None:
+            if self._data.masked:
+                ends = inputs == self._data.separator
+                counts &= ~ends
+                documents = torch.from_numpy(np.cumsum(ends, axis=1) - ends)
+            targets, counts = np.where(counts, targets, IGNORED), counts[:, here]
+        batch = MicroBatch(
+            torch.from_numpy(np.ascontiguousarray(inputs[:, here])),
+            torch.from_numpy(np.ascontiguousarray(targets[:, here])),
+            documents,
+            samples=len(samples) if self._plan.context[0] == 0 else 0,
+            counted=targets[:, here].size if counts is None else int(counts.sum()),
+            rows=len(samples),
+        )
+        return batch.pinned() if self._pin else batch

@@ -1,89 +1,205 @@
 """The training loop: FSDP2 over all workers, exact at any number of them.
 
 Set up → data → model, sharded → the newest commit, or fresh values → steps → a last checkpoint.
-A step: micro-batches forward and backward, one small all-reduce (loss, gradient norm, wish to stop),
-clip, AdamW. What a step measured is read when it is there: on a GPU while the next one runs, so that
-a stop takes effect one step later; always on all ranks at the same step.
-Refused: a checkpoint of other data or another global batch; a loss that is no number.
+A step: micro-batches forward and backward, one small all-reduce (loss, tokens that count, gradient norm,
+wish to stop), clip, AdamW. What a step measured is read when it is there: on a GPU while the next one runs, so that
+a stop takes effect one step later; always on all ranks at the same step. A save that fails does not
+end training, but the last one is tried again for a while.
+Refused: a checkpoint of other data or another global batch; a loss that is no number (`nonfinite`).
 """
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
+from raylaunch import runs
 from raylaunch.checkpoint import dcp
+from raylaunch.checkpoint.resume import resume
 from raylaunch.config import Config
 from raylaunch.errors import RunError
-from raylaunch.session import Session
-from trainers import corpus, parallel
-from trainers.data import Loader, MicroBatch, Plan
+from raylaunch.randomness import seed_step
+from raylaunch.session import AT_COMMIT, NOW, Session
+from trainers import float8, hf, models, parallel, snapshots
+from trainers.average import Average
+from trainers.compiling import Compiled
+from trainers.data import IGNORED, Loader, MicroBatch, Plan
+from trainers.datasets import Data, is_masked, look, open_data
+from trainers.hf import export
 from trainers.metrics import Meter, StepStats
-from trainers.model import Decoder
-from trainers.optim import learning_rate, local_gradients, make_optimizer, set_learning_rate, state_tensors
+from trainers.models import LanguageModel
+from trainers.nonfinite import Action, Guard
+from trainers.optim import (
+    learning_rate,
+    local_gradients,
+    make_optimizer,
+    reset_states,
+    set_learning_rate,
+    state_tensors,
+    trained,
+)
+from trainers.pipeline import Pipeline
+from trainers.profiling import Profile
+
+__all__ = ["check", "export", "train"]
+
+PATIENCE_AT_STOP, PATIENCE_AT_END = 60.0, 600.0
+"""Seconds for which the last save of an attempt, and of the run, is tried again when it fails."""
 
 
 def train(config: Config, session: Session) -> None:
     """One attempt: from the newest commit to max_steps, or to the step at which a stop is asked for."""
+    with snapshots.on_out_of_memory(session, wanted=config.logging.memory_snapshots):
+        _train(config, session)
+
+
+def _train(config: Config, session: Session) -> None:
+    session.progress(0, "load")
     steps = config.step_scheduler
     started = time.monotonic()
     device = set_up_device(session)
     group = dcp.make_group(config.distributed.comm_timeout)
-    loader = make_loader(config, session, pin=device.type == "cuda")
+    data = open_data(config, session)
+    place = parallel.Place.of(config, session.rank, session.world_size)
+    loader = make_loader(config, session, data, place, pin=device.type == "cuda")
     data_ready = time.monotonic()
 
     with torch.device("meta"):
-        model = Decoder(config.model)
-    layout = parallel.make_layout(model, config, device, session.world_size)
+        model = models.make(config, place.stage)
+    refuse_masks(model, masked=data.masked)
+    if config.distributed.float8:
+        float8.convert(model, device)
+    layout = parallel.make_layout(model, config, device, session)
+    compiled = Compiled(session, device, layout.inside_blocks, wanted=config.distributed.compile)
+    compiled.load()
     parallel.shard(model, layout, compile_blocks=config.distributed.compile)
     parallel.materialize(model, layout, config.data.seq_len)
+    replicas = [parallel.replicas(p) for p in trained(model) if isinstance(p, DTensor)]
+    counts = place.has_losses
+    pipeline = make_pipeline(model, layout, config) if place.stage[1] > 1 else None
     optimizer = make_optimizer(model, config.optimizer)
+    average = Average(model, config.optimizer.ema)
     model_ready = time.monotonic()
     seconds = {"data": round(data_ready - started, 3), "model": round(model_ready - data_ready, 3)}
     session.event("built", parameters=sum(p.numel() for p in model.parameters()), seconds=seconds)
 
-    keep, background = config.checkpoint.keep_last_n_checkpoints, config.checkpoint.async_save
-    saver = dcp.Saver(session, group, keep=keep, background=background)
-    tensors, facts = state_tensors(model, optimizer), data_facts(config, session, loader)
-    step = resume(session, group, tensors, facts)
-    if step == 0:
-        parallel.initialize(model, layout, config.data.seed)
+    saver = dcp.Saver(session, group, keep=runs.keep(config), background=config.checkpoint.async_save)
+    tensors, facts = state_tensors(model, optimizer) | average.tensors, data.facts
 
+    def restore() -> int:
+        """The state of the newest commit, or that of the beginning; the number of steps done in it."""
+        session.progress(0, "load")
+        done = resume(session, group, lambda: tensors, facts)
+        if done == 0:
+            fill(model, True, device, config.data.seed)
+            reset_states(optimizer)
+            average.begin()
+        return done
+
+    fill(model, False, device, config.data.seed)
+    step = restore()
     tokens_per_step = session.global_batch_size * config.data.seq_len
-    meter = Meter(config, session, done=step, tokens_per_step=tokens_per_step, device=device)
-    while step < steps.max_steps and not meter.stop:
-        lr = learning_rate(step, config.optimizer.lr, steps)
-        set_learning_rate(optimizer, lr)
-        stats = StepStats(device, stop=session.stop_requested(), save_failed=saver.failed())
-        forward_backward(model, layout, loader.training(step), tokens_per_step, stats)
-        gradients = local_gradients(model)
-        stats.exchange(gradients)
-        if config.optimizer.max_grad_norm is not None:
-            clip(gradients, stats.gradient_norm(), config.optimizer.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+    guard = Guard(config.optimizer.on_nonfinite, session)
+    meter = Meter(config, session, guard, done=step, tokens_per_step=tokens_per_step, device=device)
+    profile = Profile(config.logging.profile_steps, session)
+    left = False
+    while step < steps.max_steps and not left:
+        session.progress(step, "step")
+        profile.begin(step + 1)
+        action = Action.SKIP
+        if step + 1 not in guard.left_out:
+            lr = learning_rate(step, config.optimizer.lr, steps)
+            set_learning_rate(optimizer, lr)
+            seed_step(config.data.seed, step, session.rank, device)
+            wish = session.stop_requested() if session.rank == 0 else 0
+            stats = StepStats(device, tokens_per_step, counts=counts, stop=wish, save_failed=saver.failed())
+            batches = loader.training(step)
+            meter.data_waited = loader.waited
+            session.progress(step, "sync")  # from here on every rank waits for every other
+            forward_backward(model, layout, pipeline, batches, tokens_per_step, stats)
+            gradients = local_gradients(model)
+            stats.exchange(gradients, replicas)
+            if config.optimizer.max_grad_norm is not None or not data.counts_all:
+                rescale(gradients, stats, config.optimizer.max_grad_norm)
+            del gradients  # or they would lie there, beside those of the next step
+            action = meter.push(step + 1, lr, stats)
+            if action is Action.APPLY:
+                optimizer.step()
+                average.update()
+            optimizer.zero_grad()
+            if meter.save_failed:
+                saver.give_up()
+        if action is Action.ROLLBACK:
+            saver.wait()  # what is under way may become the last commit
+            step = restore()
+            meter.rewind(step)
+            continue
         step += 1
+        profile.end(step)
+        compiled.keep()
 
-        meter.push(step, lr, stats)
-        if meter.save_failed:
-            saver.give_up()
         ends = step == steps.max_steps
-        save = ends or meter.stop or step % steps.ckpt_every_steps == 0
+        save = ends or meter.stop == NOW or step % steps.ckpt_every_steps == 0
         if save:
             meter.flush()  # raises, rather than let a step without a finite loss be saved
+        leaves = ends or meter.stop == NOW or (save and meter.stop == AT_COMMIT)
+        found: dict[str, float] = {}
         with meter.paused():
             if steps.val_every_steps and (ends or step % steps.val_every_steps == 0):
-                validate(model, loader.validation(steps.val_batches), device, session, step)
+                session.progress(step, "validate")
+                held_out = loader.validation(steps.val_batches)
+                judged = functools.partial(validate, model, pipeline, held_out, device, counts=counts)
+                found = judged("val_loss")
+                if config.optimizer.ema is not None:
+                    with average.in_place():
+                        found |= judged("val_loss_ema")
+                if found:
+                    session.report(step=step, **found)
             if save:
-                saver.save(step, tensors, facts)
+                session.progress(step, "save")
+                patience = PATIENCE_AT_END if ends else PATIENCE_AT_STOP if meter.stop == NOW else 0.0
+                with meter.saving():
+                    saved = saver.save(step, tensors, facts | found, wait=leaves, patience=patience)
+                left = leaves and saved
 
     saver.close()
     loader.close()
     session.finish("finished" if step >= steps.max_steps else "stopped", step)
+
+
+def check(config: Config) -> list[str]:
+    """What will be trained on what, without training; RunError for what cannot be."""
+    with torch.device("meta"):
+        model = models.make(config)
+    model.check_weights()
+    refuse_masks(model, masked=is_masked(config))
+    parameters = sum(p.numel() for p in model.parameters())
+    learning = sum(p.numel() for p in trained(model))
+    more = f", {learning:,} of them trained" if learning < parameters else ""
+    return [f"model: {parameters:,} parameters{more}", *look(config)]
+
+
+def fill(model: LanguageModel, trained: bool, device: torch.device, seed: int) -> None:
+    """The values to begin with, of what is trained or of what stays as it is."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad == trained]
+    if read := [(name, p) for name, p in named if not model.is_fresh(name)]:
+        hf.load(model, read)
+    parallel.initialize(model, ((name, p) for name, p in named if model.is_fresh(name)), device, seed)
+
+
+def refuse_masks(model: LanguageModel, *, masked: bool) -> None:
+    """RunError where documents are to be kept apart by a model that cannot."""
+    if masked and not model.takes_documents:
+        raise RunError(
+            "data.document_mask: the forward of model._target_ has no parameter `documents`",
+            "Give it one ([B, S], the number of each token's document), or set data.document_mask: false.",
+        )
 
 
 def set_up_device(session: Session) -> torch.device:
@@ -96,87 +212,89 @@ def set_up_device(session: Session) -> torch.device:
     return device
 
 
-def make_loader(config: Config, session: Session, *, pin: bool) -> Loader:
-    """The run's token store (made by rank 0 if need be), and what this rank reads of it."""
-    store = corpus.prepare(
-        session.run_dir / "data",
-        config.data.text,
-        rank=session.rank,
-        attempt=session.attempt,
-        silence=config.distributed.comm_timeout,
-    )
+def make_loader(config: Config, session: Session, data: Data, place: parallel.Place, *, pin: bool) -> Loader:
+    """What this rank reads of the data."""
     plan = Plan(
         seq_len=config.data.seq_len,
         seed=config.data.seed,
         global_batch_size=session.global_batch_size,
         local_batch_size=config.step_scheduler.local_batch_size,
-        rank=session.rank,
-        world_size=session.world_size,
+        rank=place.data[0],
+        world_size=place.data[1],
+        context=place.context,
     )
-    return Loader(store, plan, val_fraction=config.data.val_fraction, pin=pin)
+    return Loader(data, plan, pin=pin)
 
 
-def data_facts(config: Config, session: Session, loader: Loader) -> dict[str, int]:
-    """What must not change over a run's life, or a step would no longer name the same samples."""
-    return {
-        "global_batch_size": session.global_batch_size,
-        "seq_len": config.data.seq_len,
-        "seed": config.data.seed,
-        "training_samples": loader.training_samples,
-    }
-
-
-def resume(session: Session, group: dist.ProcessGroup, tensors: dict[str, Tensor], facts: dict[str, int]) -> int:
-    """Load the newest commit into the tensors; the number of steps done so far (0: nothing to load)."""
-    started = time.monotonic()
-    commit = dcp.newest(session.checkpoint_dir, group)
-    if commit is None:
-        return 0
-    saved = commit.facts
-    changed = [f"{key}: {saved.get(key)} → {now}" for key, now in facts.items() if saved.get(key) != now]
-    if changed:
-        raise RunError(
-            f"the checkpoint {commit.path} belongs to another order of samples ({', '.join(changed)})",
-            "Restore these settings and the text, or start a run with a new name.",
-        )
-    dcp.load(commit, tensors, group)
-    session.event("resumed", step=commit.step, seconds=round(time.monotonic() - started, 3))
-    return commit.step
+def make_pipeline(model: LanguageModel, layout: parallel.Layout, config: Config) -> Pipeline:
+    """This worker's stage; between stages, activations are shared out as they are between blocks."""
+    place = layout.place
+    here = config.data.seq_len // (place.context[1] * place.tensor[1])
+    return Pipeline(model, layout, (config.step_scheduler.local_batch_size, here, config.model.dim))
 
 
 def forward_backward(
-    model: Decoder, layout: parallel.Layout, batches: list[MicroBatch], tokens_per_step: int, stats: StepStats
+    model: LanguageModel,
+    layout: parallel.Layout,
+    pipeline: Pipeline | None,
+    batches: list[MicroBatch],
+    tokens_per_step: int,
+    stats: StepStats,
 ) -> None:
-    """Gradients of the step's mean loss per token, summed over the micro-batches and the ranks."""
+    """Gradients of the step's loss per token, summed over the micro-batches and the ranks. How many tokens count
+    is known after the step's one exchange; until then they are divided by all there are."""
+
+    def part(logits: Tensor, batch: MicroBatch) -> Tensor:
+        loss = summed_loss(logits, batch)
+        stats.add(loss, batch)
+        return loss / tokens_per_step
+
+    if pipeline is not None:
+        return pipeline.train(batches, part)
     for index, batch in enumerate(batches):
         parallel.begin_pass(model, layout, last=index == len(batches) - 1)
-        loss = summed_loss(model, batch.to(layout.device))
-        (loss / tokens_per_step).backward()  # type: ignore[no-untyped-call]
-        stats.add(loss, batch.samples)
+        here = batch.to(layout.device)
+        part(model(here.inputs, here.documents, here.rows), here).backward()  # type: ignore[no-untyped-call]
+    return None
 
 
-def summed_loss(model: Decoder, batch: MicroBatch) -> Tensor:
-    """Cross-entropy summed over the micro-batch's real tokens, float32."""
-    logits: Tensor = model(batch.inputs)
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none")
-    return (losses.view_as(batch.targets).sum(dim=1) * batch.weights).sum()
-
-
-@torch.no_grad()
-def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale the shards so that the norm of the whole gradient is at most max_norm, without a host sync."""
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-    torch._foreach_mul_(gradients, scale)
+def summed_loss(logits: Tensor, batch: MicroBatch) -> Tensor:
+    """Cross-entropy summed over the micro-batch's targets that count, float32."""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none", ignore_index=IGNORED
+    )
+    return losses.sum()
 
 
 @torch.no_grad()
-def validate(model: Decoder, batches: list[MicroBatch], device: torch.device, session: Session, step: int) -> None:
-    """Report the mean loss per token on the held-out samples, the same ones each time."""
+def rescale(gradients: list[Tensor], stats: StepStats, max_norm: float | None) -> None:
+    """Make the shards those of the mean over the tokens that count, and the norm of the whole gradient at most
+    max_norm, without a host sync."""
+    factor = stats.per_counted()
+    if max_norm is not None:
+        factor = factor * (max_norm / (stats.gradient_norm() + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor.float().to(gradients[0].device))
+
+
+@torch.no_grad()
+def validate(
+    model: LanguageModel,
+    pipeline: Pipeline | None,
+    batches: list[MicroBatch],
+    device: torch.device,
+    name: str,
+    *,
+    counts: bool,
+) -> dict[str, float]:
+    """{name: the mean loss per token on the held-out samples}, the same ones each time, or nothing where none are held
+    out. `counts`: no other rank has these losses."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        totals[0] += summed_loss(model, batch.to(device))
-        totals[1] += batch.samples * batch.targets.shape[1]
+        here = batch.to(device)
+        logits = pipeline.evaluate(here) if pipeline else model(here.inputs, here.documents, here.rows)
+        if counts and logits is not None:
+            totals[0] += summed_loss(logits, here)
+            totals[1] += batch.counted
     dist.all_reduce(totals)
     loss, tokens = totals.tolist()
-    if tokens:  # none when nothing is held out
-        session.report(step=step, val_loss=loss / tokens)
+    return {name: loss / tokens} if tokens else {}

@@ -4,12 +4,14 @@ Training reads an endless row of positions: epoch after epoch, each a seeded per
 training samples. Step k consumes positions [k*G, (k+1)*G), so the position in the data *is* the
 step. `share` cuts a step's positions into one piece per rank, `passes` says how many micro-batches
 every rank runs. The permutation is a Feistel network over the next power of four, walked until it
-lands below n: each position costs a few multiplications, whatever n is.
+lands below n: each position costs a few multiplications, whatever n is. A mixture of several sources
+gives each of them its quota of every BLOCK positions, shuffled within the block (`mixed`).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,8 @@ Positions = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
 _ROUNDS = 6
+BLOCK = 10_000
+"""Positions in which a mixture has exactly its shares."""
 
 
 def samples_at(positions: Positions, n: int, seed: int) -> Positions:
@@ -45,6 +49,27 @@ def permuted(indices: Positions, n: int, seed: int, epoch: int) -> Positions:
     return words.astype(np.int64)
 
 
+def quotas(weights: Sequence[float]) -> Positions:
+    """Of every BLOCK positions, how many each source gets: by weight, within one."""
+    ends = np.floor(np.cumsum(weights) / sum(weights) * BLOCK + 0.5).astype(np.int64)
+    return np.diff(ends, prepend=0)
+
+
+def mixed(positions: Positions, quotas: Positions, seed: int) -> tuple[Positions, Positions]:
+    """For each position of a mixture: its source, and its position in that source's own endless row.
+
+    Every position of every source's row comes exactly once. A single source is read as it is."""
+    if len(quotas) == 1:
+        return np.zeros_like(positions), positions
+    blocks, slots = np.divmod(positions, BLOCK)
+    for block in np.unique(blocks):
+        here = blocks == block
+        slots[here] = permuted(slots[here], BLOCK, seed, int(block))
+    ends = np.cumsum(quotas)
+    sources = np.searchsorted(ends, slots, side="right").astype(np.int64)
+    return sources, blocks * quotas[sources] + slots - (ends - quotas)[sources]
+
+
 def share(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
     """Rank's contiguous part of [start, stop); parts differ by at most one and may be empty."""
     count = stop - start
@@ -57,6 +82,13 @@ def passes(count: int, world_size: int, local_batch_size: int) -> int:
     The same on all ranks, because every pass of a sharded model is a collective."""
     largest = -(-count // world_size)
     return -(-largest // local_batch_size)
+
+
+def pieces(start: int, stop: int, rank: int, world_size: int, local_batch_size: int) -> list[Positions]:
+    """Rank's positions of [start, stop), one piece per pass; pieces that are short or empty get padded."""
+    mine = np.arange(*share(start, stop, rank, world_size), dtype=np.int64)
+    count = passes(stop - start, world_size, local_batch_size)
+    return [mine[i * local_batch_size : (i + 1) * local_batch_size] for i in range(count)]
 
 
 def split_validation(samples: int, fraction: float) -> tuple[int, int]:

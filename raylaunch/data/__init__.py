@@ -1,0 +1,1 @@
+"""Documents → tokens → Arrow shards, ready to be trained on. No torch, no Ray."""
