@@ -3,6 +3,8 @@
 Flow: check that the cluster directory is the shared one → lease ports, make the temp directory →
 the first node takes the head's duties and publishes where it is, the others wait for that and
 connect → start Ray → report → watch Ray, the head and the signals → end everything that was started.
+A lost head is looked for (`seek`); under a newer one, Ray starts afresh. To stop being the head, an
+agent ends with AGAIN, and its keeper starts another one.
 An agent ends its own process tree and nothing else; it saves nothing, least of all in a signal handler.
 """
 
@@ -11,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import logging.handlers
 import os
+import queue
 import random
-import shutil
 import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,12 +31,18 @@ from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, StateError
 from raylaunch.head import HeadDuties
 from raylaunch.layout import Cluster, Head
-from raylaunch.link import Link, Refused
+from raylaunch.link import ALREADY_LIMIT, AlreadyHere, Closed, Link, Members, Refused
+from raylaunch.load import sample
+from raylaunch.preflight import quick
 from raylaunch.raynode import RayNode, RayProcess
+from raylaunch.seek import Seeker
 from raylaunch.slurm import script as slurm_script
 from raylaunch.slurm.client import Slurm
 
 log = logging.getLogger("raylaunch.agent")
+
+AGAIN = 75
+"""The exit code that asks the keeper for another agent: this one was the head, and is no more."""
 
 CANARY_PATIENCE = 10.0  # NFS shows a new file late
 HEAD_PATIENCE = 300.0
@@ -42,7 +50,12 @@ CONNECT_PATIENCE = 20.0
 RAY_PATIENCE = 120.0
 RAY_TRIES = 3
 RESTART_BACKOFF = 30.0
+GROUND_EVERY = 2.0
 DASHBOARD_PATIENCE = 15.0
+COMPANY_PATIENCE = 20.0
+"""Seconds that a head which cannot stay waits for somebody to take over."""
+TERM_PATIENCE = 20.0
+"""Seconds after SIGTERM that a node waits for its head's order to end."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,10 @@ class Here:
     index: int
     peers: tuple[str, ...]
     local: bool
+    job: str = ""
+    life: str = ""
+    """Of the base job's allocation; a requeued one has another."""
+    joiner: bool = False
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str]) -> Here:
@@ -63,13 +80,24 @@ class Here:
         if "RAYLAUNCH_LOCAL_INDEX" in env:
             index, count = int(env["RAYLAUNCH_LOCAL_INDEX"]), int(env["RAYLAUNCH_LOCAL_COUNT"])
             names = tuple(f"local{i + 1}" for i in range(count))
-            return cls(directory, canary, names[index], index, names, local=True)
+            return cls(
+                directory, canary, f"local{index + 1}", index, names, local=True, life="local", joiner=index >= count
+            )
         nodes = tuple(hostlist.expand_hostlist(env["SLURM_JOB_NODELIST"]))
-        return cls(directory, canary, hosts.node_name(env), int(env["SLURM_NODEID"]), nodes, local=False)
+        return cls(
+            directory, canary, hosts.node_name(env), int(env["SLURM_NODEID"]), nodes, local=False,
+            job=env["SLURM_JOB_ID"], life=f"{env['SLURM_JOB_ID']}:{env.get('SLURM_RESTART_COUNT', '0')}",
+            joiner="RAYLAUNCH_JOINER" in env,
+        )  # fmt: skip
 
     @property
-    def is_head(self) -> bool:
-        return self.index == 0
+    def is_first(self) -> bool:
+        """Whether this node begins a life of the cluster as its head."""
+        return self.index == 0 and not self.joiner
+
+    def is_over(self, head: Head) -> bool:
+        """Whether this head is of another life, or of an allocation before this one."""
+        return head.canary != self.canary or (not self.joiner and head.life != self.life)
 
 
 async def check_canary(here: Here) -> Cluster:
@@ -89,12 +117,12 @@ async def check_canary(here: Here) -> Cluster:
 
 
 async def wait_for_head(here: Here) -> Head:
-    """The head's record of this life of the cluster."""
+    """The record of the head of this life and allocation."""
     deadline = time.monotonic() + HEAD_PATIENCE
     pause = 0.05
     while True:
-        head = Head.read(here.directory)
-        if head is not None and head.canary == here.canary:
+        head = await asyncio.to_thread(Head.read, here.directory)
+        if head is not None and not here.is_over(head):
             return head
         if (here.directory / layout.ENDED_FILE).exists():
             raise BringUpError("the head could not start")
@@ -114,8 +142,11 @@ class Agent:
             self.token = self.token_file.read_text().strip()
         except FileNotFoundError as error:
             raise BringUpError("the cluster has ended already") from error
+        quick.ground(here.node)
         self.ray_log = here.directory / layout.LOGS / f"{here.node}-ray.log"
-        self.temp = hosts.temp_dir(config.cluster.temp_dir, str(here.directory), here.index + 1 if here.local else None)
+        # A joiner may be on the node of the base job, or of another joiner: each has a directory of its own.
+        suffix = str(here.index + 1) if here.local else here.job if here.joiner else None
+        self.temp = hosts.TempDir(config.cluster.temp_dir, str(here.directory), suffix)
         peer = next((n for n in here.peers if n != here.node), None)
         self.address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
         # Without an own GPU request, what nvidia-smi lists on a shared node is other people's.
@@ -130,26 +161,28 @@ class Agent:
                 "Check the node's GPUs (nvidia-smi), slurm.gpus_per_node and slurm.ntasks_per_node.",
             )
         self.workers_cpus = max(1, self.resources.cpus // cluster.workers_per_node)
-        self.lease = self._lease(skip=0)
+        self.lease = hosts.lease_ports()
+        self.control_port = self.lease.ports.control
         self.end = asyncio.Event()
         self.terminated = asyncio.Event()
         self.may_join = asyncio.Event()
         self.state = "starting"
-        self.orphaned = False
-        self.claimed = False
+        self.error: str | None = None
+        self.warning = ""
+        self.orphaned = self.again = False
         self.reason = ""
         self.link: Link | None = None
         self.duties: HeadDuties | None = None
+        self.members = Members(self.token, lambda: "lost" if self.link is None else "sees")
 
     @property
     def env(self) -> dict[str, str]:
         """The environment of what this agent starts."""
         interface = self.config.cluster.interface
         base = {"NCCL_SOCKET_IFNAME": interface, **os.environ} if interface else os.environ
-        return raynode.environment(base, self.token_file, self.temp, self.address, self.lease.ports, self.workers_cpus)
-
-    def _lease(self, skip: int) -> hosts.PortLease:
-        return hosts.lease_ports(f"{os.getuid()} {self.here.directory} {self.here.node}", skip)
+        return raynode.environment(
+            base, self.token_file, self.temp.path, self.address, self.lease.ports, self.workers_cpus
+        )
 
     def stop(self, reason: str) -> None:
         """Begin to end; the first reason counts."""
@@ -160,29 +193,107 @@ class Agent:
 
     async def live(self) -> None:
         """This node's part, until it is cancelled; raises what kept the node from starting."""
-        hosts.claim_temp_dir(self.temp)
-        self.claimed = True
+        self.temp.claim()
+        await self.members.serve(self.address, self.control_port)
+        loop = asyncio.get_running_loop()
+        sample.start(self.resources, self.here.job, lambda load: loop.call_soon_threadsafe(self._tell_load, load))
         ray = await RayProcess.prepare(self.env, self.ray_log)
-        if self.here.is_head:
-            notice = float(self.config.slurm.signal.partition("@")[2])
-            self.duties = HeadDuties(
-                self.here.directory, self.cluster, self._as_head(), self.token, self.env, notice, self.stop
-            )
-            await self.duties.open()
-        head = await wait_for_head(self.here)
-        self.link = await self._connect(head)
-        listener = asyncio.create_task(self._listen(self.link, head))
-        try:
-            await self._keep_ray(ray, head)
-        finally:
-            listener.cancel()
+        self.link, head = await self._first_head()
+        if self.link.ahead is not None and (warning := quick.clock(self.link.ahead)):
+            log.warning("%s", warning)
+            self.warning = warning
+            self._tell(self.state, warning=warning)
+        while True:
+            keeping = asyncio.create_task(self._keep_ray(ray, head))
+            try:
+                newer = await self._serve(head, keeping)
+            finally:
+                keeping.cancel()
+                await asyncio.gather(keeping, return_exceptions=True)
+            if newer is None:
+                return
+            head = newer
+            log.info("a new head node=%s incarnation=%d", head.node, head.incarnation)
+            self.may_join.clear()
+            self._tell("starting")
+            ray = await RayProcess.prepare(self.env, self.ray_log)  # imports while the old one ends
+            await asyncio.to_thread(processes.end_tree, os.getpid(), True, spare=ray.pid)
+            await asyncio.to_thread(self.temp.claim)
 
-    def _as_head(self) -> Head:
+    async def until_gpus_fail(self) -> None:
+        """Look at the GPUs while Ray starts; return only by raising. A first node whose GPUs fail lets somebody else lead
+        before it goes: its own end would be the cluster's."""
+        trouble = await quick.gpu_trouble() if self.resources.gpus else ""
+        if trouble:
+            text = f"the GPUs on {self.here.node} cannot be used: {trouble}"
+            deadline = time.monotonic() + (COMPANY_PATIENCE if self.cluster.max_nodes > 1 else 0.0)
+            while self.link is None or (self.duties is not None and len(self.members.table) < 2):
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.2)
+            if self.duties is None or len(self.members.table) < 2:
+                raise BringUpError(text, "Have the node drained, or keep it out with slurm.exclude.")
+            self.resign(text)
+        await asyncio.Event().wait()
+
+    async def _first_head(self) -> tuple[Link, Head]:
+        """The head as this agent starts: this node itself, one to wait for, or the one that reigns."""
+        head = await asyncio.to_thread(Head.read, self.here.directory)
+        over = head is None or self.here.is_over(head)
+        if over and head is not None and head.canary == self.here.canary:
+            # Slurm may run two allocations of one cluster: the one that began later leads, and it begins once.
+            ours = await asyncio.to_thread(layout.began, self.here.directory, self.here.life)
+            over = ours is None or ours > head.incarnation
+        if head is None or over:
+            if self.here.is_first:
+                claims = await asyncio.to_thread(layout.claims, self.here.directory)
+                number = max([self.cluster.incarnation - 1, head.incarnation if head else 0, *claims]) + 1
+                if await asyncio.to_thread(layout.claim, self.here.directory, number, self.here.node, self.here.life):
+                    head = await self._lead(number, "")
+            if head is None or self.here.is_over(head):
+                head = await wait_for_head(self.here)
+            return await self._connect(head), head
+        # Killed and started again, or a joiner: there is, or was, a head already.
+        return await self._seek(head, gone=head.node == self.here.node)
+
+    async def _seek(self, lost: Head, gone: bool) -> tuple[Link, Head]:
+        return await Seeker(
+            self.here.directory, self.here.canary, self.here.node, self.token, self.info, self._lead, self._missing
+        ).seek(lost, gone)
+
+    async def _lead(self, incarnation: int, why: str) -> Head:
+        """Be the head from now on. A joiner leads the allocation that it joined, not its own."""
+        before = await asyncio.to_thread(Head.read, self.here.directory) if self.here.joiner else None
+        head = self._as_head(incarnation, before.life if before is not None else self.here.life)
+        self.duties = HeadDuties(
+            self.here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
+            nodes=self.cluster.max_nodes if self.here.local else len(self.here.peers),
+        )  # fmt: skip
+        await self.duties.open(why)
+        return head
+
+    def _missing(self) -> frozenset[str]:
+        """Those of the base job's nodes that Slurm has taken out of it. Blocking."""
+        if self.here.local or self.here.joiner:
+            return frozenset()
+        try:
+            job = Slurm().jobs([self.here.job]).get(self.here.job)
+        except RaylaunchError as error:
+            log.warning("Slurm does not say who is gone error=%r", str(error))
+            return frozenset()
+        return frozenset(self.here.peers) - frozenset(job.nodes) if job is not None and job.nodes else frozenset()
+
+    def resign(self, reason: str) -> None:
+        """Be no head any more, at once: end all of this node, and come back as a member."""
+        self.again = True
+        self.stop(reason)
+
+    def _as_head(self, incarnation: int, life: str) -> Head:
         ports = self.lease.ports
         return Head(
-            canary=self.cluster.canary, incarnation=self.cluster.incarnation, node=self.here.node,
-            hostname=socket.gethostname(), address=self.address, control_port=ports.control,
-            gcs=f"{self.address}:{ports.gcs}", dashboard_port=ports.dashboard, time=time.time(),
+            canary=self.cluster.canary, incarnation=incarnation, node=self.here.node,
+            hostname=socket.gethostname(), address=self.address, control_port=self.control_port,
+            gcs=f"{self.address}:{ports.gcs}", dashboard_port=ports.dashboard, time=time.time(), life=life,
         )  # fmt: skip
 
     def info(self) -> dict[str, object]:
@@ -190,62 +301,101 @@ class Agent:
         base = self.lease.ports.base
         return {
             "state": self.state, "address": self.address, "hostname": socket.gethostname(), "pid": os.getpid(),
-            "ports": [base, base + hosts.PORT_BLOCK - 1], "temp_dir": str(self.temp),
-            "resources": self.resources.as_dict(), "error": None,
+            "control_port": self.control_port, "index": self.here.index, "joiner": self.here.joiner,
+            "job": self.here.job, "ports": [base, base + hosts.PORT_BLOCK - 1], "temp_dir": str(self.temp.path),
+            "resources": self.resources.as_dict(), "error": self.error, "warning": self.warning,
         }  # fmt: skip
 
     async def _connect(self, head: Head) -> Link:
         """Connect to the head; its refusal is final, its silence is not at once."""
-        deadline = time.monotonic() + CONNECT_PATIENCE
+        began = time.monotonic()
         while True:
             try:
                 return await Link.connect(
                     head.address, head.control_port, self.token, head.incarnation, self.here.node, self.info()
                 )
+            except AlreadyHere:
+                if time.monotonic() - began > ALREADY_LIMIT:
+                    raise
+                await asyncio.sleep(0.5)
             except Refused as error:
                 raise BringUpError(f"the head refused this node: {error}") from error
             except OSError as error:
-                if time.monotonic() > deadline:
+                if time.monotonic() - began > CONNECT_PATIENCE:
                     raise BringUpError(
                         f"cannot reach the head {head.node} at {head.address}:{head.control_port}: {error or 'time-out'}",
                         "Check the network between the nodes, or name the right one with cluster.interface.",
                     ) from error
                 await asyncio.sleep(0.3)
 
-    async def _listen(self, link: Link, head: Head) -> None:
-        """Follow the head's orders; without a head there is nothing to live for (yet: elections come)."""
+    async def _serve(self, head: Head, keeping: asyncio.Task[None]) -> Head | None:
+        """Follow a head's orders while Ray is kept; the newer head, or None when it is time to end."""
         while True:
+            assert self.link is not None
+            listening = asyncio.create_task(self._orders(self.link))
+            await asyncio.wait({listening, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            if keeping.done():
+                listening.cancel()
+                keeping.result()
+                return None
             try:
-                while (order := await link.orders()) != "end":
-                    if order == "join":
-                        self.may_join.set()
+                listening.result()
                 self.stop("the head's order")
-                return
+                return None
             except (ConnectionError, OSError) as error:
                 log.warning("connection to the head lost error=%r", str(error))
+                gone = isinstance(error, Closed)
+            self.link.close()
+            self.link = None
+            if self.terminated.is_set():  # its job ends: whoever stays elects
+                self.stop("signal SIGTERM")
+                return None
+            seeking = asyncio.create_task(self._seek(head, gone))
+            await asyncio.wait({seeking, keeping}, return_when=asyncio.FIRST_COMPLETED)
+            if not seeking.done():  # our own Ray gave up for good meanwhile
+                seeking.cancel()
+                keeping.result()
+                return None
             try:
-                link = self.link = await self._connect(head)  # a hiccup of the network is no end
-                link.tell(state=self.state)
+                self.link, found = seeking.result()
             except BringUpError as error:
                 self.orphaned = True
-                self.stop(f"the head is gone: {error.message}")
-                return
+                self.stop(error.message)
+                return None
+            if found.incarnation != head.incarnation:
+                if self.duties is not None and self.duties.head.incarnation != found.incarnation:
+                    self.resign(f"incarnation {found.incarnation} has begun")
+                    return None
+                return found
+            self.link.tell(state=self.state, error=self.error)  # a hiccup of the network is no end
+
+    async def _orders(self, link: Link) -> None:
+        """Take orders until the one to end."""
+        while (order := await link.orders()) != "end":
+            if order == "join":
+                self.may_join.set()
 
     def _tell(self, now: str, **info: object) -> None:
         """Tell the head how this node stands."""
         self.state = now
+        self.error = str(info["error"]) if info.get("error") else None
         if self.link is not None:
             self.link.tell(state=now, **info)
+
+    def _tell_load(self, load: sample.Load) -> None:
+        if self.link is not None:
+            self.link.tell_load(load)
 
     async def _keep_ray(self, ray: RayProcess, head: Head) -> None:
         """Start Ray, and start it again when it ends; the head's own is not replaceable in place."""
         failures, has_run = 0, False
+        is_head = head.node == self.here.node
         while True:
             node = RayNode(
-                self.here.node, self.address, self.lease.ports, self.resources, self.temp,
-                self.cluster.workers_per_node, None if self.here.is_head else head.gcs,
+                self.here.node, self.address, self.lease.ports, self.resources, self.temp.path,
+                self.cluster.workers_per_node, None if is_head else head.gcs,
             )  # fmt: skip
-            if not self.here.is_head:
+            if not is_head:
                 # Ray itself would ask for its head, and when it is not there yet, sleep for seconds.
                 await self.may_join.wait()
             await ray.begin(node)
@@ -258,30 +408,48 @@ class Agent:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self.duties.enough.wait(), DASHBOARD_PATIENCE)
                     ray.start_dashboard()
-                status = await ray.exited()
-                words = ray.own_words(self.temp)
+                status = await self._until_it_ends(ray)
+                words = ray.own_words(self.temp.path)
                 if time.monotonic() - began > 10 * RESTART_BACKOFF:
                     failures = 0
             else:
-                words = ray.own_words(self.temp)
+                words = ray.own_words(self.temp.path)
                 status = await self._give_up(ray)
             failures += 1
             log.warning("ray ended status=%s failures=%d words=%r", status, failures, words)
-            if (self.here.is_head and has_run) or (not has_run and failures >= RAY_TRIES):
+            if is_head and has_run:
+                self.resign(f"the head's Ray ended ({raynode.described(status)}): {words}")
+                return
+            if not has_run and failures >= RAY_TRIES:
                 raise BringUpError(f"Ray on {self.here.node} ended ({raynode.described(status)}): {words}")
             self._tell("restarting", error=words)
             await asyncio.sleep(min(RESTART_BACKOFF, 0.5 * 2 ** (failures - 1)))
-            await asyncio.to_thread(self._fresh_ground, has_run, failures)
+            await asyncio.to_thread(self._fresh_ground, is_head)
             self._tell("restarting", ports=self.info()["ports"])
             ray = await RayProcess.prepare(self.env, self.ray_log)
 
-    def _fresh_ground(self, has_run: bool, failures: int) -> None:
-        """What the next start needs: nothing left of the last one, and other ports if these may be why."""
+    async def _until_it_ends(self, ray: RayProcess) -> int:
+        """Wait for the end of Ray; make one when its directory is removed under it, as cleaners of /tmp do: it
+        would go on and start no worker any more."""
+        exited = asyncio.create_task(ray.exited())
+        try:
+            while not exited.done():
+                await asyncio.wait({exited}, timeout=GROUND_EVERY)
+                if not exited.done() and not await asyncio.to_thread(self.temp.is_whole):
+                    log.error("Ray's directory was removed under it path=%s", self.temp.path)
+                    return await self._give_up(ray)
+            return exited.result()
+        finally:
+            exited.cancel()
+
+    def _fresh_ground(self, same_ports: bool) -> None:
+        """What the next start needs: nothing left of the last one, and other ports (see `hosts.lease_ports`)."""
         processes.end_tree(os.getpid(), keep_root=True)
-        hosts.claim_temp_dir(self.temp)
-        if not has_run and not self.here.is_head:  # the head's ports are published already
-            self.lease.close()
-            self.lease = self._lease(skip=failures)
+        self.temp.claim()
+        if not same_ports:  # the head's are published already
+            last = self.lease
+            self.lease = hosts.lease_ports(last.ports)
+            last.close()
 
     async def _has_started(self, ray: RayProcess) -> bool:
         """Whether Ray came up: it says so, ends, or is out of time."""
@@ -292,7 +460,7 @@ class Agent:
         return ray.started.is_set()
 
     async def _give_up(self, ray: RayProcess) -> int:
-        """End a Ray that did not start, and say with what status."""
+        """End a Ray that did not start, or that cannot go on, and say with what status."""
         await asyncio.to_thread(processes.end_tree, ray.pid)
         return await ray.exited()
 
@@ -300,19 +468,18 @@ class Agent:
         """End everything of ours on this node, and tell the head whether that worked."""
         if self.duties is not None:
             try:
-                await self.duties.close()
+                await (self.duties.abandon() if self.again else self.duties.close(self.reason))
             except (RaylaunchError, OSError) as error:  # a full disk must not keep processes alive
                 log.error("the head could not end in order error=%r", str(error))
         left = await asyncio.to_thread(processes.end_tree, os.getpid(), True)
-        if self.claimed:  # else it may be somebody else's
-            shutil.rmtree(self.temp, ignore_errors=True)
-            left += self.temp.exists()
+        left += self.temp.remove()
         if self.link is not None:
             self.link.tell(state="ended", left=left)
             self.link.close()
-        if self.duties is not None:
+        self.members.close()
+        if self.duties is not None and not self.again:
             try:
-                self.duties.write_end(self.reason, left)
+                await asyncio.to_thread(self.duties.write_end, self.reason, left)
             except (RaylaunchError, OSError) as error:
                 log.error("the end could not be written error=%r", str(error))
         self.lease.close()
@@ -338,24 +505,25 @@ async def give_back_orphaned(here: Here, terminated: asyncio.Event, env: Mapping
         log.error("the job could not be given back error=%r", str(error))
 
 
-async def supervise(here: Here) -> int:
+async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
     """One agent from its first check to its last; the exit code."""
     agent: Agent | None = None
     failure: Exception | None = None
     try:
         cluster = await check_canary(here)
-        _log_to(here.directory / layout.LOGS / f"{here.node}.log")
+        at_end.callback(_log_to(here.directory / layout.LOGS / f"{here.node}.log").stop)
         config = configfile.load_resolved(here.directory / layout.CONFIG_FILE)
         agent = Agent(here, cluster, config)
         _handle_signals(agent)
-        work, end = asyncio.create_task(agent.live()), asyncio.create_task(agent.end.wait())
-        await asyncio.wait({work, end}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            work.cancel()
-        end.cancel()
-        results = await asyncio.gather(work, end, return_exceptions=True)
-        if isinstance(results[0], Exception):  # a CancelledError is not one
-            failure = results[0]
+        tasks = [asyncio.create_task(t) for t in (agent.live(), agent.until_gpus_fail(), agent.end.wait())]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        failure = next((r for r in results if isinstance(r, Exception)), None)  # a CancelledError is not one
+        if isinstance(failure, AlreadyHere):  # no fault of this node's: one agent is enough
+            agent.stop(str(failure))
+            failure = None
     except (RaylaunchError, OSError) as error:
         failure = error
     if failure is not None:
@@ -366,6 +534,8 @@ async def supervise(here: Here) -> int:
         await agent.close()
         if agent.orphaned and not here.local:
             await give_back_orphaned(here, agent.terminated, os.environ)
+        if agent.again:
+            return AGAIN
         if failure is None:
             return agent.duties.exit_code if agent.duties else 0
     return 1
@@ -374,7 +544,7 @@ async def supervise(here: Here) -> int:
 def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
     """Say why this node cannot go on: to the head, in the cluster directory, and in the job's output."""
     text = (
-        " ".join(str(failure).split())
+        " ".join(". ".join(filter(None, (failure.message, failure.hint))).split())
         if isinstance(failure, RaylaunchError)
         else f"{type(failure).__name__}: {failure}"
     )
@@ -382,7 +552,10 @@ def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
     print(f"{layout.FAILED_LINE} {here.node}: {text}", flush=True)
     with contextlib.suppress(StateError):  # a directory that is not shared cannot take it: the line above does
         state.write_json(here.directory / layout.NODES / f"{here.node}.json", {"node": here.node, "error": text})
-        if here.is_head and (agent is None or agent.duties is None):  # nobody else will say that it is over
+        head = Head.read(here.directory)
+        led = head is not None and head.node != here.node and not here.is_over(head)  # we were the head, and are not
+        leads = agent is not None and agent.duties is not None
+        if here.is_first and not led and not leads:  # nobody else will say that it is over
             layout.write_end(here.directory, here.canary, text, {}, [], exit_code=1)
     if agent is not None:
         agent.stop(text)
@@ -396,30 +569,38 @@ def _handle_signals(agent: Agent) -> None:
 
     def terminate(name: str) -> None:
         agent.terminated.set()
-        agent.stop(f"signal {name}")
+        if agent.duties is not None and agent.duties.terminated():
+            return
+        if agent.here.local or agent.link is None or agent.duties is not None:
+            agent.stop(f"signal {name}")
+        else:  # the grace before a preemption: the head saves first, then orders the end
+            loop.call_later(TERM_PATIENCE, agent.stop, f"signal {name}")
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, terminate, number.name)
 
     def out_of_time() -> None:
         if agent.duties is not None:
-            agent.duties.out_of_time()
+            agent.duties.notice()
 
     loop.add_signal_handler(signal.SIGUSR1, out_of_time)
 
 
-def _log_to(path: Path) -> None:
-    logging.basicConfig(
-        filename=path, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+def _log_to(path: Path) -> logging.handlers.QueueListener:
+    """Log into a file, from a thread of its own: shared storage that stalls must not look like a dead node."""
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    writer = logging.handlers.QueueListener(lines, file)
+    root = logging.getLogger()
+    root.handlers[:] = [logging.handlers.QueueHandler(lines)]
+    root.setLevel(logging.INFO)
+    writer.start()
+    return writer
 
 
 def main() -> int:
-    """Entry point of `python -m raylaunch.agent`."""
+    """One agent's life, in a process that its keeper has made for it."""
     processes.become_subreaper()
-    os.umask(0o077)
-    return asyncio.run(supervise(Here.from_environment(os.environ)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    with contextlib.ExitStack() as at_end:
+        return asyncio.run(supervise(Here.from_environment(os.environ), at_end))

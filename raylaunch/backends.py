@@ -36,6 +36,8 @@ class Job:
     start: str = ""
     blocked: str = ""
     """Why a pending job will not start by waiting, and what to change."""
+    time_left: int | None = None
+    """Seconds to its time limit; None: no limit, or not running."""
 
     @property
     def pending(self) -> bool:
@@ -76,6 +78,7 @@ class SlurmBackend:
             row.id: Job(
                 row.id, str(row.state), not row.terminal, row.reason, row.nodes,
                 f"{row.start:%Y-%m-%d %H:%M}" if row.start else "", "" if row.reason.startswith("JobHeld") else row.blocked,
+                row.time_left if row.state == "RUNNING" else None,
             )
             for row in self.slurm.jobs(ids).values()
         }  # fmt: skip
@@ -95,11 +98,21 @@ class LocalBackend:
     name = "local"
 
     def submit(self, directory: Path, cluster: Cluster, script: str) -> str:
-        rows = []
-        for index in range(cluster.max_nodes):
+        return self._start(directory, cluster, range(cluster.max_nodes))
+
+    def join(self, directory: Path, cluster: Cluster, nodes: int) -> str:
+        """Further agents, beside those of the base; the job's id."""
+        taken = [int(row["index"]) for row in state.read_json(directory / _AGENTS_FILE) or []]
+        first = max([cluster.max_nodes - 1, *taken]) + 1
+        return self._start(directory, cluster, range(first, first + nodes))
+
+    def _start(self, directory: Path, cluster: Cluster, indices: range) -> str:
+        rows = state.read_json(directory / _AGENTS_FILE) or []
+        job = ""
+        for index in indices:
             with (directory / layout.LOGS / "agents.out").open("ab") as out:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "raylaunch.agent"],
+                    [sys.executable, "-P", "-m", "raylaunch.keeper"],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
                     env={
                         **os.environ,
@@ -109,20 +122,25 @@ class LocalBackend:
                         "RAYLAUNCH_LOCAL_COUNT": str(cluster.max_nodes),
                     },
                 )  # fmt: skip
+            job = job or f"local-{process.pid}"
             started = processes.start_time(process.pid) or time.time()
-            rows.append({"node": f"local{index + 1}", "pid": process.pid, "started": started})
+            rows.append(
+                {"node": f"local{index + 1}", "index": index, "job": job, "pid": process.pid, "started": started}
+            )
             state.write_json(directory / _AGENTS_FILE, rows)  # after each: a kill of `up` here orphans none
-        return f"local-{rows[0]['pid']}"
+        return job
 
-    def agents(self, directory: Path) -> dict[str, int]:
-        """Node → pid of the agents that live."""
-        rows = state.read_json(directory / _AGENTS_FILE) or []
+    def agents(self, directory: Path, job: str | None = None) -> dict[str, int]:
+        """Node → pid of the keepers that live, of one job or all."""
+        rows = [r for r in state.read_json(directory / _AGENTS_FILE) or [] if job is None or r["job"] == job]
         return {str(r["node"]): int(r["pid"]) for r in rows if processes.is_same(int(r["pid"]), float(r["started"]))}
 
     def states(self, directory: Path, ids: Sequence[str]) -> dict[str, Job]:
-        living = self.agents(directory)
-        job_state = "RUNNING" if living else "COMPLETED"
-        return {job: Job(job, job_state, bool(living), nodes=tuple(living)) for job in ids}
+        living = {job: self.agents(directory, job) for job in ids}
+        return {
+            job: Job(job, "RUNNING" if nodes else "COMPLETED", bool(nodes), nodes=tuple(nodes))
+            for job, nodes in living.items()
+        }
 
     def cancel(self, directory: Path, ids: Sequence[str], limit: float = 10.0) -> None:
         """SIGTERM lets an agent end its own tree; what then still lives is killed with its tree, and
@@ -143,7 +161,9 @@ class LocalBackend:
     @staticmethod
     def _temp_dirs(directory: Path, cluster: Cluster) -> list[Path]:
         base = configfile.load_resolved(directory / layout.CONFIG_FILE).cluster.temp_dir
-        return [hosts.temp_dir(base, str(directory), index + 1) for index in range(cluster.max_nodes)]
+        rows = state.read_json(directory / _AGENTS_FILE) or []
+        indices = {*range(cluster.max_nodes), *(int(row["index"]) for row in rows)}
+        return [hosts.temp_dir(base, str(directory), str(index + 1)) for index in sorted(indices)]
 
 
 def of(name: str) -> Backend:

@@ -9,7 +9,6 @@ node's own error, and the job is given back. Taking down is in `teardown`, looki
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import time
@@ -18,9 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raylaunch import backends, configfile, layout, state, teardown
+from raylaunch import backends, configfile, layout, locks, state, teardown
+from raylaunch.alerts import mail
 from raylaunch.backends import Backend, Job
-from raylaunch.config import Config
+from raylaunch.config import AlertsConfig, Config
 from raylaunch.errors import BringUpError, RaylaunchError, SlurmUnavailable, UsageError
 from raylaunch.layout import Cluster, Head
 from raylaunch.slurm import script as slurm_script
@@ -44,19 +44,24 @@ def state_dir_of(config: Config) -> Path:
 def _one_at_a_time(directory: Path) -> Iterator[None]:
     """Two `up` of one name at once: the second is refused, not interleaved."""
     state.make_dir(directory)
-    with os.fdopen(os.open(directory / ".lock", os.O_WRONLY | os.O_CREAT, 0o600), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    with locks.held(directory / ".lock") as is_ours:
+        if not is_ours:
             raise UsageError(
                 f"another `raylaunch` is bringing cluster {directory.name} up", "Wait for it, or choose another --name."
-            ) from error
+            )
         yield
 
 
 def render(config: Config, name: str, directory: Path, canary: str = "CANARY") -> str:
     """The batch script exactly as it would be submitted (but for the canary's value)."""
-    return slurm_script.render(config.slurm, name, directory, canary)
+    least = config.elastic.min_nodes or 1
+    if least > config.max_nodes:
+        raise UsageError(
+            f"elastic.min_nodes ({least}) exceeds the most nodes that the cluster may have ({config.max_nodes})",
+            "Lower it, or raise slurm.nodes (--nodes) or elastic.max_nodes.",
+        )
+    slurm = mail.through_slurm(config)
+    return slurm_script.render(slurm, name, directory, canary, requeue=config.elastic.max_requeues > 0)
 
 
 def submit(config: Config, backend: Backend, run: str | None = None) -> tuple[Path, Cluster]:
@@ -97,13 +102,14 @@ def refuse_living(directory: Path) -> Cluster | None:
 
 def _prepare(config: Config, backend: str, directory: Path, old: Cluster | None, run: str | None) -> Cluster:
     """The directory of a new life of the cluster; a dead life's leftovers go, its logs and events stay."""
-    for part in (layout.LOGS, layout.NODES, layout.REQUESTS):
+    for part in (layout.LOGS, layout.NODES, layout.REQUESTS, layout.INCARNATIONS):
         state.make_dir(directory / part)
+    incarnation = _next_incarnation(directory, old)
     teardown.clear_life(directory)
     cluster = Cluster(
         name=config.cluster.name,
         backend=backend,
-        incarnation=(old.incarnation if old else 0) + 1,
+        incarnation=incarnation,
         canary=secrets.token_hex(8),
         created=time.time(),
         min_nodes=config.slurm.min_nodes,
@@ -112,12 +118,19 @@ def _prepare(config: Config, backend: str, directory: Path, old: Cluster | None,
         run=run,
     )
     state.write_text(directory / layout.TOKEN_FILE, state.new_token())
-    state.write_text(directory / layout.CONFIG_FILE, configfile.dump(config))
+    without_secrets = config.model_copy(update={"alerts": AlertsConfig()})  # they are its runs'
+    state.write_text(directory / layout.CONFIG_FILE, configfile.dump(without_secrets))
     script = render(config, cluster.name, directory, cluster.canary)
     state.write_text(directory / layout.SCRIPT_FILE, script, mode=0o700)
     cluster.write(directory / layout.CLUSTER_FILE)
     state.write_text(directory / layout.CANARY_FILE, cluster.canary)
     return cluster
+
+
+def _next_incarnation(directory: Path, old: Cluster | None) -> int:
+    """Above all that there were, of elections too: whoever is left of them must find itself fenced."""
+    head = Head.read(directory)
+    return max([0, old.incarnation if old else 0, head.incarnation if head else 0, *layout.claims(directory)]) + 1
 
 
 @dataclass(frozen=True)
@@ -210,14 +223,20 @@ def node_failures(directory: Path, cluster: Cluster) -> dict[str, str]:
     """Node → its own error: from the directory, and from the job's output for nodes that do not see it."""
     found: dict[str, str] = {}
     for job in cluster.jobs:
-        output = directory / layout.LOGS / f"slurm-{job}.out"
-        with contextlib.suppress(FileNotFoundError):
-            for line in output.read_text(errors="replace").splitlines():
-                if line.startswith(layout.FAILED_LINE):
-                    node, _, text = line.removeprefix(layout.FAILED_LINE).strip().partition(": ")
-                    found[node] = text
+        found |= failures_in(directory / layout.LOGS / f"slurm-{job}.out")
     for path in (directory / layout.NODES).glob("*.json"):
         found[path.stem] = str((state.read_json(path) or {}).get("error"))
+    return found
+
+
+def failures_in(output: Path) -> dict[str, str]:
+    """Node → its own error, as it stands in a job's output."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in output.read_text(errors="replace").splitlines():
+            if line.startswith(layout.FAILED_LINE):
+                node, _, text = line.removeprefix(layout.FAILED_LINE).strip().partition(": ")
+                found[node] = text
     return found
 
 
@@ -277,9 +296,11 @@ def names(state_dir: Path) -> list[str]:
 
 
 def alive_job(directory: Path, cluster: Cluster) -> Job | None:
-    """The cluster's job while it is alive."""
+    """A job of the cluster that is alive, running ones and the base's first: a cluster lives on in its joiners,
+    and while its base job waits to start again."""
     jobs = backends.of(cluster.backend).states(directory, cluster.jobs)
-    return next((job for job in jobs.values() if job.alive), None)
+    living = [jobs[job] for job in cluster.jobs if job in jobs and jobs[job].alive]
+    return min(living, key=lambda job: job.pending, default=None)
 
 
 def require_alive(state_dir: Path, name: str) -> tuple[Path, Cluster]:

@@ -6,13 +6,14 @@ and line numbers are in `configfile`; this module is the schema and what follows
 
 from __future__ import annotations
 
+import math
 import re
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic.fields import FieldInfo
 from pydantic.functional_validators import AfterValidator, BeforeValidator
 
@@ -76,7 +77,19 @@ def check_environment_value(value: str) -> str:
     return value
 
 
+URL_PATTERN = re.compile(r"https?://[!-~]+")
+
+
+def check_address(value: SecretStr) -> SecretStr:
+    """A webhook's address, or where it is found. What is wrong with it is said without it."""
+    text = value.get_secret_value()
+    if not (URL_PATTERN.fullmatch(text) or re.fullmatch(r"env:[A-Za-z_]\w*|file:.+", text)):
+        raise ValueError("must be an address (https://...), env:NAME or file:PATH")
+    return value
+
+
 Name = Annotated[str, AfterValidator(check_name)]
+Address = Annotated[SecretStr, AfterValidator(check_address)]
 Line = Annotated[str, AfterValidator(check_line)]
 Environment = dict[
     Annotated[str, AfterValidator(check_variable)], Annotated[str, AfterValidator(check_environment_value)]
@@ -86,12 +99,15 @@ SlurmTime = Annotated[str, BeforeValidator(parse_time)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+SCRIPT_ENTRY = "trainers.script:run"
 
 
 class Section(BaseModel):
     """What all sections share: unknown keys refused, values immutable, no silent conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    shorthand: ClassVar[str | None] = None
+    """The key that a plain value in place of the section stands for."""
 
 
 class ClusterConfig(Section):
@@ -150,18 +166,85 @@ class SlurmConfig(Section):
         return int(self.nodes.split(":")[-1])
 
 
+class JoinConfig(Section):
+    """`elastic.join:` where further nodes come from: small jobs of their own (joiners)."""
+
+    partition: Line | None = None
+    """Named: idle nodes of it are taken up to elastic.max_nodes. Default: the base job's, for replacements."""
+    qos: Line | None = None
+    account: Line | None = None
+    time: SlurmTime | None = None
+    """Wall time of a joiner. Default: the base job's."""
+    max_pending: Positive = 2
+    """Joiner jobs that wait in the queue at the same time."""
+
+
 class ElasticConfig(Section):
-    """`elastic:` how long to go on, and with how few."""
+    """`elastic:` how long to go on, with how few and with how many."""
 
     min_nodes: Positive | None = None
     """A run holds below this many nodes.
     Default: the lower end of slurm.nodes for bring-up, 1 in training."""
+    max_nodes: Positive | None = None
+    """A cluster never grows above this many nodes. Default: the upper end of slurm.nodes."""
+    replace: bool = True
+    """A lost node is replaced by a joiner job."""
+    join: JoinConfig = Field(default_factory=JoinConfig)
+    grow_after: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    """Seconds that a new node must have been ready before the run grows onto it, at the next commit."""
+    max_strikes: Positive = 3
+    """A node that was lost or broken this often is excluded for the life of the cluster."""
+    max_requeues: NotNegative = 100
+    """How often the job goes on in another allocation after its time or its nodes ran out; 0: it ends."""
     max_same_error: Positive = 2
     """The same error this often with no commit between ends the run."""
     backoff: Annotated[float, Field(ge=0, le=600)] = 1.0
     """Seconds before the second attempt without progress; doubles, at most 60."""
     hold_timeout: Positive = 1800
     """Seconds that a run waits below its minimum of nodes before it gives up, saved."""
+    hang_timeout: Annotated[float, Field(ge=5)] = 120.0
+    """Seconds without a step, at the least, before a run counts as hung; see hang_factor."""
+    hang_factor: Annotated[float, Field(ge=2)] = 20.0
+    """This many times the median step without a step is a hang, when that is more than hang_timeout."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_nodes is not None and self.max_nodes is not None and self.min_nodes > self.max_nodes:
+            raise ValueError(f"min_nodes ({self.min_nodes}) exceeds max_nodes ({self.max_nodes})")
+        return self
+
+
+class TrainerConfig(Section):
+    """`trainer:` what each worker runs: a function, whose name may be written alone, or a script."""
+
+    shorthand: ClassVar[str | None] = "function"
+
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["trainers.fsdp:train"])] = "trainers.fsdp:train"
+    """A function `(config, session)`."""
+    script: Line | None = None
+    """In place of a function: a script as `torchrun` would start it, one process a worker, with its variables.
+    A relative path is one in chdir."""
+    args: list[str] = Field(default_factory=list)
+    """The script's arguments."""
+    chdir: Line | None = None
+    """A script's working directory; a function's module is looked for there too. Default: that of the command line."""
+    stop_signal: Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"] = "SIGTERM"
+    """What the script gets when the run is to stop, for it to save."""
+    stop_timeout: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds from stop_signal to SIGKILL."""
+    grow: bool = False
+    """Stop a script and start it again when nodes come; else it grows when it starts again for another reason."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.script is not None and self.function != type(self).model_fields["function"].default:
+            raise ValueError(f"function ({self.function}) and script ({self.script}): give one of them")
+        return self
+
+    @property
+    def entry(self) -> str:
+        """The function that a worker calls."""
+        return self.function if self.script is None else SCRIPT_ENTRY
 
 
 SIZES: dict[str, dict[str, int]] = {
@@ -174,9 +257,31 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-class ModelConfig(Section):
-    """`model:` a Llama-style decoder; `size` names a shape, the other keys override it."""
+class LoraConfig(Section):
+    """`model.lora:` train small adapters of a model of `model.hf`, and save only them (peft's LoRA)."""
 
+    rank: NotNegative = 0
+    """0: train the model itself."""
+    alpha: Positive | None = None
+    """Default: twice the rank."""
+    dropout: Share = 0.0
+    target_modules: list[Line] = Field(default_factory=list)
+    """Default: all linear ones but the head."""
+
+
+class ModelConfig(Section):
+    """`model:` a Llama-style decoder; `size` names a shape, the other keys override it. Or `hf`."""
+
+    hf: Line | None = None
+    """In place of the decoder: a causal language model of transformers, by path or by name. Needs raylaunch[hf]."""
+    hf_init: Literal["pretrained", "random"] = "pretrained"
+    """Begin with its weights, or with fresh ones of its shape."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    target: Annotated[str, Field(pattern=r"^[\w.]+[.:]\w+$", examples=["package.module:function"])] | None = None
+    """In place of the decoder: a function or class that makes a module from tokens [B, S] to logits [B, S, vocab_size].
+    Written as `_target_`, all other keys of the section are its arguments."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """The arguments of target."""
     size: Literal["tiny", "1M", "10M", "125M", "1B", "8B"] = "1M"
     dim: Positive = 128
     n_layers: Positive = 4
@@ -186,6 +291,13 @@ class ModelConfig(Section):
     vocab_size: Annotated[int, Field(ge=257)] = 264
     """Bytes and one separator are 257; 264 divides by eight."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    n_experts: NotNegative = 0
+    """A mixture of so many experts in each block, each of ffn_dim; 0: none."""
+    n_experts_per_token: Positive = 2
+    router_aux_loss: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the loss that balances the load of the experts."""
+    init_from: Line | None = None
+    """Begin with these weights: a directory in Hugging Face's Llama layout (config.json, *.safetensors)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -202,19 +314,55 @@ class ModelConfig(Section):
             raise ValueError(f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
         if (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim / n_heads ({self.dim // self.n_heads}) must be even: RoPE turns pairs")
+        if self.hf is not None and self.target is not None:
+            raise ValueError("hf and _target_: give one of them")
+        if (self.hf is not None or self.target is not None) and (self.init_from is not None or self.n_experts):
+            raise ValueError("hf and _target_ go without init_from and n_experts: they are whole models")
+        if self.lora.rank and self.hf is None:
+            raise ValueError("lora is for a model of model.hf")
+        if self.n_experts and self.n_experts_per_token > self.n_experts:
+            raise ValueError(f"n_experts_per_token ({self.n_experts_per_token}) exceeds n_experts ({self.n_experts})")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
         return self
 
 
-class DataConfig(Section):
-    """`data:` text, byte by byte."""
+STDLIB = "stdlib:"
+LEAST_SHARE = 0.001
+"""Of a mixture, for any of its parts."""
 
-    text: list[str] = Field(default_factory=lambda: ["stdlib:"], min_length=1)
+
+class DataConfig(Section):
+    """`data:` text byte by byte, or what `raylaunch data prepare` made of documents."""
+
+    text: list[str] = Field(default_factory=lambda: [STDLIB], min_length=1)
     """Files, directories, globs, or `stdlib:` for Python's own library source."""
+    prepared: str | None = None
+    """In place of `text`: a directory that `raylaunch data prepare` made."""
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """In place of `text`: several such directories, each with its weight; samples are taken in these proportions."""
+    validation: str | None = None
+    """A prepared directory to validate on. Default: val_fraction of what is trained on, held out."""
+    document_mask: bool | None = None
+    """Attention stays inside a document, and no document is predicted from the one before. Default: for conversations."""
     seq_len: Annotated[int, Field(ge=2)] = 256
     val_fraction: Share = 0.01
     seed: NotNegative = 0
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = {"text": self.text != [STDLIB], "prepared": self.prepared is not None, "mixture": bool(self.mixture)}
+        if sum(given.values()) > 1:
+            raise ValueError(f"{' and '.join(key for key, is_set in given.items() if is_set)}: give one of them")
+        for path, weight in self.mixture.items():
+            if weight < LEAST_SHARE * sum(self.mixture.values()):
+                raise ValueError(f"mixture: {path} has less than {LEAST_SHARE:.1%} of the weight")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The prepared directories to train on, in order, with their weights; none: `text`."""
+        return {self.prepared: 1.0} if self.prepared is not None else dict(sorted(self.mixture.items()))
 
 
 class OptimizerConfig(Section):
@@ -226,6 +374,12 @@ class OptimizerConfig(Section):
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of what is trained, with this decay (0.999, say); validated beside it as
+    `val_loss_ema`, and what save_consolidated writes."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient that is no number: end the run, leave the step out, or go back to the last
+    commit and leave that batch out. The last two wait for each step's result before the update."""
 
 
 class StepSchedulerConfig(Section):
@@ -243,8 +397,12 @@ class StepSchedulerConfig(Section):
     """0: never."""
     val_batches: Positive = 4
     warmup_steps: NotNegative = 10
+    lr_decay_style: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up; wsd (warm-up, stable, decay): constant, then linear over the last lr_decay_steps."""
+    lr_decay_steps: Positive | None = None
+    """Of wsd. Default: a tenth of max_steps."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The cosine ends at this share of lr."""
+    """The decay ends at this share of lr."""
 
     @model_validator(mode="before")
     @classmethod
@@ -266,12 +424,34 @@ class StepSchedulerConfig(Section):
 class DistributedConfig(Section):
     """`distributed:`."""
 
-    strategy: Literal["fsdp"] = "fsdp"
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "fsdp"
+    """ddp: each worker has the whole model; fsdp: a shard of it; hsdp: shards inside a node, whole on each node."""
+    tp_size: Positive = 1
+    """Tensor parallel: so many workers share each layer's products, and the tokens between them. Best inside a node."""
+    cp_size: Positive = 1
+    """Context parallel: so many workers share the tokens of each sample."""
+    pp_size: Positive = 1
+    """Pipeline parallel: so many stages, each with a part of the blocks. More micro-batches a step (see
+    step_scheduler.local_batch_size) keep them busy."""
+    ep_size: Positive = 1
+    """Expert parallel: so many workers share the experts of each block, and send each other their tokens."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again, to save memory: nothing, all but products and attention, or all of a block."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; auto: bfloat16 on GPU, float32 on CPU. Parameters are kept in float32."""
+    cpu_offload: bool = False
+    """Parameters, gradients and optimizer states lie in the host's memory, and are copied to the GPU block by block."""
+    float8: bool = False
+    """The products of the blocks in float8, where the GPU has it (H100 and newer). Needs raylaunch[float8]."""
     compile: bool = False
+    """torch.compile, block by block; what it makes is kept in the run directory for the next attempt. Not with tp_size."""
     comm_timeout: Positive = 600
     """Seconds after which a collective that does not complete is an error."""
+
+    @property
+    def model_parallel(self) -> int:
+        """Workers that hold together: a world has a multiple of these. (Experts are shared by data-parallel workers.)"""
+        return self.pp_size * math.lcm(self.tp_size * self.cp_size, self.ep_size)
 
 
 class CheckpointConfig(Section):
@@ -280,7 +460,14 @@ class CheckpointConfig(Section):
     checkpoint_dir: str | None = None
     """Shared by all nodes. Default: `checkpoints` in the run directory."""
     keep_last_n_checkpoints: Positive = 2
+    keep_every_n_steps: NotNegative = 0
+    """Those of every so many steps stay for good; 0: none."""
+    keep_best: bool = False
+    """The one with the lowest val_loss stays, of those that were saved right after a validation."""
     async_save: bool = False
+    save_consolidated: bool = False
+    """When the run is finished, write its weights into `model` in the run directory, as safetensors that the model's
+    own loader reads (`raylaunch checkpoints RUN export`)."""
 
 
 class LoggingConfig(Section):
@@ -288,6 +475,98 @@ class LoggingConfig(Section):
 
     log_every_steps: Positive = 1
     """Steps between two lines of metrics.jsonl; the last step always has one."""
+    profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """The first and the last step to trace with torch's profiler, into `profile` in the run directory."""
+    memory_snapshots: bool = False
+    """What lay in a GPU's memory when it ran out, into `memory` in the run directory; costs some speed."""
+    tensorboard: bool = False
+    """Event files for it, in the run directory."""
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps ({self.profile_steps}) is upside down")
+        return self
+
+
+class WandbConfig(Section):
+    """`wandb:` Weights & Biases; on when it has a project. Needs raylaunch[wandb], and WANDB_API_KEY or ~/.netrc."""
+
+    project: Line | None = None
+    entity: Line | None = None
+    name: Line | None = None
+    """Default: the run's name."""
+    group: Line | None = None
+    tags: list[Line] = Field(default_factory=list)
+    mode: Literal["online", "offline"] = "online"
+    """offline: into the run directory, for `wandb sync`."""
+
+
+class MlflowConfig(Section):
+    """`mlflow:` on when it has an experiment. Needs raylaunch[mlflow]."""
+
+    experiment: Line | None = None
+    tracking_uri: Line | None = None
+    """Default: MLFLOW_TRACKING_URI."""
+
+
+AlertKind = Literal[
+    "started", "node_lost", "recovered", "held", "stalled", "loss_spike", "nan", "checkpoint_failed", "checkpoint_late",
+    "gpu", "walltime", "finished", "stopped", "failed",
+]  # fmt: skip
+
+
+class AlertsConfig(Section):
+    """`alerts:` be told what happens to a run, by one or more of slack, webhook, command and mail (docs/alerts.md)."""
+
+    slack: Address | None = None
+    """An incoming webhook of Slack's, or of what understands them (Mattermost, Rocket.Chat): its address, `env:NAME` or
+    `file:PATH`. It is a secret."""
+    webhook: Address | None = None
+    """Gets each alert as JSON, by POST. A secret, too."""
+    command: list[Line] = Field(default_factory=list)
+    """A command, word by word and without a shell, that gets each alert as JSON on its stdin, on the head's node."""
+    mail: Annotated[str, Field(pattern=r"^[^\s@-][^\s@]*(@[^\s@]+)?$", examples=["me@example.org"])] | None = None
+    """An address. Slurm mails the states of the job (slurm.mail_type), the head's node the rest if it has a mailer."""
+    kinds: Annotated[list[AlertKind], Field(min_length=1)] = [*get_args(AlertKind)]
+    """Those that are wanted. Default: all."""
+    min_interval: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds between two alerts of one kind about one thing; what comes sooner is folded into the next."""
+    max_per_hour: Positive = 20
+    """Of all kinds; further ones come together, later. What is critical and the end of the run come in any case."""
+    stall_factor: Annotated[float, Field(ge=2)] = 10.0
+    """A stall: no line of metrics for this many times the median time between two, and for stall_least."""
+    stall_least: Annotated[float, Field(gt=0)] = 120.0
+    """Seconds that are no stall yet; 600 are none while a checkpoint or a validation may be under way."""
+    held_after: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds below the minimum of nodes until that is told."""
+    loss_spike: Annotated[float, Field(gt=0)] = 6.0
+    """A spike: the mean of three losses is this many times their usual spread above the median of the hundred before."""
+    checkpoint_late: Annotated[float, Field(ge=1)] = 2.0
+    """Late: no commit for this many times step_scheduler.ckpt_every_steps."""
+    walltime_left: NotNegative = 1800
+    """Seconds before the end of the allocation; told if the run will hardly be done by then. 0: never."""
+
+    @property
+    def sinks(self) -> list[str]:
+        """Where alerts go."""
+        on = {"slack": self.slack, "webhook": self.webhook, "command": self.command, "mail": self.mail}
+        return [name for name, value in on.items() if value]
+
+    @property
+    def addresses(self) -> dict[str, SecretStr]:
+        """The secrets, by key."""
+        return {name: value for name, value in (("slack", self.slack), ("webhook", self.webhook)) if value is not None}
+
+
+class CostConfig(Section):
+    """`cost:` prices, for `raylaunch report`; each is optional, and what is given adds up."""
+
+    gpu_hour: Annotated[float, Field(ge=0)] | None = None
+    """Of one GPU that is held for an hour."""
+    node_hour: Annotated[float, Field(ge=0)] | None = None
+    """Of one node that is held for an hour."""
+    currency: Line = "USD"
 
 
 class Config(Section):
@@ -296,8 +575,7 @@ class Config(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
     elastic: ElasticConfig = Field(default_factory=ElasticConfig)
-    trainer: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["trainers.fsdp:train"])] = "trainers.fsdp:train"
-    """The function `(config, session)` that each worker runs."""
+    trainer: TrainerConfig = Field(default_factory=TrainerConfig)
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
@@ -305,6 +583,10 @@ class Config(Section):
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    wandb: WandbConfig = Field(default_factory=WandbConfig)
+    mlflow: MlflowConfig = Field(default_factory=MlflowConfig)
+    alerts: AlertsConfig = Field(default_factory=AlertsConfig)
+    cost: CostConfig = Field(default_factory=CostConfig)
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
@@ -315,10 +597,58 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _plan_fits(self) -> Self:
+        plan, model, length = self.distributed, self.model, self.data.seq_len
+        if plan.model_parallel > 1 and (model.hf is not None or model.target is not None):
+            raise ValueError(
+                "model.hf and model._target_ go with data parallel plans: distributed.tp_size, cp_size, pp_size and "
+                "ep_size must be 1"
+            )
+        if plan.compile and plan.tp_size > 1:
+            raise ValueError(
+                "distributed.compile and tp_size > 1: torch.compile makes other gradients of it (torch 2.13); leave one out"
+            )
+        for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"):
+            if getattr(model, key) % plan.tp_size:
+                raise ValueError(
+                    f"distributed.tp_size ({plan.tp_size}) does not divide model.{key} ({getattr(model, key)})"
+                )
+        if model.n_experts % plan.ep_size or (plan.ep_size > 1 and not model.n_experts):
+            raise ValueError(
+                f"distributed.ep_size ({plan.ep_size}) does not divide model.n_experts ({model.n_experts})"
+            )
+        if plan.ep_size > 1 and plan.activation_checkpointing == "selective":
+            raise ValueError(
+                "distributed.activation_checkpointing: selective and ep_size > 1 do not go together (torch 2.13 fails on "
+                "FSDP's units inside of a block); choose full or none"
+            )
+        if plan.pp_size > model.n_layers:
+            raise ValueError(f"distributed.pp_size ({plan.pp_size}) exceeds model.n_layers ({model.n_layers})")
+        if model.n_experts and plan.tp_size > 1:
+            raise ValueError("model.n_experts and distributed.tp_size: experts are split by ep_size, not by tp_size")
+        parts = plan.tp_size * plan.cp_size * (2 if plan.cp_size > 1 else 1)
+        if plan.model_parallel > 1 and length % parts:
+            words = "2 * distributed.cp_size * tp_size" if plan.cp_size > 1 else "distributed.tp_size"
+            raise ValueError(f"data.seq_len ({length}) is no multiple of {words} = {parts}")
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_fit(self) -> Self:
+        most = self.elastic.max_nodes
+        if most is not None and most < self.slurm.max_nodes:
+            raise ValueError(f"elastic.max_nodes ({most}) is below slurm.nodes ({self.slurm.nodes})")
+        return self
+
+    @property
+    def max_nodes(self) -> int:
+        """The most nodes that the cluster may ever have."""
+        return self.elastic.max_nodes or self.slurm.max_nodes
+
 
 _CONTINUITY = (
-    "trainer", "model", "data.text", "data.seq_len", "data.val_fraction", "data.seed",
-    "optimizer.name", "step_scheduler.global_batch_size",
+    "trainer.function", "trainer.script", "model", "data.text", "data.prepared", "data.mixture", "data.seq_len", "data.val_fraction", "data.seed",
+    "optimizer.name", "optimizer.ema", "step_scheduler.global_batch_size",
 )  # fmt: skip
 
 
@@ -362,7 +692,7 @@ class Kind:
         origin, arguments = get_origin(annotation), get_args(annotation)
         union = origin in (Union, types.UnionType)
         self._metadata = [m for f in found for m in ([f, *f.metadata] if isinstance(f, FieldInfo) else [f])]
-        self._base: Any = str if origin is Literal else origin or annotation
+        self._base: Any = str if origin is Literal or annotation is SecretStr else origin or annotation
         self._arguments = arguments
         self._options = [Kind(a, found) for a in arguments] if union else [self]
         self.choices = [str(a) for a in arguments] if origin is Literal else []
@@ -394,11 +724,13 @@ class Kind:
             low, high = self._limit("min_length"), self._limit("max_length")
             count = f"{low} " if low and low == high else "one or more " if low == 1 else ""
             return f"a list of {count}items, each {self.element(list)}"
+        if self._base is dict:
+            return f"a mapping of names to {self.element(dict)}"
         example = self._limit("examples")
         if self._base is str and example:
             return f"text such as {example[0]}"
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text",
-                 type(None): "null", dict: "a mapping of names to text"}  # fmt: skip
+                 type(None): "null", Any: "any value"}  # fmt: skip
         limits = (("ge", "of at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
         bounds = [f"{text} {self._limit(n)}" for n, text in limits if self._limit(n) is not None]
         return f"{words.get(self._base, 'a section')} {' and '.join(bounds)}".strip()

@@ -13,63 +13,38 @@ import difflib
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
+from raylaunch import nemo
 from raylaunch.config import Config, Kind, Section, section_type
-from raylaunch.errors import ConfigError, UsageError
+from raylaunch.configyaml import (
+    REFERENCES,
+    TAG,
+    Item,
+    Place,
+    Reading,
+    cut,
+    from_python,
+    hidden,
+    nest,
+    scalar,
+    shown,
+    tag_of,
+)
+from raylaunch.errors import ConfigError
 
 USER_FILE = Path("~/.config/raylaunch/config.yaml")
 """Stands for the user's own file; $XDG_CONFIG_HOME is looked at when loading."""
 
-_BYTES_MAX = 1 << 20
-_DEPTH_MAX = 6  # the schema has four levels; what lies deeper (or an alias to itself) is wrong anyway
 _REFERENCE = re.compile(r"\$\$\{|\$\{([^}]*)\}?")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SHELL = "slurm.setup"  # lines of shell: `${NAME}` in them is the shell's, on the node
-_SECRETS = "slurm.env"  # stays as references, and its values are never printed
-
-_TAG = "tag:yaml.org,2002:"
-_SCALARS: tuple[tuple[str, str], ...] = (
-    # YAML 1.2's core schema: 1e-3 is a number; yes, 1:30:00 and 2024-01-01 are text.
-    ("null", "|~|null|Null|NULL"),
-    ("bool", "true|True|TRUE|false|False|FALSE"),
-    ("int", "[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-    ),
-)
-
-
-class Place(NamedTuple):
-    """Where something was written. Sorts by layer, then line."""
-
-    layer: int
-    line: int
-    label: str
-    """What a message begins with: `file:line`, `--set a.b=c` or `command line`."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """A value and where it was written: a scalar, a list of items, or a mapping of items."""
-
-    place: Place
-    value: Any
-    text: str = ""
-    """A scalar as it was written."""
-    plain: bool = False
-    """Written without quotes, so that its text decides its type."""
-    literal: bool = False
-    """From a flag: the shell has expanded it already."""
-    broken: bool = False
-    """Reported already."""
 
 
 def load(
@@ -77,23 +52,27 @@ def load(
     sets: Sequence[str] = (),
     overrides: Mapping[str, Any] | None = None,
     user_file: Path | None = USER_FILE,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Config:
     """The configuration from all layers, later ones winning: user file, `path`, `overrides`, `sets`.
 
     `overrides` are flags by dotted key ("slurm.nodes"); None (or an empty tuple) is "not given".
-    `sets` are `a.b=c` with c in YAML. Raises ConfigError with everything that is wrong, UsageError
+    `sets` are `a.b=c` with c in YAML. `tell` gets a line for each key of a NeMo AutoModel file that has no meaning
+    here (see `nemo`). Raises ConfigError with everything that is wrong, UsageError
     for a --set that cannot be read.
     """
-    reading = _Reading()
+    reading = Reading()
     if user_file is USER_FILE:
         user_file = default_user_file()
     if user_file is not None and _is_there(user_file):
         reading.file(1, user_file)
     if path is not None:
         reading.file(2, path)
+        if nemo.is_theirs(reading.layers[-1]):
+            reading.layers[-1] = nemo.translate(reading.layers[-1], tell)
     for key, value in (overrides or {}).items():
         if value is not None and value != ():
-            reading.layers.append(_nest(key, _from_python(value)))
+            reading.layers.append(nest(key, from_python(value)))
     for text in sets:
         reading.set(text)
     return _resolve(reading, check_secrets=True)
@@ -101,13 +80,13 @@ def load(
 
 def load_resolved(path: Path) -> Config:
     """A file that `dump` wrote: no user file, and the variables of slurm.env need not be set here."""
-    reading = _Reading()
+    reading = Reading()
     reading.file(2, path)
     return _resolve(reading, check_secrets=False)
 
 
 def dump(config: Config) -> str:
-    """The complete YAML text, in the schema's order; it loads to an equal Config."""
+    """The complete YAML text, in the schema's order; it loads to an equal Config. With all secrets: for 0600 files."""
     values = {key: _escaped(value, key) for key, value in config.model_dump().items()}
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
     return f"# Resolved by raylaunch: every value as it is used.\n{text}"
@@ -149,24 +128,12 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-# --- text → items -------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Composes only; scalars are resolved as in YAML 1.2."""
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
-        if kind is yaml.ScalarNode and implicit[0]:
-            return _tag_of(value)
-        return str(super().resolve(kind, value, (False, True)))  # type: ignore[no-untyped-call]
-
-
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
-        tag = _tag_of(value) if kind is yaml.ScalarNode and implicit[0] else _TAG + "str"
-        return tag if tag != _TAG + "str" else str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
+        tag = tag_of(value) if kind is yaml.ScalarNode and implicit[0] else TAG + "str"
+        return tag if tag != TAG + "str" else str(super().resolve(kind, value, implicit))  # type: ignore[no-untyped-call]
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -174,171 +141,23 @@ class _Dumper(yaml.SafeDumper):
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     # Its other styles do not give back every line break and control character (U+0085 for one).
-    return dumper.represent_scalar(_TAG + "str", text, style=None if text.isprintable() else '"')
+    return dumper.represent_scalar(TAG + "str", text, style=None if text.isprintable() else '"')
 
 
 _Dumper.add_representer(str, _represent_text)
 
 
-def _tag_of(text: str) -> str:
-    """The tag of an unquoted scalar."""
-    return next((_TAG + name for name, pattern in _SCALARS if re.fullmatch(pattern, text)), _TAG + "str")
-
-
-def _scalar(tag: str, text: str) -> Any:
-    """The Python value of a scalar; ValueError for another tag, or a number that is none."""
-    match tag.removeprefix(_TAG):
-        case "null":
-            return None
-        case "bool":
-            return text.lower() == "true"
-        case "int":
-            bare = text.replace("_", "")
-            if len(bare) > 1000:  # Python itself refuses some thousands, in words about sys
-                raise ValueError("a number with more than 1000 digits")
-            return int(bare, {"0x": 16, "0o": 8}.get(bare[:2], 10))
-        case "float":
-            return float(re.sub(r"\.(inf|nan)$", r"\1", text.replace("_", "").lower()))
-        case "str":
-            return text
-    raise ValueError(f"the tag {tag.replace(_TAG, '!!')} is not supported")
-
-
-class _Reading:
-    """Reads layers, and collects what is wrong in them."""
-
-    def __init__(self) -> None:
-        self.layers: list[Item] = []
-        self.errors: list[tuple[Place, str]] = []
-
-    def file(self, layer: int, path: Path) -> None:
-        """One file. Raises ConfigError when it cannot be read or is not YAML."""
-        try:
-            with path.open("rb") as source:
-                raw = source.read(_BYTES_MAX + 1)
-        except IsADirectoryError:
-            raise ConfigError(f"{path}: is a directory", "Give the YAML file in it.") from None
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file", _similar_file(path)) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
-        if len(raw) > _BYTES_MAX:
-            raise ConfigError(f"{path}: larger than 1 MiB, so hardly a configuration", "Check the path.")
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            line = raw[: error.start].count(b"\n") + 1
-            hint = "Check the path, or save the file as UTF-8."
-            raise ConfigError(f"{path}:{line}: not UTF-8 text", hint) from None
-        item = self._compose(text, layer, str(path))
-        if not isinstance(item.value, dict) and item.value is not None:
-            raise ConfigError(
-                f"{item.place.label}: the file must be a mapping of sections, got {_shown(item)}",
-                f"Its sections are {', '.join(Config.model_fields)}; write 'slurm:' with keys under it.",
-            )
-        self.layers.append(item)
-
-    def set(self, text: str) -> None:
-        """`a.b=c`. Raises UsageError when it is not of that form."""
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not all(key.split(".")):
-            raise UsageError(f"--set {_cut(text)}: not of the form key=value", "For example --set slurm.nodes=4.")
-        shown = f"{key}=..." if key.startswith(_SECRETS) else _cut(text)
-        self.layers.append(_nest(key, self._compose(value, 4, "", f"--set {shown}")))
-
-    def _compose(self, text: str, layer: int, name: str, label: str = "") -> Item:
-        """YAML text as an item; places are `name:line`, or `label` where one is given."""
-        kind = UsageError if label else ConfigError
-        try:
-            node = yaml.compose(text, Loader=_Loader)
-        except RecursionError:
-            raise kind(f"{label or name}: nested too deeply", "Check the brackets.") from None
-        except yaml.YAMLError as error:
-            line, what = _yaml_problem(error, text)
-            hint = "Check the indentation, the brackets and the quotes there."
-            if "\\t" in what:
-                hint = "YAML indents with spaces, not tabs."
-            elif "${" in "".join(text.splitlines()[line - 1 : line]):
-                hint = 'Inside {...} and [...] write "${NAME}" in quotes.'
-            raise kind(f"{label or f'{name}:{line}'}: not valid YAML: {what}", hint) from None
-        place = Place(layer, 1, label or f"{name}:1")
-        return Item(place, None) if node is None else self._item(node, place, name, _DEPTH_MAX)
-
-    def _item(self, node: yaml.Node, place: Place, name: str, depth: int) -> Item:
-        def place_of(other: yaml.Node) -> Place:
-            line = other.start_mark.line + 1
-            return Place(place.layer, line, f"{name}:{line}") if name else place
-
-        if isinstance(node, yaml.ScalarNode):
-            try:
-                value = _scalar(node.tag, node.value)
-            except ValueError as error:
-                self.errors.append((place, str(error)))
-                return Item(place, None, broken=True)
-            plain = node.style is None and node.tag == _tag_of(node.value)
-            return Item(place, value, node.value, plain)
-        if depth == 0:
-            return Item(place, [])
-        if isinstance(node, yaml.SequenceNode):
-            return Item(place, [self._item(child, place_of(child), name, depth - 1) for child in node.value])
-        entries: dict[str, Item] = {}
-        for key, child in node.value:
-            at = place_of(key)
-            if not isinstance(key, yaml.ScalarNode):
-                self.errors.append((at, "a key must be a word, not a list or a mapping"))
-            elif key.value in entries:
-                first = entries[key.value].place.label
-                self.errors.append((at, f"{key.value}: written twice in one mapping; first at {first}"))
-            else:
-                entries[key.value] = self._item(child, at, name, depth - 1)
-        return Item(place, entries)
-
-
-def _yaml_problem(error: yaml.YAMLError, text: str) -> tuple[int, str]:
-    """Line and words of PyYAML's error."""
-    if isinstance(error, yaml.MarkedYAMLError):
-        mark = error.problem_mark or error.context_mark
-        context = f" ({error.context})" if error.context and error.problem else ""
-        return (mark.line + 1 if mark else 1), f"{error.problem or error.context}{context}"
-    if isinstance(error, yaml.reader.ReaderError):
-        return text[: error.position].count("\n") + 1, "a control character, as in a binary file"
-    return 1, str(error)
-
-
-def _similar_file(path: Path) -> str:
-    """A hint for a file that is not there."""
-    if not path.parent.is_dir():
-        return f"The directory {path.parent} does not exist either."
-    names = [p.name for p in path.parent.glob("*.y*ml")]
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
-
-
-def _from_python(value: Any) -> Item:
-    """A flag's value."""
-    place = Place(3, 0, "command line")
-    if isinstance(value, Mapping):
-        return Item(place, {str(k): _from_python(v) for k, v in value.items()})
-    if isinstance(value, (list, tuple)):
-        return Item(place, [_from_python(v) for v in value])
-    return Item(place, value, str(value).lower() if isinstance(value, bool) else str(value), literal=True)
-
-
-def _nest(key: str, item: Item) -> Item:
-    for part in reversed(key.split(".")):
-        item = Item(item.place, {part: item})
-    return item
-
-
 # --- items → Config -----------------------------------------------------------------------------
 
 
-def _resolve(reading: _Reading, check_secrets: bool) -> Config:
+def _resolve(reading: Reading, check_secrets: bool) -> Config:
     """Merge, expand, fit and validate; one ConfigError with all that is wrong."""
     merged = Item(Place(0, 0, "defaults"), {})
     for layer in reading.layers:
-        merged = _merge(merged, layer)
+        written, whole = _spelled_out(layer)
+        merged = replace(merged, value={key: item for key, item in merged.value.items() if key not in whole})
+        merged = _merge(merged, written)
+    merged = _with_own_model(merged)
     fitting = _Fitting(check_secrets)
     values = fitting.section(merged, Config, "")
     errors = reading.errors + fitting.errors
@@ -359,7 +178,7 @@ def _line(place: Place, message: str) -> str:
     """`--set slurm.nodes=0` names its key already."""
     key, _, rest = message.partition(": ")
     line = f"{place.label}: {rest if place.label.startswith(f'--set {key}=') else message}"
-    return _cut(line, 1000)
+    return cut(line, 1000)
 
 
 def _merge(low: Item, high: Item) -> Item:
@@ -372,6 +191,36 @@ def _merge(low: Item, high: Item) -> Item:
     for key, item in high.value.items():
         merged[key] = _merge(merged[key], item) if key in merged else item
     return Item(high.place, merged)
+
+
+def _spelled_out(item: Item) -> tuple[Item, set[str]]:
+    """`trainer: a:b` as `trainer: {function: a:b}`, and the sections for which that was done: it stands for all of
+    what lower layers have said of them."""
+    if not isinstance(item.value, dict):
+        return item, set()
+    values, whole = dict(item.value), set()
+    for name, child in item.value.items():
+        inner = section_type(Config, name) if name in Config.model_fields else None
+        if (
+            inner is not None
+            and inner.shorthand
+            and child.value is not None
+            and not isinstance(child.value, (dict, list))
+        ):
+            values[name] = Item(child.place, {inner.shorthand: child})
+            whole.add(name)
+    return replace(item, value=values), whole
+
+
+def _with_own_model(merged: Item) -> Item:
+    """`model: {_target_: a:b, width: 3}` as `{target: a:b, kwargs: {width: 3}}`; vocab_size is both, if it is written."""
+    model = merged.value.get("model")
+    if model is None or not isinstance(model.value, dict) or nemo.TARGET not in model.value:
+        return merged
+    given = {name: item for name, item in model.value.items() if name != nemo.TARGET}
+    section = {"target": model.value[nemo.TARGET], "kwargs": Item(model.place, given)}
+    section |= {"vocab_size": given["vocab_size"]} if "vocab_size" in given else {}
+    return replace(merged, value={**merged.value, "model": replace(model, value=section)})
 
 
 class _Fitting:
@@ -388,7 +237,8 @@ class _Fitting:
         for name, child in item.value.items():
             key = f"{path}.{name}" if path else name
             if name not in model.model_fields:
-                self._bad(child, key, _unknown(name, model, path))
+                bare = key.partition("//")[0]  # of `slack:https://…`, where a space is missing
+                self._bad(child, bare, _unknown(name, model, path))
                 continue
             kind = Kind.of(model, name)
             inner = section_type(model, name)
@@ -399,7 +249,7 @@ class _Fitting:
             elif isinstance(child.value, dict):
                 values[name] = self.section(child, inner, key)
             elif child.value is not None:
-                self._bad(child, key, f"must be a section with keys under it, got {_shown(child)}")
+                self._bad(child, key, f"must be a section with keys under it, got {shown(child, secret=hidden(key))}")
         return values
 
     def _value(self, item: Item, kind: Kind, key: str) -> Any:
@@ -423,7 +273,7 @@ class _Fitting:
         """`${NAME}` replaced; in slurm.env only checked, so that no secret enters a file of ours."""
         if "${" not in item.text or not isinstance(item.value, str) or key.startswith(_SHELL):
             return item
-        secret = key.startswith(_SECRETS)
+        secret = key.startswith(REFERENCES)
         if item.literal:
             return replace(item, value=item.value.replace("${", "$${")) if secret else item
         if secret and not self._check_secrets:
@@ -443,7 +293,7 @@ class _Fitting:
         text = _REFERENCE.sub(value_of, item.text)
         if secret:
             return item
-        return replace(item, value=_scalar(_tag_of(text), text) if item.plain else text, text=text)
+        return replace(item, value=scalar(tag_of(text), text) if item.plain else text, text=text)
 
     def _bad(self, item: Item, key: str, message: str) -> None:
         self.errors.append((item.place, f"{key}: {message}"))
@@ -454,17 +304,23 @@ def _unknown(name: str, model: type[Section], path: str) -> str:
     """What to write in place of a key that is not there."""
     known = list(model.model_fields)
     head, _, rest = name.partition(".")
-    if not path and rest and head in known:
+    if rest and head in known and section_type(model, head):
         return f"keys are nested in a file: write '{rest}:' under '{head}:'"
-    elsewhere = [name] if path and name in Config.model_fields else []
-    for section in Config.model_fields:
-        inner = section_type(Config, section)
-        elsewhere += [f"{section}.{name}"] if inner and name in inner.model_fields else []
+    elsewhere = _keys_named(name, Config, "")
     word = name.replace("-", "_").lower()
     close, near = (difflib.get_close_matches(word, known, n=1, cutoff=c) for c in (0.75, 0.6))
-    if found := close or elsewhere or near:
+    if found := elsewhere or close or near:
         return f"unknown key; did you mean {' or '.join(found)}?"
     return f"unknown key; {path or 'the file'} has {', '.join(known)}"
+
+
+def _keys_named(name: str, model: type[Section], path: str) -> list[str]:
+    """All keys of that name, with their sections."""
+    found = [f"{path}{name}"] if name in model.model_fields else []
+    for section in model.model_fields:
+        inner = section_type(model, section)
+        found += _keys_named(name, inner, f"{path}{section}.") if inner else []
+    return found
 
 
 def _reworded(error: ValidationError, merged: Item, broken: set[str]) -> list[tuple[Place, str]]:
@@ -478,8 +334,9 @@ def _reworded(error: ValidationError, merged: Item, broken: set[str]) -> list[tu
                 place = _blamed(own, item).place
                 found.setdefault(key, (place, f"{key}: {own}" if key else own))
             continue
-        shown = _shown(item, secret=key.startswith(_SECRETS))
-        given = "" if detail["loc"][-1] == "[key]" else f", got {shown}{_advice(item, kind)}"
+        words = shown(item, secret=hidden(key))
+        advice = "" if hidden(key) else _advice(item, kind)
+        given = "" if detail["loc"][-1] == "[key]" else f", got {words}{advice}"
         found.setdefault(key, (item.place, f"{key}: {own or f'must be {kind}'}{given}"))
     return list(found.values())
 
@@ -518,7 +375,7 @@ def _advice(item: Item, kind: Kind) -> str:
         near = difflib.get_close_matches(item.text, kind.choices, n=1, cutoff=0.5)
         return f"; did you mean {near[0]}?" if near else ""
     if kind.takes(list) and isinstance(item.value, str):
-        return f"; write [{_cut(item.text)}]"
+        return f"; write [{cut(item.text)}]"
     word = item.text.lower()
     if kind.takes(bool) and word in {"yes", "on", "y", "1", "no", "off", "n", "0"}:
         return f"; write {'true' if word in {'yes', 'on', 'y', '1'} else 'false'}"
@@ -527,31 +384,14 @@ def _advice(item: Item, kind: Kind) -> str:
     return ""
 
 
-def _shown(item: Item, secret: bool = False) -> str:
-    """A value for a message, short; a secret, or what a variable holds, is never shown."""
-    if isinstance(item.value, dict):
-        return "a mapping"
-    if isinstance(item.value, list):
-        return "a list" if item.value else "an empty list"
-    if item.value is None:
-        return "nothing"
-    if secret:
-        return "something else"
-    if "${" in item.text.replace("$${", "") and not item.literal:
-        return f"the value of {item.text}"
-    return repr(_cut(item.text)) if isinstance(item.value, str) and not item.plain else _cut(item.text)
-
-
-def _cut(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
 def _escaped(value: Any, key: str) -> Any:
     """Plain values for `dump`: text that is no reference must not be read as one."""
     if isinstance(value, dict):
         return {name: _escaped(child, f"{key}.{name}") for name, child in value.items()}
     if isinstance(value, list):
         return [_escaped(child, key) for child in value]
-    if isinstance(value, str) and not key.startswith((_SHELL, _SECRETS)):
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    if isinstance(value, str) and not key.startswith((_SHELL, REFERENCES)):
         return value.replace("${", "$${")
     return value

@@ -1,22 +1,24 @@
 """The driver: the attempts of one run, one after the other. The only user of Ray Train.
 
-    gather facts → policy.decide → start an attempt (TorchTrainer, fixed size) | hold | finish
+    gather facts → policy.decide → start an attempt (`attempt`, watched by `watch`) | hold | finish
 
 Ray Train's own elastic mode waits a minute on a stale reservation and counts every failure alike;
 so each attempt is a TorchTrainer of fixed size, and the size and the next move are ours. It runs on
 the head, started by the head's agent, and dies with it. What it knows lies in the run directory.
+A driver that finds a newer head's incarnation ends at once (exit code 75) and writes nothing more.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
+import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -28,35 +30,35 @@ if __name__ == "__main__":
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
 
 import ray.train
-from ray.exceptions import RayActorError, RayError
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayError
 
-from raylaunch import configfile, layout, policy, runs, state, worker
+from raylaunch import alerts, attempt, beside, configfile, layout, policy, runs, state
+from raylaunch.attempt import RayNode
 from raylaunch.checkpoint import store
+from raylaunch.classify import classify
 from raylaunch.config import Config
+from raylaunch.errors import StateError
 from raylaunch.layout import Cluster
-from raylaunch.policy import Ending, Facts, Finish, Hold, Start
-from raylaunch.raynode import WORKER_RESOURCE
+from raylaunch.policy import Ending, Facts, Finish, Hold, Start, Tally
+from raylaunch.pulse import Server
+from raylaunch.roster import Roster
 from raylaunch.runs import Run
+from raylaunch.tracking import follow
+from raylaunch.watch import Watch
+from raylaunch.watchdog import Pace
 
 log = logging.getLogger("raylaunch.driver")
+T = TypeVar("T")
 
 SETTLE_LIMIT = 20.0
-"""Seconds to wait until agents and Ray agree on which nodes are alive."""
-SETTLE_QUIET = 0.6
-"""Seconds that they must agree for: the news of a dead node takes about that long."""
-
-# What a survivor says when somebody else died: never the run's own fault.
-_COMMUNICATION = re.compile(
-    r"(Connection (closed|reset|refused)|closed by peer|Broken pipe|\bgloo\b|\bNCCL\b|TCPStore|Socket Timeout|"
-    r"DistBackendError|DistNetworkError|ECONNRESET)",
-    re.IGNORECASE,
-)
-
-
-# Broken hardware is no error of the code, however much it looks like one.
-_HARDWARE = re.compile(r"(\bECC\b|unspecified launch failure|busy or unavailable|\bXid\b|CUDA error: hardware)")
+"""Seconds to wait until Ray has a node that its agent calls ready."""
+RETURN_LIMIT = 15.0
+"""Seconds that a new driver waits for nodes which are on their way: after an election they come one by one."""
+LONG_ATTEMPT = 600.0
+"""Seconds after which a script's attempt that the machines ended counts as progress: we do not see what it saves."""
+NEWS_LIMIT = 2.0
+"""Seconds until a node's death is known that its peers have felt already, on a busy head too. Only an attempt that
+ended by a broken connection, with no news of whose, waits for all of it."""
 
 
 @dataclass
@@ -68,24 +70,36 @@ class Driver:
     cluster: Cluster
     config: Config
     run: Run
-    last: Ending | None = None
-    same_error: int = 0
-    idle_attempts: int = 0
+    incarnation: int = 1
+    tally: Tally = field(default_factory=Tally)
     held_since: float | None = None
+    longest_save: float = 0.0
     checkpoints: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.checkpoints = runs.checkpoint_dir(self.run_dir, self.config)
+        self.roster = Roster(self.cluster_dir, self.incarnation)
+        self.nodes = attempt.Nodes()
+        script = self.config.trainer.script is not None
+        self.together = 1 if script else self.config.distributed.model_parallel
+        self.left: set[str] = set()
+        """Draining nodes that the head knows to be free of us."""
+        self.return_until = time.monotonic() + RETURN_LIMIT
 
     def drive(self) -> str:
         """Run attempts until the policy says that it is over; the run's last state."""
+        self._take_over()
         while True:
-            facts = self.facts()
+            chosen = self.usable_nodes()
+            facts = self.facts(len(chosen))
             decision = policy.decide(facts, self.config.elastic)
             match decision:
                 case Finish():
                     self._decided("finish", decision, state=decision.state)
-                    self._save(state=decision.state, reason=decision.reason)
+                    if decision.state == "finished" and self.config.checkpoint.save_consolidated:
+                        self._export()
+                    state_ = "queued" if decision.state == "paused" else decision.state
+                    self._save(state=state_, reason=decision.reason)
                     self._event(decision.state, reason=decision.reason)
                     return decision.state
                 case Hold():
@@ -97,111 +111,259 @@ class Driver:
                 case Start():
                     self.held_since = None
                     self._decided("start", decision, workers=decision.workers, delay=decision.delay)
-                    nodes = facts.nodes
                     if decision.delay:
                         self._pause(decision.delay)
-                        nodes = len(self.settled_nodes())  # some may have come or gone meanwhile
-                    if runs.stop_reason(self.run_dir) is None and nodes >= (self.config.elastic.min_nodes or 1):
-                        self.attempt(nodes * self.cluster.workers_per_node, nodes)
+                        chosen = self.usable_nodes()  # some may have come or gone meanwhile
+                    enough = len(chosen) >= (self.config.elastic.min_nodes or 1)
+                    if runs.stop_reason(self.run_dir) is None and enough:
+                        self.attempt(chosen)
 
-    def facts(self) -> Facts:
+    def facts(self, nodes: int) -> Facts:
         """What the policy needs to know now."""
         return Facts(
-            nodes=len(self.settled_nodes()),
+            nodes=nodes,
             workers_per_node=self.cluster.workers_per_node,
+            together=self.together,
             stop_reason=runs.stop_reason(self.run_dir),
-            last=self.last,
-            same_error=self.same_error,
-            idle_attempts=self.idle_attempts,
+            last=self.tally.last,
+            same_error=self.tally.same_error,
+            idle_attempts=self.tally.idle_attempts,
             held=time.monotonic() - self.held_since if self.held_since is not None else 0.0,
+            continues=runs.stop_continues(self.run_dir),
         )
 
-    def settled_nodes(self) -> set[str]:
-        """Nodes that the agents and Ray both hold for alive, once the two agree for a moment.
+    def usable_nodes(self) -> list[RayNode]:
+        """Of the settled ones, as many as the plan can share."""
+        settled = self.settled_nodes()
+        return settled[: policy.usable(len(settled), self.cluster.workers_per_node, self.together)]
 
-        The agents know first (their connections break at once); Ray would still place a worker on
-        a node that it has not missed yet.
+    def settled_nodes(self) -> list[RayNode]:
+        """The nodes to train on: ready for their agents, alive for Ray, drained by nobody; by name.
+
+        The agents know first of a death: Ray's word counts only for nodes that they hold for ready,
+        and only for those it is waited for, bounded. A new driver also waits for nodes on their way.
         """
-        deadline = time.monotonic() + SETTLE_LIMIT
-        agreed: set[str] = set()
-        since = time.monotonic()
-        quiet = SETTLE_QUIET if self.last is not None and self.last.kind in {"error", "fault"} else 0.0
+        began = time.monotonic()
         while True:
-            table = state.read_json(self.cluster_dir / layout.MEMBERS_FILE) or {"nodes": []}
-            ours = {str(n["name"]) for n in table["nodes"] if n["state"] == "ready"}
-            rays = {str(n["NodeName"]) for n in alive_nodes()}
-            both = ours & rays
-            if both != agreed:
-                agreed, since = both, time.monotonic()
+            self._check_fence()
+            table = self.roster.look()
+            self._tell_drained(table, on=frozenset())
+            alive, leaving = self.nodes.alive(), self.nodes.draining()
+            ready = {name for name, node in table.items() if node.state == "ready"}
+            coming = {name for name, node in table.items() if node.state in {"starting", "restarting"}}
             now = time.monotonic()
-            if (ours == rays and both and now - since >= quiet) or now > deadline:
-                return agreed
+            missing = ready - alive.keys()
+            patient = (missing and now - began < SETTLE_LIMIT) or (
+                (coming or not ready) and self.last_was_elsewhere() and now < self.return_until
+            )
+            if not patient or runs.stop_reason(self.run_dir) is not None:
+                return [alive[name] for name in sorted((ready & alive.keys()) - leaving)]
             time.sleep(0.1)
 
-    def attempt(self, workers: int, nodes: int) -> None:
-        """One worker group of one size, from its start to its end, which goes into `last`."""
-        number = self.run.attempt + 1
-        before = store.latest(self.checkpoints)
-        self._pin_global_batch(workers)
-        state.make_dir(state.attempt_dir(self.run_dir, number))
-        self._save(state="running", attempt=number, world_size=workers, nodes=nodes, reason="")
-        self._event("attempt_started", workers=workers, nodes=nodes, from_step=before.step if before else 0)
-        ending = self._fit(number, workers)
-        after = store.latest(self.checkpoints)
-        progress = (after.step if after else 0) > (before.step if before else 0)
-        same = self.last is not None and ending.fingerprint == self.last.fingerprint
-        self.same_error = self.same_error + 1 if same and not progress else 1
-        self.idle_attempts = 0 if progress else self.idle_attempts + 1
-        self.last = ending
-        self._event(
-            "attempt_ended", how=ending.kind, error=ending.text, rank=ending.rank, committed=after.step if after else 0
-        )
+    def last_was_elsewhere(self) -> bool:
+        """This driver has not run an attempt yet."""
+        last = self.tally.last
+        return last is None or last.cause in {"head_lost", "driver_lost"}
 
-    def _fit(self, number: int, workers: int) -> Ending:
-        gpus = any(node["Resources"].get("GPU", 0) for node in alive_nodes())
-        trainer = TorchTrainer(
-            worker.main,
-            train_loop_config={
-                "run_dir": str(self.run_dir),
-                "attempt": number,
-                "global_batch_size": self.config.step_scheduler.global_batch_size,
-            },
-            torch_config=TorchConfig(timeout_s=self.config.distributed.comm_timeout),
-            scaling_config=ScalingConfig(
-                num_workers=workers,
-                use_gpu=gpus,
-                resources_per_worker={WORKER_RESOURCE: 1, **({"GPU": 1} if gpus else {})},
-            ),
-            run_config=RunConfig(  # type: ignore[arg-type]  # the V1 class of that name
-                name=f"{self.run.name}-{number:04d}",
-                storage_path=str(self.run_dir / "ray"),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            ),
-        )
+    def attempt(self, chosen: list[RayNode]) -> None:
+        """One worker group of one size, from its start to its end, which goes into `last`."""
+        workers = len(chosen) * self.cluster.workers_per_node
+        number = self._claim()
+        self._fence(number)
+        before = store.latest(self.checkpoints)
+        from_step = before.step if before else 0
+        self._pin_global_batch(workers)
+        self._save(state="running", attempt=number, world_size=workers, nodes=len(chosen), reason="")
+        names = [node.name for node in chosen]
+        self._event(
+            "attempt_started", workers=workers, nodes=len(chosen), on=names, from_step=from_step,
+            incarnation=self.incarnation,
+        )  # fmt: skip
+        began = time.monotonic()
+        ending, step = self._fit(number, chosen, from_step)
+        after = store.latest(self.checkpoints)
+        committed = after.step if after else 0
+        unseen = self.config.trainer.script is not None and ending.kind == "fault" and ending.cause != "hang"
+        progress = committed > from_step or (unseen and time.monotonic() - began > LONG_ATTEMPT)
+        self.tally, strike = self.tally.count(ending, progress)
+        self._event(
+            "attempt_ended", how=ending.kind, error=ending.text, cause=ending.cause, rank=ending.rank,
+            node=ending.node, step=max(step, committed), committed=committed,
+        )  # fmt: skip
+        if strike is not None:
+            self._request("strike", node=strike, reason=ending.text)
+
+    def _fit(self, number: int, chosen: list[RayNode], from_step: int) -> tuple[Ending, int]:
+        """Run it; how it ended, and the last step that is known."""
+        attempt.give_back()
+        address, ports = self.roster.pulse_place()
+        world = len(chosen) * self.cluster.workers_per_node
+        pulse, pace = Server(address, ports, world), Pace(from_step, self.longest_save)
+        spec = {
+            "run_dir": str(self.run_dir),
+            "attempt": number,
+            "incarnation": self.incarnation,
+            "global_batch_size": self.config.step_scheduler.global_batch_size or 0,
+            "pulse": {**pulse.spec(), "stuck": max(30.0, self.config.elastic.hang_timeout / 2)},
+        }
+        group = attempt.group(
+            f"{self.run.name}-{number:04d}", chosen, self.cluster.workers_per_node, spec, self.run_dir / "ray",
+            self.config.distributed.comm_timeout, "gloo" if self.config.trainer.script is not None else None,
+        )  # fmt: skip
+        watch = Watch(
+            self.run_dir, number, frozenset(node.name for node in chosen), world, self.config.elastic,
+            self.roster, pulse, pace, self.nodes.draining, group.abort, self._event, self.together,
+            unseen=self.config.trainer.script is not None and self.config.trainer.grow,
+        )  # fmt: skip
+        found: Ending | None = None
         try:
-            trainer.fit()
+            group.fit()
         except (ray.train.TrainingFailedError, RayError) as error:
             log.exception("attempt failed attempt=%d", number)
-            return classify(error)
+            found = classify(error)
+        try:
+            # The survivors' broken connections come first, the news of whose they were a moment later.
+            watch.end(NEWS_LIMIT if found is not None and found.cause in {"communication", "ray"} else 0.0)
+            ending = self._ending(number, found, watch)
+            if ending.kind in {"fault", "error"}:
+                if watch.verdict is None and ending.kind == "fault":
+                    ending = replace(ending, node=pulse.node(ending.rank), step=pace.step)
+                    self._event(
+                        "fault", cause=ending.cause, node=ending.node, rank=ending.rank, step=pace.step,
+                        reason=ending.text,
+                    )  # fmt: skip
+                watch.stop_workers()
+        finally:
+            pulse.close()
+        self.longest_save = pace.longest_save
+        last = runs.last_metrics(self.run_dir)
+        return ending, max(pace.step, int(last["step"]) if last.get("attempt") == number else 0)
+
+    def _ending(self, number: int, found: Ending | None, watch: Watch) -> Ending:
+        """Why the attempt ended: the trainer's own word first, then what we saw, then what Ray says."""
         outcome = state.read_json(state.attempt_dir(self.run_dir, number) / "outcome.json")
-        if outcome is None:
-            text = f"{self.config.trainer} returned without session.finish()"
-            return Ending("error", fingerprint=text, text=text)
-        return Ending("finished" if outcome["outcome"] == "finished" else "stopped", text=f"step {outcome['step']}")
+        if outcome is not None:
+            text = f"step {outcome['step']}" if outcome["step"] else "its script ended"
+            if outcome["outcome"] == "finished":
+                return Ending("finished", text=text)
+            asked = watch.last_asked  # it may have been withdrawn when the trainer had left already
+            ours = asked is not None and runs.stop_reason(self.run_dir) is None
+            return (
+                Ending("resized", text=f"{asked.reason} ({text})") if ours and asked else Ending("stopped", text=text)
+            )
+        if watch.verdict is not None or found is not None:
+            return watch.verdict or found  # type: ignore[return-value]
+        text = (
+            f"{self.config.trainer.entry} returned without session.finish() (leave a Loop by loop.end(), not by break)"
+        )
+        return Ending("error", fingerprint=text, text=text, cause="error")
+
+    def _export(self) -> None:
+        """The finished weights, consolidated. What goes wrong there is told; the run is finished all the same."""
+        to = self.run_dir / "model"
+        if to.exists():
+            return
+        words = ["checkpoints", self.run.name, "export", "latest", "--to", str(to)]
+        words += ["--ema"] if self.config.optimizer.ema is not None else []
+        env = {**os.environ, "RAYLAUNCH_STATE_DIR": str(self.run_dir.parents[1])}
+        with (self.run_dir / "export.log").open("wb") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", "from raylaunch.cli import main; main()", *words],
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env,
+            )  # fmt: skip
+        while process.poll() is None:
+            self._check_fence()
+            time.sleep(0.2)
+        if process.returncode:
+            self._event("export_failed", log=str(self.run_dir / "export.log"))
+        else:
+            self._event("exported", to=str(to))
+
+    def _take_over(self) -> None:
+        """Where the last driver of this run went down with an attempt, write down how that ended."""
+        if self.run.state not in {"running", "holding"} or not self.run.attempt:
+            return
+        events = [e for e in state.read_lines(self.run_dir / state.EVENTS_FILE) if e.get("attempt") == self.run.attempt]
+        kinds = [e["kind"] for e in events]
+        if "attempt_started" not in kinds or "attempt_ended" in kinds:
+            return
+        started = events[kinds.index("attempt_started")]
+        cause = "head_lost" if started.get("incarnation", 0) < self.incarnation else "driver_lost"
+        last, commit = runs.last_metrics(self.run_dir), store.latest(self.checkpoints)
+        committed = commit.step if commit else 0
+        step = max(committed, int(last["step"]) if last.get("attempt") == self.run.attempt else 0)
+        text = "the head was lost" if cause == "head_lost" else "the driver was lost"
+        self.tally = Tally(Ending("fault", cause, text, None, cause, None, step))
+        self._event("fault", cause=cause, node=None, rank=None, step=step, reason=text)
+        self._event("attempt_ended", how="fault", error=text, cause=cause, rank=None, node=None, step=step,
+                    committed=committed)  # fmt: skip
+
+    def _claim(self) -> int:
+        """An attempt number that nobody has: making its directory claims it."""
+        number = self.run.attempt
+        while True:
+            number += 1
+            if self._insist(lambda: state.claim_dir(state.attempt_dir(self.run_dir, number))):  # noqa: B023
+                return number
+
+    def _fence(self, number: int) -> None:
+        """From here on no older attempt commits a checkpoint; and if a newer one is there, we are the old one."""
+
+        def fence() -> None:
+            state.make_dir(self.checkpoints)
+            store.fence(self.checkpoints, self.incarnation, number)
+
+        try:
+            self._insist(fence)
+        except store.Fenced as error:
+            log.error("fenced error=%r", str(error))
+            os._exit(runs.DRIVER_FENCED)
+
+    def _insist(self, work: Callable[[], T]) -> T:
+        """Storage that is full or gone is waited for, not the end of a run."""
+        pause = 1.0
+        while True:
+            self._check_fence()
+            try:
+                return work()
+            except store.Fenced:
+                raise
+            except StateError as error:
+                log.error("waiting for the storage error=%r", str(error))
+            time.sleep(pause)
+            pause = min(30.0, 2 * pause)
+
+    def _check_fence(self) -> None:
+        """End at once when a newer head was elected: its driver writes now."""
+        if self.roster.fenced():
+            log.error("a newer head was elected: this driver ends, writing nothing more")
+            os._exit(runs.DRIVER_FENCED)
+
+    def _tell_drained(self, table: dict[str, policy.Node], on: frozenset[str]) -> None:
+        """Tell the head which draining nodes no attempt uses (any more), once each."""
+        draining = {name for name, node in table.items() if node.state == "draining"}
+        for name in sorted(draining - on - self.left):
+            self._request("drained", node=name)
+        self.left = draining - on
+
+    def _request(self, kind: str, **values: Any) -> None:
+        self._insist(lambda: layout.request(self.cluster_dir, kind, **values))
 
     def _pin_global_batch(self, workers: int) -> None:
         """The global batch is a constant of the run: fix it at the first attempt, in the resolved config."""
         steps = self.config.step_scheduler
-        if steps.global_batch_size is None:
-            size = steps.local_batch_size * (steps.grad_acc_steps or 1) * workers
-            self.config = runs.with_global_batch(self.config, size)
-            state.write_text(self.run_dir / layout.CONFIG_FILE, configfile.dump(self.config))
+        if steps.global_batch_size is None and self.config.trainer.script is None:
+            size = steps.local_batch_size * (steps.grad_acc_steps or 1) * workers // self.together
+            config = runs.with_global_batch(self.config, size)
+            self._insist(lambda: state.write_text(self.run_dir / layout.CONFIG_FILE, configfile.dump(config)))
+            self.config = config
             self._event("global_batch_size", samples=size, workers=workers)
 
     def _pause(self, seconds: float) -> None:
         """Wait, unless the run is asked to stop."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and runs.stop_reason(self.run_dir) is None:
+            self._check_fence()
             time.sleep(0.2)
 
     def _decided(self, what: str, decision: policy.Decision, **fields: Any) -> None:
@@ -209,47 +371,13 @@ class Driver:
 
     def _event(self, kind: str, **fields: Any) -> None:
         log.info("%s %s", kind, " ".join(f"{k}={v!r}" for k, v in fields.items()))
-        state.append_event(self.run_dir, kind, attempt=self.run.attempt, **fields)
+        try:
+            state.append_event(self.run_dir, kind, attempt=self.run.attempt, **fields)
+        except StateError as error:  # the line stands in our log
+            log.error("the event could not be written error=%r", str(error))
 
     def _save(self, **changes: Any) -> None:
-        self.run = self.run.save(self.run_dir, **changes)
-
-
-def alive_nodes() -> list[dict[str, Any]]:
-    """The nodes that Ray holds for alive."""
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node for node in nodes if node["Alive"]]
-
-
-def classify(error: Exception) -> Ending:
-    """Whether an attempt ended by a fault of the machines or by an error of the code.
-
-    A lost actor or node anywhere makes it a fault: what the others then say is only the cascade.
-    Otherwise the first error (lowest rank) that is not about a connection is the cause.
-    """
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    if not failures:
-        return Ending("fault", fingerprint=type(error).__name__, text=_last_line(error))
-    for rank, failure in sorted(failures.items()):
-        inner = getattr(failure, "health_check_failure", failure)
-        if isinstance(inner, RayActorError):
-            return Ending(
-                "fault", fingerprint=f"lost rank {rank}", text=f"lost rank {rank}: {_last_line(inner)}", rank=rank
-            )
-    for rank, failure in sorted(failures.items()):
-        text = _last_line(failure)
-        if _HARDWARE.search(str(failure)):
-            return Ending("fault", fingerprint=f"hardware of rank {rank}", text=f"rank {rank}: {text}", rank=rank)
-        if not _COMMUNICATION.search(str(failure)):
-            print_ = re.sub(r"0x[0-9a-f]+|\d+", "#", f"{type(failure).__name__}: {text}")
-            return Ending("error", fingerprint=print_, text=f"rank {rank}: {type(failure).__name__}: {text}", rank=rank)
-    rank, failure = min(failures.items())
-    return Ending("fault", fingerprint="communication", text=f"rank {rank}: {_last_line(failure)}", rank=rank)
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:500] if lines else type(error).__name__
+        self.run = self._insist(lambda: self.run.save(self.run_dir, **changes))
 
 
 def main() -> int:
@@ -258,8 +386,13 @@ def main() -> int:
     cluster_dir, run_dir = Path(sys.argv[1]), Path(sys.argv[2])
     cluster, run = Cluster.read(cluster_dir), Run.read(run_dir)
     assert cluster is not None and run is not None
-    driver = Driver(cluster_dir, run_dir, cluster, configfile.load_resolved(run_dir / layout.CONFIG_FILE), run)
-    return 0 if driver.drive() == "finished" else 1
+    incarnation = int(os.environ.get("RAYLAUNCH_INCARNATION") or cluster.incarnation)
+    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
+    driver = Driver(cluster_dir, run_dir, cluster, config, run, incarnation)
+    helpers = [process for process in (follow.start(config, run_dir), alerts.start(config, run_dir)) if process]
+    ended = driver.drive()
+    beside.end(*helpers)
+    return 0 if ended in {"finished", "paused"} else 1
 
 
 if __name__ == "__main__":

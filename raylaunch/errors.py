@@ -51,5 +51,14 @@ class RunError(RaylaunchError):
     """A run cannot start or go on."""
 
 
+class DataError(RaylaunchError):
+    """Input cannot be read or a prepared dataset cannot be used; the message names file and place."""
+
+
 class SandboxError(RaylaunchError):
     """The sandbox cannot be made or used."""
+
+
+def first_line(error: BaseException) -> str:
+    """What somebody else's exception says, for a message of ours: its first line, or its name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,10 @@
 """The head's duties, beside its own node's: the table of nodes, the requests, the runs, the end.
 
 The head's agent publishes where it is (head.json), admits the other agents (`link`), writes what it
-knows of them (members.json), takes requests from the cluster directory, and runs one driver at a
-time, run after run. All file work is done off the event loop: shared storage that stalls must not
-look like a dead head. How a run goes on after a fault is the driver's business, not ours.
+knows of them (members.json) and what its successor must know (duties.json), takes requests from the
+cluster directory, and runs one driver at a time, run after run. All file work is done off the event
+loop: shared storage that stalls must not look like a dead head. A head that finds a newer incarnation
+resigns at once. How a run goes on after a fault is the driver's business, not ours.
 """
 
 from __future__ import annotations
@@ -12,75 +13,144 @@ import asyncio
 import contextlib
 import functools
 import logging
-import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raylaunch import layout, runs, state
+from raylaunch import allocation, backends, layout, nodepolicy, runs, state, submits
+from raylaunch.config import Config
+from raylaunch.drivers import Drivers
 from raylaunch.errors import RaylaunchError
+from raylaunch.hosts import Ports
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Member, Members
+from raylaunch.load.collect import Collector
+from raylaunch.memory import Memory
+from raylaunch.metrics import serve as metrics
+from raylaunch.nodeloop import NodeLoop, Turn
 from raylaunch.runs import Run
 
 log = logging.getLogger("raylaunch.head")
 T = TypeVar("T")
 
 REQUEST_EVERY = 0.3
+FENCE_EVERY = 0.5
 ABOARD_LIMIT, LATE_LIMIT = 300.0, 5.0
 """Seconds that a submitted run waits for the minimum of nodes, and then for the rest."""
-DRIVER_TRIES = 3
+LOOP_LEAST = 1.0
+BLAME_AFTER = 2.0
+END_MOVES = 30.0
+"""Seconds by which the end of the job's time must have moved to be told anew: squeue is no clock."""
+FOLLOW_LIMIT = 20.0
+"""Seconds within which the nodes come to a new head."""
 _TROUBLE = (RaylaunchError, OSError, ValueError, KeyError, TypeError, AttributeError)
 """What one bad file or a full disk raises: logged, and the next one tried."""
 SAVE_LIMIT = 60.0
 """Seconds that a run gets to save when the cluster is to end, unless the request says otherwise."""
-ENDING_LIMIT = 10.0
+ENDING_LIMIT, TELL_LIMIT = 10.0, 8.0
+JOB_ENDS = "its job was told to end"
+TERM_LIMIT = 20.0
+"""Seconds after SIGTERM in which the run may leave the head's own node."""
 
 
 class HeadDuties:
-    """What the head's agent does for the whole cluster."""
+    """What the head's agent does for the whole cluster. `stop` ends this node and with it the cluster,
+    `resign` ends this node as head only. `nodes`: how many the base job got."""
 
     def __init__(
         self,
         directory: Path,
         cluster: Cluster,
+        config: Config,
         head: Head,
-        token: str,
+        members: Members,
         env: Mapping[str, str],
-        notice: float,
         stop: Callable[[str], None],
+        resign: Callable[[str], None],
+        nodes: int,
     ) -> None:
-        self.directory, self.cluster, self.head, self._env, self._stop = directory, cluster, head, env, stop
-        self.members = Members(token, cluster.incarnation, self._member_changed)
+        self.directory, self.cluster, self.config, self.head = directory, cluster, config, head
+        self.members, self._stop, self._resign = members, stop, resign
         self.exit_code = 0
-        self._notice = notice
+        self._env = env
+        self._notice = float(config.slurm.signal.partition("@")[2])
         self._ready = asyncio.Event()  # Ray runs on the head: a driver can connect
         self.enough = asyncio.Event()
         """The minimum of nodes is ready: what is not needed for that may start now."""
-        self._queue: deque[str] = deque([cluster.run] if cluster.run else [])
+        self._memory = Memory.read(directory, cluster)
+        self._memory.wanted = self._memory.wanted or nodes
         self._queued = asyncio.Event()
-        self._table_changed = asyncio.Event()
+        self._table_changed, self._nodes_changed = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._driver: asyncio.subprocess.Process | None = None
-        self._running: str | None = None
-        self._ending = self._closed = False
+        to_ray = {"RAY_ADDRESS": head.gcs, "RAYLAUNCH_INCARNATION": str(head.incarnation)}
+        self._drivers = Drivers(
+            directory, {**env, **to_ray}, lambda: self._ending, self._is_fenced, self._off_loop, self._event
+        )
+        self._collector = Collector(directory, cluster.canary, self._off_loop, self._event, self._alive)
+        self._ending = self._closed = self._noticed = False
+        self._elected = False
+        self._goes_on = ""
+        """Why the cluster goes on in another allocation, once this one has ended; "": it does not."""
+        self._onward = allocation.Onward.REQUEUE
+        self._draining: dict[str, str] = {}
         self._unclean: dict[str, Any] = {}
         self._lost: list[str] = []
+        self._ends: float | None = None
+        """When the base job's time is up (Unix)."""
         self._files = ThreadPoolExecutor(1, "files")  # one thread: what is written first is there first
-        if self._queue:
-            self._queued.set()
 
-    async def open(self) -> None:
-        """Begin: listen for agents, publish head.json, take requests."""
-        await self.members.serve(self.head.address, self.head.control_port)
+    async def open(self, why: str) -> None:
+        """Begin: admit agents, publish head.json, take requests. `why`: of an election."""
+        await self._off_loop(self._remember_life)
+        self._elected = bool(why)
+        if why:
+            self._inherit(await self._off_loop(state.read_json, self.directory / layout.MEMBERS_FILE))
+        self.members.lead(self.head.incarnation, self._member_changed, self._collector.take)
         await self._off_loop(self.head.write, self.directory / layout.HEAD_FILE)
+        if why:
+            self._event("election", incarnation=self.head.incarnation, node=self.head.node, why=why)
         self._event("head", node=self.head.node, address=self.head.address, incarnation=self.head.incarnation)
-        for duty in (self._write_table(), self._take_requests(), self._run_queue()):
+        if self._memory.queue:
+            self._queued.set()
+        for duty in (
+            self._write_table(), self._take_requests(), self._watch_for_newer(), self._run_queue(), self._keep_nodes(),
+            self._collector.run(), self._serve_metrics(),
+        ):  # fmt: skip
             self._spawn(duty)
+
+    async def _serve_metrics(self) -> None:
+        await self.enough.wait()
+        await metrics.keep(self.directory, self.head.address, Ports(self.head.control_port - 1).metrics, self._env)
+
+    def _remember_life(self) -> None:
+        """What the head before this one left, and whether this is another allocation."""
+        memory = self._memory
+        if memory.running:  # its driver died with its head
+            memory.queue.insert(0, memory.running)
+            memory.running = ""
+        if memory.life and memory.life != self.head.life:
+            memory.continued += 1
+        memory.life = self.head.life
+        memory.write(self.directory)
+
+    def _inherit(self, table: dict[str, Any] | None) -> None:
+        """The nodes that the head before this one knew: lost, until they come by themselves."""
+        for row in (table or {}).get("nodes", []):
+            known = {k: v for k, v in row.items() if k not in {"name", "role", "since"}}
+            if row["state"] not in {"ended", "failed"}:
+                known["state"] = "starting"  # its own state matters once it is connected
+            self.members.table[row["name"]] = Member(row["name"], known, alive=False, since=time.time())
+        self._spawn(self._miss())
+
+    async def _miss(self) -> None:
+        """Whoever did not follow to this head is lost."""
+        await asyncio.sleep(FOLLOW_LIMIT)
+        for member in list(self.members.table.values()):
+            if self._state_of(member) == "lost":
+                self._event("node_lost", node=member.node, reason="it did not follow to the new head")
+                await self._blame(member.node, "it did not follow to the new head", after=0.0)
 
     async def _off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
         """File work in its own thread; in order."""
@@ -105,7 +175,9 @@ class HeadDuties:
             return  # our own node's farewell, after the last word
         log.info("member node=%s alive=%s state=%s what=%r", member.node, member.alive, member.info.get("state"), what)
         self._table_changed.set()
+        self._nodes_changed.set()
         if what == "joined":
+            self._draining.pop(member.node, None)  # it came back anew
             self._event("node_joined", node=member.node, address=member.info.get("address"))
             if self._ready.is_set():
                 self.members.order("join", only=member)
@@ -118,6 +190,10 @@ class HeadDuties:
             self._event(f"node_{member.info['state']}", node=member.node, error=member.info.get("error"))
         elif not self._ending and member.info.get("state") not in {"ended", "failed"}:
             self._event("node_lost", node=member.node, reason=what)
+            self._spawn(self._blame(member.node, what))
+
+    def _alive(self) -> list[str]:
+        return [m.node for m in self.members.table.values() if m.alive]
 
     def table(self) -> list[dict[str, Any]]:
         """The nodes as members.json has them."""
@@ -126,11 +202,67 @@ class HeadDuties:
                 "name": m.node,
                 "role": "head" if m.node == self.head.node else "worker",
                 **m.info,
-                "state": m.info["state"] if m.alive or m.info["state"] in {"ended", "failed"} else "lost",
+                "state": self._state_of(m),
                 "since": m.since,
             }
             for m in self.members.table.values()
         ]
+
+    def _state_of(self, member: Member) -> str:
+        now = str(member.info["state"])
+        if now in {"ended", "failed"}:
+            return now
+        if not member.alive:
+            return "lost"
+        return "draining" if member.node in self._draining else now
+
+    async def _blame(self, node: str, reason: str, after: float = BLAME_AFTER) -> None:
+        """A strike for a lost node; none when most are lost at once, for then this node's network is at fault."""
+        await asyncio.sleep(after)
+        lost = sum(self._state_of(m) == "lost" for m in self.members.table.values())
+        if 2 * lost <= len(self.members.table) and not await self._off_loop(self._is_fenced):
+            self._strike(node, reason)
+
+    def _strike(self, node: str, reason: str) -> None:
+        """A node was lost, or is broken: remembered over elections."""
+        memory = self._memory
+        count = memory.strikes[node] = memory.strikes.get(node, 0) + 1
+        memory.excluded = sorted(nodepolicy.excluded(memory.strikes, self.config.elastic))
+        self._event("strike", node=node, count=count, reason=reason)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Write down what the next head must know."""
+        self._files.submit(self._write_memory)
+
+    def _write_memory(self) -> None:
+        try:
+            if not self._is_fenced():
+                self._memory.write(self.directory)
+        except _TROUBLE as error:
+            log.error("what the next head must know could not be written error=%r", str(error))
+
+    def drain(self, node: str, reason: str) -> None:
+        """Have the run leave this node at its next step, then end its agent."""
+        member = self.members.table.get(node)
+        if node in self._draining or member is None or not member.alive:
+            return
+        self._draining[node] = reason
+        self._event("node_draining", node=node, reason=reason)
+        self._table_changed.set()
+        if not self._memory.running:
+            self._drained(node)
+
+    def _drained(self, node: str) -> None:
+        """No attempt uses the node any more: its agent may go. The head's own end would be the cluster's: it
+        resigns, comes back as a member, and its successor drains it."""
+        member = self.members.table.get(node)
+        if node not in self._draining or member is None:
+            return
+        if node == self.head.node:
+            self._resign(f"this node is drained: {self._draining[node]}")
+        else:
+            self.members.order("end", only=member)
 
     async def _write_table(self) -> None:
         while True:
@@ -144,7 +276,101 @@ class HeadDuties:
                 self._table_changed.set()
 
     def _save_table(self, rows: list[dict[str, Any]]) -> None:
-        state.write_json(self.directory / layout.MEMBERS_FILE, {"canary": self.cluster.canary, "nodes": rows})
+        if self._is_fenced():
+            return
+        table = {"canary": self.cluster.canary, "incarnation": self.head.incarnation, "wanted": self._memory.wanted}
+        state.write_json(self.directory / layout.MEMBERS_FILE, {**table, "ends": self._ends, "nodes": rows})
+
+    # -- the end of this head's reign -------------------------------------------------------------
+
+    def _is_fenced(self) -> bool:
+        return any(number > self.head.incarnation for number in layout.claims(self.directory))
+
+    async def _watch_for_newer(self) -> None:
+        """A head that was thought dead (frozen, cut off) finds that others went on, and makes way."""
+        while True:
+            with contextlib.suppress(*_TROUBLE):
+                if await self._off_loop(self._is_fenced):
+                    self._event("fenced", node=self.head.node, incarnation=self.head.incarnation)
+                    self._resign("a newer incarnation has begun")
+                    return
+            await asyncio.sleep(FENCE_EVERY)
+
+    async def abandon(self) -> None:
+        """Stop being the head, at once and without orders to anybody: they follow, or have, another."""
+        self._closed = self._ending = True
+        for task in list(self._tasks):
+            task.cancel()
+        self._drivers.kill()
+        await self._off_loop(lambda: None)  # what was to be written is
+        self._files.shutdown()
+
+    # -- the node loop ------------------------------------------------------------------------------
+
+    async def _keep_nodes(self) -> None:
+        """Turn the node loop: lost nodes are replaced, what Slurm drains is left, and so on."""
+        loop = NodeLoop(self.directory, self.config, backends.of(self.cluster.backend))
+        await self._ready.wait()
+        if not self._elected:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.enough.wait(), ABOARD_LIMIT)
+        try:
+            config, cluster = self.config, self.cluster
+            why = await asyncio.to_thread(
+                submits.may_submit, backends.of(cluster.backend), self.directory, cluster, config
+            )
+            for event in loop.cannot_submit(cluster, why) if why else ():
+                self._event(**event)
+        except _TROUBLE as error:
+            log.warning("whether jobs can be submitted is not known error=%r", str(error))
+        while True:
+            self._nodes_changed.clear()
+            pause = 5.0
+            try:
+                memory = self._memory
+                turn = await asyncio.to_thread(
+                    loop.turn, self.table(), memory.wanted, dict(memory.strikes), set(self._draining), memory.scaled,
+                    memory.continued,
+                )  # fmt: skip
+                self._carry_out(turn)
+                pause = turn.pause
+            except _TROUBLE as error:
+                log.error("the node loop failed error=%r", str(error), exc_info=error)
+            await asyncio.sleep(LOOP_LEAST)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nodes_changed.wait(), pause)
+
+    def _carry_out(self, turn: Turn) -> None:
+        """What the node loop leaves to the head."""
+        if self._ending:
+            return
+        for event in turn.events:
+            self._event(**event)
+        for node, reason in turn.strikes:
+            self._strike(node, reason)
+        for node, reason in [*turn.drain, *((node, "more nodes than wanted") for node in turn.release_nodes)]:
+            self.drain(node, reason)
+        left = turn.time_left.get(self.head.job)
+        ends = time.time() + left if left is not None else None
+        if ends is not None and abs(ends - (self._ends or 0.0)) > END_MOVES:
+            self._ends = ends
+            self._table_changed.set()
+        for job, left in turn.time_left.items():
+            if left is not None and left <= self._notice:  # the batch script may be gone, or late
+                if job == self.head.job:
+                    self.notice()
+                else:
+                    self._drain_job(job, "its job's time is up")
+        if turn.give_up is not None:
+            self.exit_code = 1
+            self.begin_end(turn.give_up)
+
+    def _drain_job(self, job: str, reason: str) -> None:
+        if job == self._own("job") and not self._others_lead_on():
+            return self.begin_end(reason, goes_on=True)  # with this joiner, the last node goes
+        for member in list(self.members.table.values()):
+            if member.info.get("job") == job:
+                self.drain(member.node, reason)
 
     # -- requests ----------------------------------------------------------------------------
 
@@ -162,12 +388,28 @@ class HeadDuties:
         log.info("request %s", dict(wanted))
         match wanted.get("kind"):
             case "run":
-                self._queue.append(str(wanted["run"]))
+                self._memory.queue.append(str(wanted["run"]))
+                self._remember()
                 self._queued.set()
             case "down":
                 self.begin_end("down", float(wanted.get("save_limit", SAVE_LIMIT)))
             case "walltime":
-                self.out_of_time()
+                if wanted.get("life", self.head.life) == self.head.life:  # else it came too late for the last one
+                    self.notice()
+            case "scale":
+                self._memory.wanted, self._memory.scaled = int(wanted["nodes"]), True
+                self._event("scaled", nodes=self._memory.wanted)
+                self._remember()
+                self._table_changed.set()
+                self._nodes_changed.set()
+            case "strike":
+                self._strike(str(wanted["node"]), str(wanted["reason"]))
+            case "notice":
+                self._drain_job(str(wanted["job"]), JOB_ENDS)
+            case "drain":
+                self.drain(str(wanted["node"]), str(wanted["reason"]))
+            case "drained":
+                self._drained(str(wanted["node"]))
             case kind:
                 log.warning("unknown request kind=%r", kind)
 
@@ -180,16 +422,24 @@ class HeadDuties:
             await self._all_aboard()
         while True:
             await self._queued.wait()
-            if not self._queue:
+            if not self._memory.queue:
                 self._queued.clear()
                 continue
-            name = self._queue.popleft()
+            name = self._memory.running = self._memory.queue.pop(0)
+            self._remember()
             try:
-                outcome = await self._run(name)
+                outcome = await self._drivers.drive(name)
             except _TROUBLE as error:  # of this run; the cluster lives on
                 outcome = "failed"
                 log.error("run failed run=%s", name, exc_info=error)
-            if self.cluster.run is not None:
+            self._memory.running = ""
+            if outcome == "queued":  # it goes on in another allocation
+                self._memory.queue.insert(0, name)
+                self._queued.clear()
+            self._remember()
+            for node in self._draining:
+                self._drained(node)
+            if self.cluster.run is not None and outcome != "queued":
                 self.exit_code = 0 if outcome == "finished" else 1
                 self.begin_end(f"run {name} {outcome}")
 
@@ -204,70 +454,132 @@ class HeadDuties:
     def _ready_nodes(self) -> int:
         return sum(m.alive and m.info["state"] == "ready" for m in self.members.table.values())
 
-    async def _run(self, name: str) -> str:
-        """Run a driver until it ends; the run's last state."""
-        directory = runs.directory(self.directory, name)
-        record = await self._off_loop(Run.read, directory)
-        if record is None:
-            return "failed"  # it was moved away while it waited
-        self._event("run_started", run=name)
-        for _ in range(DRIVER_TRIES):
-            status = await self._drive(directory)
-            now = await self._off_loop(Run.read, directory)
-            if status >= 0 or self._ending or now is None or now.id != record.id or now.state in runs.FINAL:
-                break
-            self._event("driver_lost", run=name, status=status)
-        outcome = await self._off_loop(runs.settle, directory, status, record.id)
-        self._event("run_ended", run=name, state=outcome, status=status)
-        return outcome
+    # -- the end of this allocation --------------------------------------------------------------
 
-    async def _drive(self, run: Path) -> int:
-        """One driver, from its start to its end; the exit status."""
-        with (run / layout.LOGS / "driver.log").open("ab") as out:
-            self._driver = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "raylaunch.driver", str(self.directory), str(run),
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**self._env, "RAY_ADDRESS": self.head.gcs},
-            )  # fmt: skip
-        self._running = run.name
-        status = await self._driver.wait()
-        self._running = None
-        return status
+    def notice(self) -> None:
+        """Slurm says that this allocation ends: its time limit is near, or it is preempted."""
+        if not self._noticed and not self._ending:
+            self._noticed = True
+            self._spawn(self._act_on_notice())
 
-    def out_of_time(self) -> None:
-        """Slurm's notice before the time limit: the run may use most of what is left to save."""
-        self.begin_end("walltime", max(5.0, self._notice - ENDING_LIMIT))
+    async def _act_on_notice(self) -> None:
+        """Train on while there is time, save, and go on in another allocation if the run is not done."""
+        job = await asyncio.to_thread(allocation.look, self.head.job)
+        left = job.seconds_left if job is not None and job.seconds_left is not None else self._notice
+        early = left > self._notice + allocation.SIGNAL_EARLY
+        why = "preempted" if job is not None and (early or job.preempted) else "walltime"
+        self._event("notice", why=why, seconds_left=left)
+        budget = 0.0
+        if why == "walltime":
+            saving = await self._off_loop(self._longest_save)
+            budget = allocation.budget(saving)
+            await asyncio.sleep(max(0.0, left - budget))
+        self.begin_end(why, max(5.0, min(left, budget or self._notice) - ENDING_LIMIT), goes_on=True)
+
+    def _longest_save(self) -> float:
+        """Seconds of the slowest save of the present run so far."""
+        if not self._memory.running:
+            return 0.0
+        rows = state.read_lines(runs.directory(self.directory, self._memory.running) / state.EVENTS_FILE)
+        return max((float(row.get("seconds", 0)) for row in rows if row["kind"] == "commit"), default=0.0)
+
+    def terminated(self) -> bool:
+        """SIGTERM came; whether the head sees to the end itself: it asks Slurm why, which decides what follows."""
+        if self.cluster.backend != "slurm" or self._ending:
+            return False
+        self._spawn(self._act_on_signal())
+        return True
+
+    async def _act_on_signal(self) -> None:
+        """The job of the head's node ends: the base job, or the joiner that the head came with. Still running: the
+        grace before a preemption, so save. Else the end is now, and what was not asked for by a person goes on."""
+        own = str(self._own("job") or self.head.job)
+        is_base, others = own == self.head.job, self._others_lead_on()
+        if not is_base and others:  # the run leaves this node first, then another one leads
+            self.drain(self.head.node, JOB_ENDS)
+            await asyncio.sleep(TERM_LIMIT)
+            if not self._ending:
+                self._resign(JOB_ENDS)
+            return
+        job = await asyncio.to_thread(allocation.look, own)
+        if job is not None and job.state == "RUNNING":
+            return self.notice() if is_base else self.begin_end(JOB_ENDS, goes_on=True)
+        why = job.taken if job is not None else ""
+        why = why or await asyncio.to_thread(allocation.why_ended, self.directory, own)
+        if why and not is_base:
+            why = f"the last joiner: {why}"
+        comes_back = bool(why) and await asyncio.to_thread(allocation.is_requeued_by_slurm, own, why)
+        if why and not comes_back and others:
+            self._event("base_lost", job=own, why=why)
+            self._resign(f"the base job ends ({why}), and the joiners go on")
+        else:
+            self._end_now(why, allocation.Onward.ITSELF if comes_back else allocation.Onward.SUCCESSOR)
+
+    def _others_lead_on(self) -> bool:
+        """Whether nodes of other jobs than this node's are there to go on."""
+        own = self._own("job")
+        return any(
+            m.alive and m.info["state"] == "ready" and m.info.get("job") != own for m in self.members.table.values()
+        )
+
+    def _own(self, key: str) -> Any:
+        """What the agent of the head's own node says of it."""
+        member = self.members.table.get(self.head.node)
+        return member.info.get(key) if member is not None else None
+
+    def _end_now(self, why: str, onward: allocation.Onward) -> None:
+        """End without saving, there is no time; what Slurm took (`why`) goes on elsewhere."""
+        if why and (self._goes_on or (not self._ending and self._may_go_on())):
+            self._goes_on, self._onward = why, onward  # also when the end had begun: how it goes on is known now
+        if not self._ending:
+            self._ending = True
+            self._event("ending", reason=f"signal SIGTERM{f' ({why})' if why else ''}", goes_on=bool(self._goes_on))
+        self._stop("signal SIGTERM")
+
+    def _may_go_on(self) -> bool:
+        """Whether there is something to go on with, and the limit of requeues is not reached."""
+        unfinished = bool(self._memory.running or self._memory.queue)
+        limit = self.config.elastic.max_requeues
+        if unfinished and self._memory.continued >= limit:
+            self._event("requeues_used_up", count=self._memory.continued, setting=f"elastic.max_requeues={limit}")
+        return unfinished and self.cluster.backend == "slurm" and self._memory.continued < limit
 
     # -- the end -----------------------------------------------------------------------------
 
-    def begin_end(self, reason: str, save_limit: float = SAVE_LIMIT) -> None:
-        """End the cluster: save the run (bounded), then all agents, then this one."""
+    def begin_end(self, reason: str, save_limit: float = SAVE_LIMIT, goes_on: bool = False) -> None:
+        """End the cluster: save the run (bounded), then all agents, then this one. With `goes_on` it is
+        the end of this allocation only."""
         if not self._ending:
             self._ending = True
-            self._event("ending", reason=reason)
+            if goes_on and self._may_go_on():
+                self._goes_on = reason
+            self._event("ending", reason=reason, goes_on=bool(self._goes_on))
             self._spawn(self._end(reason, save_limit))
 
     async def _end(self, reason: str, save_limit: float) -> None:
-        self._queue.clear()
-        if self._running is not None:
-            run, driver = runs.directory(self.directory, self._running), self._driver
-            assert driver is not None
-            await self._off_loop(runs.request_stop, run, reason)
+        if not self._goes_on:
+            self._memory.queue.clear()
+        running = self._memory.running
+        if running:
+            run = runs.directory(self.directory, running)
+            await self._off_loop(functools.partial(runs.request_stop, run, reason, bool(self._goes_on)))
             try:
-                await asyncio.wait_for(driver.wait(), save_limit)
+                await asyncio.wait_for(self._drivers.ended(), save_limit)
             except TimeoutError:
-                self._event("save_timed_out", run=self._running, seconds=save_limit)
+                self._event("save_timed_out", run=running, seconds=save_limit)
+            record = await self._off_loop(Run.read, run)
+            if record is not None and record.state in runs.FINAL and not self._memory.queue:
+                self._goes_on = ""  # it came to its end while it was asked to stop
         self._stop(reason)
 
-    async def close(self) -> None:
+    async def close(self, reason: str) -> None:
         """Send the other agents home and wait for their word, bounded."""
         self._ending = True
         for task in list(self._tasks):
             task.cancel()
-        if self._driver is not None and self._driver.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._driver.kill()  # before the nodes: it would take their end for a fault
-            await self._driver.wait()
+        self._drivers.kill()  # before the nodes: it would take their end for a fault
+        await self._drivers.ended()
+        told = asyncio.create_task(self._tell_end(reason))
         everyone = [m for m in self.members.table.values() if m.node != self.head.node]
         others = [m for m in everyone if m.alive]  # of a node lost before, nothing is ours to end any more
         self._lost = [m.node for m in everyone if not m.alive and m.info["state"] not in {"ended", "failed"}]
@@ -275,20 +587,46 @@ class HeadDuties:
         deadline = time.monotonic() + ENDING_LIMIT
         while any(m.alive for m in others) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
+        await told
         self._unclean = {m.node: m.info.get("left", -1) for m in others if m.info.get("left") != 0}
         await self._off_loop(self._save_table, self.table())
         self.members.close()
 
+    async def _tell_end(self, reason: str) -> None:
+        """Have the end of a run told whose driver could not any more."""
+        name = self._memory.running
+        with contextlib.suppress(*_TROUBLE):
+            record = await self._off_loop(Run.read, runs.directory(self.directory, name)) if name else None
+            if record is not None and record.state in {"running", "holding"} and not self._goes_on:
+                await self._drivers.tell(name, TELL_LIMIT, f"its cluster ended ({reason})")
+
     def write_end(self, reason: str, left_here: int) -> None:
-        """The last word: ended.json and the job's exit code. Nodes that did not report count as unclean."""
+        """The last word: ended.json and the job's exit code; or the job starts anew. Nodes that did not
+        report count as unclean."""
         self._closed = True
         self._files.shutdown()
+        base = self.head.job
+        if self._goes_on:
+            self._memory.write(self.directory)
+            for kind, fields in allocation.go_on(self.directory, base, self._goes_on, self._onward):
+                state.append_event(self.directory, kind, **fields)
+            return
         if self.cluster.run is not None and self.exit_code == 0:
             run = Run.read(runs.directory(self.directory, self.cluster.run))
             self.exit_code = 0 if run is not None and run.state == "finished" else 1
         unclean = dict(self._unclean) | ({self.head.node: left_here} if left_here else {})
         layout.write_end(self.directory, self.cluster.canary, reason, unclean, self._lost, self.exit_code)
         state.append_event(self.directory, "ended", reason=reason, unclean=unclean, lost=self._lost)
+        if self.cluster.backend == "slurm":
+            now = Cluster.read(self.directory) or self.cluster
+            over = [job for job in now.jobs if job != base]  # joiners that wait
+            allocation.give_back(over if self._batch_host_lives() else [*over, base])  # no script ends that one
+
+    def _batch_host_lives(self) -> bool:
+        return any(
+            m.info.get("index") == 0 and not m.info.get("joiner") and m.node not in self._lost
+            for m in self.members.table.values()
+        )
 
     def _event(self, kind: str, **fields: Any) -> None:
         """One line of the cluster's events, written off the loop."""

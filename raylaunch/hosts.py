@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import random
 import shutil
 import socket
 import struct
@@ -18,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from raylaunch import locks
 from raylaunch.errors import BringUpError, StateError
 
 PORT_BLOCK = 512
@@ -26,6 +28,7 @@ FIRST_WORKER_PORT = 32
 _AF_UNIX_LIMIT = 107
 # What Ray adds to the temp directory for its longest socket path, with a seven-digit pid:
 _LONGEST_SOCKET = "/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
+_HELD = ".held"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,16 @@ class Ports:
         return self.base + 10
 
     @property
+    def metrics(self) -> int:
+        """Ours, for Prometheus."""
+        return self.base + 11
+
+    @property
+    def spare(self) -> range:
+        """Ports that Ray does not get: the driver listens there for its workers."""
+        return range(self.base + 12, self.base + FIRST_WORKER_PORT)
+
+    @property
     def workers(self) -> tuple[int, int]:
         """First and last port for Ray's worker processes."""
         return self.base + FIRST_WORKER_PORT, self.base + PORT_BLOCK - 1
@@ -105,17 +118,17 @@ def _bindable(port: int) -> bool:
         return True
 
 
-def lease_ports(key: str, skip: int = 0) -> PortLease:
-    """Lease a free block of ports on this machine.
+def lease_ports(last: Ports | None = None) -> PortLease:
+    """Lease a free block of ports on this machine; any but the `last` one. Every port of it is tried by binding.
 
-    Blocks are tried in an order that starts at a place given by `key` (uid, cluster, node), so that
-    a restart tends to get the same block and two clusters tend not to meet. Every port of a block
-    is tried by binding. `skip` candidates are passed over: those that Ray could not use.
+    Which one is left to chance, so that Ray starts on other ports than the Ray that died here before. The GCS's
+    gRPC channel to a port that refused it waits up to two minutes before it tries again, and a raylet that comes
+    back on such a port is marked dead by a health check that never reached it.
     """
-    count = (PORTS_TO - PORTS_FROM) // PORT_BLOCK
-    first = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % count
-    for step in range(skip, count):
-        base = PORTS_FROM + (first + step) % count * PORT_BLOCK
+    blocks = range(PORTS_FROM, PORTS_TO, PORT_BLOCK)
+    for base in random.sample(blocks, len(blocks)):
+        if last is not None and base == last.base:
+            continue
         lock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         try:
             lock.bind(("127.0.0.1", base))
@@ -132,15 +145,15 @@ def lease_ports(key: str, skip: int = 0) -> PortLease:
     )
 
 
-def temp_dir(base: str, cluster_key: str, node_index: int | None = None) -> Path:
-    """Where Ray's sockets and session go on this node: one per uid and cluster (and local node).
+def temp_dir(base: str, cluster_key: str, suffix: str | None = None) -> Path:
+    """Where Ray's sockets and session go on this node: one per uid and cluster; with a suffix for each local node
+    and for each joiner job.
 
     `cluster_key` is the cluster directory's path: two state directories may hold the same name.
     Raises BringUpError when the path would be too long for a Unix socket.
     """
     digest = hashlib.sha256(cluster_key.encode()).hexdigest()[:8]
-    suffix = "" if node_index is None else f"-{node_index}"
-    path = Path(base) / f"rl-{os.getuid()}-{digest}{suffix}"
+    path = Path(base) / f"rl-{os.getuid()}-{digest}{f'-{suffix}' if suffix else ''}"
     length = len(os.fsencode(str(path) + _LONGEST_SOCKET))
     if length > _AF_UNIX_LIMIT:
         raise BringUpError(
@@ -149,6 +162,52 @@ def temp_dir(base: str, cluster_key: str, node_index: int | None = None) -> Path
             "Set cluster.temp_dir to a shorter node-local path, such as /tmp.",
         )
     return path
+
+
+class TempDir:
+    """A temp directory while an agent has it: held by a lock in it, so that whoever comes later can tell what a
+    killed agent has left behind from what is in use."""
+
+    def __init__(self, base: str, cluster_key: str, suffix: str | None) -> None:
+        self.path = temp_dir(base, cluster_key, suffix)
+        self._siblings = f"{temp_dir(base, cluster_key).name}-*"
+        self._held: int | None = None
+
+    def claim(self) -> None:
+        """Have it, afresh (see `claim_temp_dir`); remove what dead agents of this cluster left beside it."""
+        claim_temp_dir(self.path)
+        self._release()
+        self._held = locks.take(self.path / _HELD)
+        for sibling in self.path.parent.glob(self._siblings):
+            if sibling != self.path and _is_abandoned(sibling):
+                shutil.rmtree(sibling, ignore_errors=True)
+
+    def is_whole(self) -> bool:
+        """Whether what Ray has in it is still there. (Not by `session_latest`: every driver that connects removes that
+        link and makes it again.)"""
+        return (self.path / _HELD).exists() and any((self.path / "r").glob("session_2*/sockets"))
+
+    def remove(self) -> int:
+        """Remove it; 1 if it cannot be. One that was never claimed may be somebody else's, and stays."""
+        if self._held is None:
+            return 0
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._release()
+        return int(self.path.exists())
+
+    def _release(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether a temp directory is ours and nobody holds it."""
+    try:
+        ours = not path.is_symlink() and path.lstat().st_uid == os.getuid() and (path / _HELD).exists()
+    except OSError:
+        return False
+    return ours and not locks.is_held(path / _HELD)
 
 
 def claim_temp_dir(path: Path) -> None:
@@ -275,6 +334,17 @@ def _cgroup_paths(controller: str) -> list[Path]:
         inner = base / path.lstrip("/")
         return [inner, *(p for p in inner.parents if p.is_relative_to(base))]
     return []
+
+
+def own_cgroup() -> Path | None:
+    """This process's cgroup (v2) where it is one of Slurm's, who made it for the job alone; else None."""
+    try:
+        found = _cgroup_paths("cpu")
+    except OSError:
+        return None
+    own = found[0] if found else Path("/")
+    is_slurms = any(part.startswith("job_") for part in own.parts) and (own / "cpu.stat").exists()
+    return own if is_slurms else None
 
 
 def _numbers(path: Path) -> list[int]:

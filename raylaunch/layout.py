@@ -6,7 +6,9 @@
               token         0600                                   stop          present: save and end
               canary        proves that the directory is shared    attempts/NNNN/outcome.json
               head.json     who the head is, where to reach it     checkpoints/step-NNNNNNNN/
-              members.json  the nodes, by the head                 logs/         driver.log, rank logs
+              incarnations/ a claim per election: NNNNNNNN         logs/         driver.log, rank logs
+              members.json  the nodes, by the head                 code.json     commit, versions
+              duties.json   what the next head must know, by the head
               nodes/N.json  a node that could not start
               requests/     what the command line asks of the head
               events.jsonl  logs/  ended.json  exit_code
@@ -27,8 +29,9 @@ from raylaunch import state
 CLUSTER_FILE, CONFIG_FILE, SCRIPT_FILE = "cluster.json", "config.yaml", "script.sbatch"
 TOKEN_FILE, CANARY_FILE = "token", "canary"
 HEAD_FILE, MEMBERS_FILE, ENDED_FILE, EXIT_CODE_FILE = "head.json", "members.json", "ended.json", "exit_code"
+DUTIES_FILE = "duties.json"
 RUN_FILE = "run.json"
-NODES, REQUESTS, LOGS = "nodes", "requests", "logs"
+NODES, REQUESTS, LOGS, INCARNATIONS = "nodes", "requests", "logs", "incarnations"
 FAILED_LINE = "RAYLAUNCH_FAILED"
 """Begins a line in a job's output that names a node which could not use the cluster directory."""
 
@@ -80,11 +83,48 @@ class Head(Record):
     gcs: str
     dashboard_port: int
     time: float
+    life: str = ""
+    """Of the allocation: job and restart count. A requeued job finds a head.json that is over."""
+
+    @property
+    def job(self) -> str:
+        """The base job of this allocation."""
+        return self.life.partition(":")[0]
 
     @classmethod
     def read(cls, directory: Path) -> Head | None:
         value = state.read_json(directory / HEAD_FILE)
         return None if value is None else cls.parse(value)
+
+
+def claims(cluster: Path) -> list[int]:
+    """The incarnations that were claimed in this life of the cluster, the newest last."""
+    folder = cluster / INCARNATIONS
+    return sorted(int(p.name) for p in folder.glob("[0-9]*")) if folder.exists() else []
+
+
+def began(cluster: Path, life: str) -> int | None:
+    """The incarnation with which this allocation began as the cluster's, None when it has not."""
+    made = (
+        n for n in claims(cluster) if (state.read_json(cluster / INCARNATIONS / f"{n:08d}") or {}).get("life") == life
+    )
+    return max(made, default=None)
+
+
+def claim(cluster: Path, incarnation: int, node: str, life: str = "") -> bool:
+    """Claim to be the head of this incarnation; False when somebody else has. Exclusive on NFS, too. `life`: of an
+    allocation that begins."""
+    folder = state.make_dir(cluster / INCARNATIONS)
+    mine = folder / f".{node}-{uuid.uuid4().hex[:8]}"
+    state.write_json(mine, {"node": node, "time": time.time(), "life": life})
+    try:
+        # link(2) is atomic on every file system that nodes share; O_EXCL is not on old NFS.
+        (folder / f"{incarnation:08d}").hardlink_to(mine)
+    except FileExistsError:
+        return False
+    finally:
+        mine.unlink(missing_ok=True)
+    return True
 
 
 def request(cluster: Path, kind: str, **values: Any) -> Path:

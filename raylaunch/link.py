@@ -1,9 +1,10 @@
 """The connection between the head's agent and each other agent: who is alive, and orders.
 
 One TCP connection per agent, JSON lines, both sides proving that they know the cluster's token
-(HMAC over the other's nonce; the token itself never travels). The head pings every second; a
-closed connection or PING_LIMIT seconds of silence means that the other side is gone. Nothing here
-decides what follows from that: it calls back.
+(HMAC over the other's nonce; the token itself never travels). The head pings twice a second; a
+closed connection or PING_LIMIT seconds of silence means that the other side is gone. Every agent
+listens, for it may be elected, and answers one question until then: whether it still sees the head.
+Nothing here decides what follows from all that: it calls back.
 """
 
 from __future__ import annotations
@@ -19,16 +20,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-PING_EVERY = 1.0
-PING_LIMIT = 5.0
+PING_EVERY = 0.5
+PING_LIMIT = 3.0
 HANDSHAKE_LIMIT = 5.0
+ASK_LIMIT = 1.5
+ALREADY_LIMIT = 5.0
+"""Seconds to insist where another job's agent seems to have the node: one that has just died is found by then."""
 _LINE_LIMIT = 1 << 16
 
 log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The other side does not know this cluster's token, or is of another incarnation."""
+    """The other side does not know this cluster's token."""
+
+
+class AlreadyHere(Refused):
+    """Another job's agent has this node in the cluster already."""
+
+
+class NotHead(Refused):
+    """The other side is not the head of this incarnation (any more, or yet)."""
+
+
+class Closed(ConnectionError):
+    """The other side's process, or its kernel for it, has closed the connection: it is gone for sure."""
 
 
 def _proof(token: str, *parts: object) -> str:
@@ -40,10 +56,12 @@ async def _receive(reader: asyncio.StreamReader, limit: float) -> dict[str, Any]
     try:
         line = await asyncio.wait_for(reader.readline(), limit)
         message = json.loads(line) if line else None
+    except ConnectionResetError as error:
+        raise Closed("the connection was reset") from error
     except (TimeoutError, ValueError) as error:
         raise ConnectionError(f"no usable message in {limit:g} s") from error
     if not isinstance(message, dict):
-        raise ConnectionError("the connection was closed")
+        raise Closed("the connection was closed")
     return message
 
 
@@ -53,7 +71,8 @@ def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
 
 @dataclass
 class Member:
-    """One node as the head sees it. `info` is what its agent says: state, address, ports, resources."""
+    """One node as the head sees it. `info` is what its agent says: state, address, ports, resources.
+    `since`: when it came into this state."""
 
     node: str
     info: dict[str, Any]
@@ -63,15 +82,28 @@ class Member:
 
 
 class Members:
-    """The head's side: accepts agents, keeps the table of members, sends them orders."""
+    """An agent's listening side. Until `lead` it is a witness only; then it is the head's: it accepts
+    agents, keeps the table of members, sends them orders."""
 
-    def __init__(self, token: str, incarnation: int, changed: Callable[[Member, str], None]) -> None:
-        self._token, self._incarnation, self._changed = token, incarnation, changed
+    def __init__(self, token: str, witness: Callable[[], str]) -> None:
+        self._token, self._witness = token, witness
+        self._incarnation = 0
+        self._changed: Callable[[Member, str], None] = lambda member, what: None
+        self._loaded: Callable[[str, dict[str, Any]], None] = lambda node, load: None
         self.table: dict[str, Member] = {}
         self._server: asyncio.Server | None = None
 
     async def serve(self, address: str, port: int) -> None:
         self._server = await asyncio.start_server(self._attend, address, port, limit=_LINE_LIMIT)
+
+    def lead(
+        self,
+        incarnation: int,
+        changed: Callable[[Member, str], None],
+        loaded: Callable[[str, dict[str, Any]], None] = lambda node, load: None,
+    ) -> None:
+        """Be the head of this incarnation from now on. `loaded`: a node has measured its load."""
+        self._incarnation, self._changed, self._loaded = incarnation, changed, loaded
 
     def close(self) -> None:
         if self._server is not None:
@@ -98,28 +130,47 @@ class Members:
         try:
             while True:
                 message = await _receive(reader, PING_LIMIT)
-                if "info" in message:
+                if "load" in message:
+                    self._loaded(member.node, message["load"])
+                elif "info" in message:
+                    if message["info"].get("state") != member.info.get("state"):
+                        member.since = time.time()
                     member.info |= message["info"]
                     self._changed(member, "changed")
         except (ConnectionError, OSError) as error:
             reason = str(error) or reason
+        except asyncio.CancelledError:
+            reason = "this agent ends"  # asyncio's server (3.11) logs a cancelled handler as an error
         finally:
             pinger.cancel()
             writer.close()
             if self.table.get(member.node) is member:  # not replaced by a newer connection
-                member.alive = False
+                member.alive, member.since = False, time.time()
                 self._changed(member, reason)
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Member:
         nonce = secrets.token_hex(16)
-        _send(writer, {"nonce": nonce, "incarnation": self._incarnation})
+        _send(writer, {"nonce": nonce})
         hello = await _receive(reader, HANDSHAKE_LIMIT)
         node = str(hello.get("node"))
         if not hmac.compare_digest(str(hello.get("proof")), _proof(self._token, "agent", nonce, node)):
             _send(writer, {"refused": "wrong token: this is another cluster's head"})
             raise ConnectionError("wrong token")
-        _send(writer, {"proof": _proof(self._token, "head", hello.get("nonce"))})
-        member = Member(node, dict(hello.get("info") or {}), writer=writer)
+        proof = _proof(self._token, "head", hello.get("nonce"))
+        if hello.get("ask"):
+            _send(writer, {"proof": proof, "answer": "sees" if self._incarnation else self._witness()})
+            raise ConnectionError("answered")
+        if not self._incarnation or hello.get("incarnation") != self._incarnation:
+            _send(writer, {"proof": proof, "head_of": self._incarnation})
+            raise ConnectionError("not the head that was asked for")
+        there, info = self.table.get(node), dict(hello.get("info") or {})
+        if there is not None and there.alive and there.info.get("job") != info.get("job"):
+            # Two small jobs may land on one shared node; a second agent there would fight over it.
+            why = f"{node} is in the cluster already, by job {there.info.get('job')}"
+            _send(writer, {"refused": why, "already": True})
+            raise ConnectionError("a second agent on this node")
+        _send(writer, {"proof": proof, "time": time.time()})
+        member = Member(node, info, writer=writer)
         self.table[node] = member
         self._changed(member, "joined")
         return member
@@ -131,40 +182,73 @@ class Members:
             await asyncio.sleep(PING_EVERY)
 
 
+async def _greet(
+    address: str, port: int, token: str, node: str, limit: float, **more: Any
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, dict[str, Any]]:
+    """Connect and prove each other: the streams and the other's answer."""
+    reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port, limit=_LINE_LIMIT), limit)
+    try:
+        greeting = await _receive(reader, limit)
+        nonce = secrets.token_hex(16)
+        proof = _proof(token, "agent", greeting.get("nonce"), node)
+        _send(writer, {"node": node, "nonce": nonce, "proof": proof, **more})
+        answer = await _receive(reader, limit)
+        if "refused" in answer:
+            raise (AlreadyHere if answer.get("already") else Refused)(str(answer["refused"]))
+        if not hmac.compare_digest(str(answer.get("proof")), _proof(token, "head", nonce)):
+            raise Refused(f"{address}:{port} does not know this cluster's token")
+    except BaseException:
+        writer.close()
+        raise
+    return reader, writer, answer
+
+
+async def ask(address: str, port: int, token: str, node: str) -> str:
+    """Ask another agent whether it sees the head: "sees" or "lost"; OSError when it cannot be reached."""
+    _, writer, answer = await _greet(address, port, token, node, ASK_LIMIT, ask="head")
+    writer.close()
+    return str(answer.get("answer"))
+
+
 class Link:
     """An agent's side: one connection to the head."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ahead: float | None = None) -> None:
         self._reader, self._writer = reader, writer
+        self.ahead = ahead
+        """Seconds by which our clock is at least before the head's (behind: negative); None: it did not say."""
 
     @classmethod
     async def connect(
-        cls, address: str, port: int, token: str, incarnation: int, node: str, info: dict[str, Any]
+        cls,
+        address: str,
+        port: int,
+        token: str,
+        incarnation: int,
+        node: str,
+        info: dict[str, Any],
+        limit: float = HANDSHAKE_LIMIT,
     ) -> Link:
-        """Connect and prove each other; Refused for a wrong token, OSError when nobody answers."""
-        reader, writer = await asyncio.wait_for(
-            asyncio.open_connection(address, port, limit=_LINE_LIMIT), HANDSHAKE_LIMIT
-        )
-        try:
-            greeting = await _receive(reader, HANDSHAKE_LIMIT)
-            if greeting.get("incarnation") != incarnation:
-                raise Refused(f"the head at {address}:{port} is of another incarnation")
-            nonce = secrets.token_hex(16)
-            proof = _proof(token, "agent", greeting.get("nonce"), node)
-            _send(writer, {"node": node, "nonce": nonce, "proof": proof, "info": info})
-            answer = await _receive(reader, HANDSHAKE_LIMIT)
-            if "refused" in answer:
-                raise Refused(str(answer["refused"]))
-            if not hmac.compare_digest(str(answer.get("proof")), _proof(token, "head", nonce)):
-                raise Refused(f"the head at {address}:{port} does not know this cluster's token")
-        except BaseException:
+        """Connect and prove each other; Refused for a wrong token, NotHead for an agent that is not the head of
+        this incarnation, OSError when nobody answers."""
+        began = time.time()
+        reader, writer, answer = await _greet(address, port, token, node, limit, incarnation=incarnation, info=info)
+        ended = time.time()
+        if "head_of" in answer:
             writer.close()
-            raise
-        return cls(reader, writer)
+            raise NotHead(f"{address}:{port} is not the head of incarnation {incarnation}")
+        told = answer.get("time")
+        # The head said it in between, whatever took so long.
+        ahead = max(0.0, began - told) + min(0.0, ended - told) if isinstance(told, float) else None
+        return cls(reader, writer, ahead)
 
     def tell(self, **info: Any) -> None:
         """Tell the head what changed on this node."""
         _send(self._writer, {"info": info})
+
+    def tell_load(self, load: dict[str, Any]) -> None:
+        """Tell the head how busy this node is."""
+        _send(self._writer, {"load": load})
 
     async def orders(self) -> str:
         """Answer pings until the head gives an order, which is returned; ConnectionError when it is gone."""

@@ -1,15 +1,22 @@
 """The training policy: facts in, one decision out. Pure: no clock, no files, no Ray.
 
+    decide  between two attempts:  Start | Hold | Finish
+    during  while one runs:        GoOn | Resize | Withdraw | Abort
+
 The driver gathers the facts, executes the decision and writes it down with its reason and the
-setting behind it. (The node policy, which replaces and grows nodes, will stand beside it.)
+setting behind it. (The node policy, which replaces and grows nodes, stands beside it.)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from raylaunch.config import ElasticConfig
+from raylaunch.session import AT_COMMIT, NOW
+from raylaunch.watchdog import Hang
 
 MAX_BACKOFF = 60.0
 
@@ -19,13 +26,48 @@ class Ending:
     """How the last attempt ended.
 
     `error`: the user's code raised; the same again is the same bug. `fault`: a process, node or
-    connection was lost; the run itself is not to blame. `fingerprint` is equal for equal errors.
+    connection was lost; the run itself is not to blame. `resized`: it saved and ended because we
+    asked it to. `fingerprint` is equal for equal errors. `cause`, `rank`, `node`: of a fault, where known.
     """
 
-    kind: Literal["finished", "stopped", "error", "fault"]
+    kind: Literal["finished", "stopped", "resized", "error", "fault"]
     fingerprint: str = ""
     text: str = ""
     rank: int | None = None
+    cause: str = ""
+    node: str | None = None
+    step: int | None = None
+
+
+LOSSES_PER_STRIKE = 3
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What repeats from attempt to attempt without a commit between."""
+
+    last: Ending | None = None
+    same_error: int = 0
+    idle_attempts: int = 0
+    losses: tuple[str, int] = ("", 0)
+    """The node that lost a worker last, and how often in a row."""
+
+    def count(self, ending: Ending, progress: bool) -> tuple[Tally, str | None]:
+        """After one more ending, of an attempt that made a commit or not; and the node that gets a strike."""
+        same = self.last is not None and ending.fingerprint == self.last.fingerprint and not progress
+        idle = self.idle_attempts + (ending.kind in {"fault", "error"})
+        losses = ("", 0) if progress else self.losses
+        strike = None
+        if ending.node is not None and ending.cause in {"hardware", "worker_lost"}:
+            losses = (ending.node, losses[1] + 1 if losses[0] == ending.node else 1)
+            if ending.cause == "hardware" or losses[1] >= LOSSES_PER_STRIKE:
+                strike, losses = ending.node, ("", 0)
+        return Tally(ending, self.same_error + 1 if same else 1, 0 if progress else idle, losses), strike
+
+
+def usable(nodes: int, workers_per_node: int, together: int) -> int:
+    """The most of these nodes whose workers are a multiple of `together` (tensor and context parallel)."""
+    return nodes - nodes % (together // math.gcd(together, workers_per_node))
 
 
 @dataclass(frozen=True)
@@ -33,7 +75,7 @@ class Facts:
     """What the training loop knows when it has to decide."""
 
     nodes: int
-    """Nodes that the agents and Ray both hold for alive."""
+    """Nodes that an attempt can use: ready, not draining, and alive for Ray, as many as the plan can share."""
     workers_per_node: int
     stop_reason: str | None = None
     last: Ending | None = None
@@ -43,6 +85,10 @@ class Facts:
     """Attempts in a row that ended without a commit."""
     held: float = 0.0
     """Seconds that the run has been waiting for nodes."""
+    continues: bool = False
+    """The stop is no end: another allocation takes the run up again."""
+    together: int = 1
+    """Workers that hold together (`distributed`): a world has a multiple of these."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +111,9 @@ class Hold:
 
 @dataclass(frozen=True)
 class Finish:
-    """The run is over, in this state."""
+    """The run is over, in this state; `paused`: for this allocation."""
 
-    state: Literal["finished", "stopped", "failed"]
+    state: Literal["finished", "stopped", "paused", "failed"]
     reason: str
     setting: str = ""
 
@@ -76,21 +122,28 @@ Decision = Start | Hold | Finish
 
 
 def decide(facts: Facts, elastic: ElasticConfig) -> Decision:
-    """The training loop's next move."""
+    """The training loop's next move between two attempts."""
     last = facts.last
     if last is not None and last.kind == "finished":
         return Finish("finished", "all steps are done")
     if facts.stop_reason is not None:
+        if facts.continues:
+            return Finish("paused", f"goes on in the next allocation ({facts.stop_reason})")
         return Finish("stopped", facts.stop_reason)
     if last is not None and last.kind == "stopped":
         return Finish("stopped", "the trainer stopped")
-    if last is not None and last.kind == "error" and facts.same_error >= elastic.max_same_error:
+    # A hang at the same place again and again is the code's, however it looks.
+    own = last is not None and (last.kind == "error" or last.cause == "hang")
+    if last is not None and own and facts.same_error >= elastic.max_same_error:
         return Finish(
             "failed",
-            f"the same error {facts.same_error} times with no commit between: {last.text}",
+            f"the same {last.cause or 'error'} {facts.same_error} times with no commit between: {last.text}",
             f"elastic.max_same_error={elastic.max_same_error}",
         )
-    minimum = elastic.min_nodes or 1
+    minimum, setting = elastic.min_nodes or 1, f"elastic.min_nodes={elastic.min_nodes or 1}"
+    if minimum * facts.workers_per_node < facts.together:
+        minimum = -(-facts.together // facts.workers_per_node)
+        setting = f"distributed: {facts.together} workers hold together"
     if facts.nodes < minimum:
         if facts.held > elastic.hold_timeout:
             return Finish(
@@ -98,9 +151,136 @@ def decide(facts: Facts, elastic: ElasticConfig) -> Decision:
                 f"{facts.nodes} of at least {minimum} nodes for {facts.held:.0f} s",
                 f"elastic.hold_timeout={elastic.hold_timeout}",
             )
-        return Hold(f"{facts.nodes} of at least {minimum} nodes", f"elastic.min_nodes={minimum}")
-    delay = min(MAX_BACKOFF, elastic.backoff * 2 ** (facts.idle_attempts - 2)) if facts.idle_attempts > 1 else 0.0
+        return Hold(f"{facts.nodes} of at least {minimum} nodes", setting)
+    delay = (
+        min(MAX_BACKOFF, elastic.backoff * 2 ** min(facts.idle_attempts - 2, 16)) if facts.idle_attempts > 1 else 0.0
+    )
     reason = f"{facts.nodes} nodes are alive"
     if last is not None:
         reason = f"{last.kind}: {last.text or last.fingerprint}; {reason}"
     return Start(facts.nodes * facts.workers_per_node, delay, reason, f"elastic.backoff={elastic.backoff:g}")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as the agents have it. `ready_for`: seconds that it has been ready without a break."""
+
+    state: str
+    ready_for: float = 0.0
+
+
+@dataclass(frozen=True)
+class View:
+    """What is known while an attempt runs."""
+
+    on: frozenset[str]
+    """The nodes that carry its ranks."""
+    nodes: Mapping[str, Node]
+    """Every node of the cluster; one that is not in here is unknown, which says nothing."""
+    age: float
+    """Seconds since the attempt began."""
+    begun: bool
+    """It has made a step."""
+    asked: int = 0
+    """What it was asked already: 0, AT_COMMIT or NOW."""
+    asked_for: frozenset[str] = frozenset()
+    """The nodes for which it was asked to grow."""
+    draining: frozenset[str] = frozenset()
+    """Nodes that Ray itself drains."""
+    excluded: frozenset[str] = frozenset()
+    stopping: bool = False
+    """The run was asked to stop."""
+    hang: Hang | None = None
+    workers_per_node: int = 1
+    together: int = 1
+    """As in `Facts`."""
+
+
+@dataclass(frozen=True)
+class GoOn:
+    """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Save and end (`when`: AT_COMMIT or NOW), to go on with other nodes: `nodes` come or must be left."""
+
+    when: int
+    why: Literal["grow", "drain"]
+    nodes: frozenset[str]
+    reason: str
+    setting: str = ""
+
+
+@dataclass(frozen=True)
+class Withdraw:
+    """The nodes to grow onto are gone again: no need to end."""
+
+    reason: str
+    setting: str = ""
+
+
+@dataclass(frozen=True)
+class Abort:
+    """End this attempt at once: it cannot go on."""
+
+    cause: Literal["node_lost", "raylet_lost", "hang"]
+    reason: str
+    setting: str = ""
+    nodes: tuple[str, ...] = field(default=())
+
+
+Move = GoOn | Resize | Withdraw | Abort
+
+
+def during(view: View, elastic: ElasticConfig) -> Move:
+    """The training loop's next move while an attempt runs."""
+    gone = {n: view.nodes[n].state for n in sorted(view.on) if n in view.nodes}
+    gone = {n: s for n, s in gone.items() if s not in {"ready", "draining"}}
+    if gone:
+        # An agent that restarts its Ray says so; any other state means that the node itself went.
+        cause: Literal["node_lost", "raylet_lost"] = (
+            "raylet_lost" if all(s == "restarting" for s in gone.values()) else "node_lost"
+        )
+        told = ", ".join(f"{name} is {state}" for name, state in gone.items())
+        return Abort(cause, told, nodes=tuple(gone))
+    if view.hang is not None:
+        return Abort("hang", view.hang.reason, view.hang.setting)
+    leaving = frozenset(
+        n for n in view.on if (n in view.nodes and view.nodes[n].state == "draining") or n in view.draining
+    )
+    if leaving:
+        if view.asked == NOW:
+            return GoOn()
+        return Resize(NOW, "drain", leaving, f"{', '.join(sorted(leaving))} must be left")
+    if view.stopping or view.asked == NOW:
+        return GoOn()
+    waiting = _may_join(view, 0.0)
+    setting = f"elastic.grow_after={elastic.grow_after:g}"
+    if view.asked == AT_COMMIT:
+        if view.asked_for & waiting and _gains(view, waiting):
+            return GoOn()
+        return Withdraw(f"{', '.join(sorted(view.asked_for))} cannot be used any more", setting)
+    # Not soon after a start, and only onto nodes that stay: a node that comes and goes costs nothing then.
+    if not view.begun or view.age < elastic.grow_after:
+        return GoOn()
+    steady = _may_join(view, elastic.grow_after)
+    if not _gains(view, steady):
+        return GoOn()
+    reason = f"{', '.join(sorted(steady))} ready for {elastic.grow_after:g} s"
+    return Resize(AT_COMMIT, "grow", steady, reason, setting)
+
+
+def _gains(view: View, more: frozenset[str]) -> bool:
+    """An attempt could use more nodes than this one does."""
+    return usable(len(view.on | more), view.workers_per_node, view.together) > len(view.on)
+
+
+def _may_join(view: View, ready_for: float) -> frozenset[str]:
+    """Nodes that the attempt does not use and could."""
+    return frozenset(
+        name
+        for name, node in view.nodes.items()
+        if node.state == "ready" and node.ready_for >= ready_for
+        and name not in view.on | view.excluded | view.draining
+    )  # fmt: skip

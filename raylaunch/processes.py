@@ -51,18 +51,20 @@ def is_same(pid: int, started: float) -> bool:
     return now is not None and abs(now - started) < 0.05
 
 
-def end_tree(root: int, keep_root: bool = False, limit: float = 5.0) -> int:
-    """SIGKILL a process and all its descendants, again and again until none is left.
+def end_tree(root: int, keep_root: bool = False, limit: float = 5.0, spare: int = 0) -> int:
+    """SIGKILL a process and all its descendants, again and again until none is left; the process
+    `spare` and its descendants stay.
 
     Returns how many are left after `limit` seconds (0: all gone). Zombies count as gone.
     """
     deadline = time.monotonic() + limit
     while True:
+        spared = {spare, *_descendants(spare)} if spare else set()
         try:
             top = psutil.Process(root)
-        except psutil.NoSuchProcess:
+            targets = [p for p in top.children(recursive=True) if _running(p) and p.pid not in spared]
+        except psutil.NoSuchProcess:  # also when it ends between the two
             return 0
-        targets = [p for p in top.children(recursive=True) if _running(p)]
         if not keep_root and _running(top):
             targets.append(top)
         if not targets:
@@ -87,6 +89,13 @@ def marked(name: str, value: str) -> list[int]:
             if ours and process.environ().get(name) == value:
                 found.append(process.pid)
     return found
+
+
+def _descendants(pid: int) -> set[int]:
+    try:
+        return {child.pid for child in psutil.Process(pid).children(recursive=True)}
+    except psutil.NoSuchProcess:
+        return set()
 
 
 def _running(process: psutil.Process) -> bool:

@@ -175,7 +175,9 @@ class RayProcess:
 
 
 _TROUBLE = re.compile(r"(error|exception|fail|unable|refused|denied|in use|no space|not found|check failed)", re.I)
-_NOISE = re.compile(r"(error_type|Failed to get (node|cluster) info|metrics agent|FutureWarning|fail_on|event_stats)")
+_NOISE = re.compile(
+    r"(state-dump|error_type|Failed to get (node|cluster) info|metrics agent|FutureWarning|fail_on|event_stats)"
+)
 
 
 def _session_logs(temp_dir: Path) -> Iterator[Path]:

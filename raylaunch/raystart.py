@@ -6,18 +6,25 @@ as the `ray` command. It dies with the agent, and Ray's own processes die with i
 
 Two things that Ray's head does before its node counts as started are put off or left out: the
 dashboard (seconds of imports) starts when the agent says so by a second line, and the Ray Client
-server (one more open port, which nothing here uses) not at all. Both reach into Ray's private parts, which is one reason for the
-pinned version; where those parts are not as expected, Ray starts in its plain way.
+server (one more open port, which nothing here uses) not at all. A dashboard that dies is started
+again; for Ray itself that would be the end of the head. All of it reaches into Ray's private parts,
+which is one reason for the pinned version; where they are not as expected, Ray starts in its plain way.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import select
 import sys
+import threading
+import time
 from typing import Any
 
 from raylaunch.processes import die_with_parent
+
+DASHBOARD = "dashboard"
+GUARD_EVERY = 0.2
 
 
 def main() -> None:
@@ -33,22 +40,38 @@ def main() -> None:
 
 
 def lighten(node: Any, scripts: Any) -> None:
-    """Put the dashboard behind the raylet, and leave the Ray Client server out."""
+    """Put the dashboard behind the raylet, start it again when it dies, and leave the Ray Client server out."""
     if not all(hasattr(node, name) for name in ("start_api_server", "dead_processes")):
         print("raylaunch: this Ray has no such start order; it starts in its plain way", flush=True)
         return
     start_dashboard, dead_processes = node.start_api_server, node.dead_processes
-    waiting: list[tuple[Any, dict[str, Any]]] = []
+    waiting: list[dict[str, Any]] = []
+    given: dict[str, Any] = {}
+    guarded: list[threading.Thread] = []
 
     def later(self: Any, **arguments: Any) -> None:
-        waiting.append((self, arguments))
+        waiting.append(arguments)
+        given.update(arguments)
 
     def then(self: Any) -> Any:
         # `ray start --block` asks this once a second from when the node is up: our moment.
+        if not guarded:
+            guarded.append(threading.Thread(target=guard, args=(self,), daemon=True))
+            guarded[0].start()
         while waiting and select.select([sys.stdin], [], [], 0)[0]:
-            target, arguments = waiting.pop()
-            start_dashboard(target, **arguments)
+            start_dashboard(self, **waiting.pop())
+        if any(kind == DASHBOARD for kind, _ in dead_processes(self)):
+            print("raylaunch: the dashboard has died; it starts again", flush=True)
+            self.all_processes.pop(DASHBOARD)
+            start_dashboard(self, **given)
         return dead_processes(self)
+
+    def guard(self: Any) -> None:
+        """End at once when the raylet or the GCS has died: starting a dashboard blocks for a minute then."""
+        while not (dead := [kind for kind, _ in dead_processes(self) if kind != DASHBOARD]):
+            time.sleep(GUARD_EVERY)
+        print(f"raylaunch: failed: {', '.join(dead)} of Ray ended unexpectedly", flush=True)
+        os._exit(1)  # the agent ends what is left
 
     node.start_api_server, node.dead_processes = later, then
     if hasattr(scripts, "get_ray_client_dependency_error"):

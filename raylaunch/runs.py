@@ -17,12 +17,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raylaunch import configfile, layout, state
-from raylaunch.config import Config, continuation_differences
+from raylaunch import configfile, layout, provenance, state
+from raylaunch.alerts import addresses
+from raylaunch.checkpoint.store import Keep
+from raylaunch.config import STDLIB, Config, TrainerConfig, continuation_differences
 from raylaunch.errors import RunError, UsageError
 from raylaunch.layout import Record
+from raylaunch.tracking import sinks
 
 FINAL = {"finished", "failed", "stopped"}
+DRIVER_FENCED = 75
+"""The exit code of a driver that found a newer incarnation: another one has the run."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,9 @@ def prepared(run: Path, config: Config, cluster: str, fresh: bool = False) -> It
     is as it was: a run that was made for it goes, one that was moved aside comes back.
     """
     config = with_absolute_paths(config)
+    check_script(config.trainer)
+    sinks.check(config)
+    config = config.model_copy(update={"alerts": addresses.resolved(config.alerts)})
     old = Run.read(run)
     if old is not None and not fresh:
         config = _continued(run, old, config)
@@ -83,6 +91,7 @@ def prepared(run: Path, config: Config, cluster: str, fresh: bool = False) -> It
             state.write_text(run / layout.CONFIG_FILE, text)
             old.save(run)
             raise
+        provenance.record(run, config.trainer.chdir)
         return
     aside = run.with_name(f"{run.name}.{time.strftime('%Y%m%d-%H%M%S')}") if run.exists() else None
     if aside is not None:
@@ -94,6 +103,7 @@ def prepared(run: Path, config: Config, cluster: str, fresh: bool = False) -> It
         if aside is not None:
             aside.rename(run)
         raise
+    provenance.record(run, config.trainer.chdir)  # behind the hand-over: it waits for nothing
 
 
 def _continued(run: Path, old: Run, config: Config) -> Config:
@@ -105,7 +115,13 @@ def _continued(run: Path, old: Run, config: Config) -> Config:
             f"run {run.name} cannot continue with this config:\n    " + "\n    ".join(differences),
             f"Undo these changes, choose another name with --run, or begin anew with --fresh ({run} is kept).",
         )
-    if old.state == "finished" and config.step_scheduler.max_steps <= before.step_scheduler.max_steps:
+    if old.state == "finished" and config.trainer.script is not None:
+        if config.trainer.args == before.trainer.args:
+            raise UsageError(
+                f"run {run.name} is finished",
+                "Give the script other arguments (trainer.args), or begin anew with --fresh or another --run.",
+            )
+    elif old.state == "finished" and config.step_scheduler.max_steps <= before.step_scheduler.max_steps:
         raise UsageError(
             f"run {run.name} is finished, at step {before.step_scheduler.max_steps}",
             "Raise step_scheduler.max_steps to go on, or begin anew with --fresh or another --run.",
@@ -126,16 +142,51 @@ def _write(run: Path, config: Config, cluster: str, old: Run | None) -> Run:
     return record.save(run)
 
 
+def check_script(trainer: TrainerConfig) -> None:
+    """Before nodes are held for it."""
+    if trainer.script is None:
+        return
+    script, chdir = Path(trainer.script), Path(str(trainer.chdir))
+    if not script.is_file():
+        raise UsageError(f"trainer.script: no such file: {script}", "Give a path that all nodes see.")
+    if script.suffix != ".py" and not os.access(script, os.X_OK):
+        raise UsageError(f"trainer.script: {script} is neither a .py file nor executable", f"chmod +x {script}")
+    if not chdir.is_dir():
+        raise UsageError(f"trainer.chdir: no such directory: {chdir}", "Give one that all nodes see.")
+
+
 def with_absolute_paths(config: Config) -> Config:
     """Relative paths as the command line's directory has them: a worker's directory is another."""
 
     def absolute(path: str) -> str:
-        return path if path.startswith("stdlib:") or "://" in path else str(Path(path).expanduser().absolute())
+        return path if path == STDLIB or "://" in path else str(Path(path).expanduser().absolute())
 
-    own = config.checkpoint.checkpoint_dir
-    data = config.data.model_copy(update={"text": [absolute(path) for path in config.data.text]})
-    checkpoint = config.checkpoint.model_copy(update={"checkpoint_dir": absolute(own) if own else None})
-    return config.model_copy(update={"data": data, "checkpoint": checkpoint})
+    def maybe(path: str | None) -> str | None:
+        return absolute(path) if path else None
+
+    trainer, data = config.trainer, config.data
+    chdir = absolute(trainer.chdir or ".")
+    script = str(Path(chdir, Path(trainer.script).expanduser())) if trainer.script is not None else None
+    trainer = trainer.model_copy(update={"script": script, "chdir": chdir})
+    data = data.model_copy(
+        update={
+            "text": [absolute(path) for path in data.text],
+            "prepared": maybe(data.prepared),
+            "mixture": {absolute(path): weight for path, weight in data.mixture.items()},
+            "validation": maybe(data.validation),
+        }
+    )
+    hf = config.model.hf
+    hf = absolute(hf) if hf and Path(hf).expanduser().is_dir() else hf  # else a name on the hub
+    model = config.model.model_copy(update={"init_from": maybe(config.model.init_from), "hf": hf})
+    checkpoint = config.checkpoint.model_copy(update={"checkpoint_dir": maybe(config.checkpoint.checkpoint_dir)})
+    return config.model_copy(update={"data": data, "checkpoint": checkpoint, "trainer": trainer, "model": model})
+
+
+def keep(config: Config) -> Keep:
+    """Which checkpoints stay."""
+    own = config.checkpoint
+    return Keep(own.keep_last_n_checkpoints, own.keep_every_n_steps, own.keep_best)
 
 
 def with_global_batch(config: Config, size: int | None) -> Config:
@@ -146,9 +197,21 @@ def with_global_batch(config: Config, size: int | None) -> Config:
     return config.model_copy(update={"step_scheduler": steps})
 
 
-def request_stop(run: Path, reason: str) -> None:
-    """Ask a run to save and end; taken at its next step."""
-    state.write_json(run / state.STOP_FILE, {"reason": reason, "time": time.time()})
+def request_stop(run: Path, reason: str, continues: bool = False) -> None:
+    """Ask a run to save and end; taken at its next step. With `continues` it is queued again then: its
+    cluster goes on in another allocation."""
+    state.write_json(run / state.STOP_FILE, {"reason": reason, "continues": continues, "time": time.time()})
+
+
+def clear_stop(run: Path) -> None:
+    """Take a request to stop back: the run goes on."""
+    state.write_text(run / state.STOP_FILE, state.NO_STOP)
+
+
+def stop_continues(run: Path) -> bool:
+    """Whether the run that was asked to stop goes on in another allocation."""
+    wanted = state.read_json(run / state.STOP_FILE)
+    return wanted is not None and bool(wanted.get("continues"))
 
 
 def stop_reason(run: Path) -> str | None:
@@ -163,6 +226,8 @@ def settle(run: Path, status: int, id: str) -> str:
     record = Run.read(run)
     if record is None or record.id != id:  # handed over anew already: that one's state is not ours
         return "finished" if status == 0 else "failed"
+    if record.state == "queued" and stop_continues(run):
+        return record.state
     if record.state not in FINAL:
         cause = f"signal {-status}" if status < 0 else f"exit code {status}"
         reason = f"the driver ended without a last word ({cause}); see logs/driver.log"

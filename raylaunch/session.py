@@ -2,7 +2,8 @@
 
 A trainer is a function `(config, session)`. The driver makes one session per worker; tests make
 them by hand. Nothing here imports Ray or torch. Reporting costs the step nothing: lines go through
-a queue to a background thread of rank 0, and looking for a stop request is that thread's job too.
+a queue to a background thread of rank 0, and looking for a stop request is that thread's job too;
+where this rank is, the driver hears from another thread (`pulse`), which every rank has.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch import state
+from raylaunch.errors import StateError
+from raylaunch.pulse import Pulse
+
+AT_COMMIT, NOW = 1, 2
+"""What `stop_requested` answers beside 0: end after the next regular save, or save at this step and end."""
+FINISH_LIMIT = 120.0
+"""Seconds to try to write an attempt's outcome."""
 
 
 @dataclass
@@ -42,44 +50,91 @@ class Session:
     global_batch_size: int
     cpus: int = 1
     """CPUs that this worker may use."""
+    incarnation: int = 1
+    """Of the head that this attempt belongs to: with `attempt` it says who may commit (see checkpoint.store)."""
+    pulse: Pulse | None = None
+    """The connection to the driver; None: nobody listens (tests by hand)."""
+    at_return: tuple[str, int] | None = None
+    """The outcome and step to `finish` with when the trainer returns, if it does without an error."""
+    step: int = 0
+    """Steps done, as far as `progress` was told."""
     _lines: queue.SimpleQueue[Mapping[str, Any] | None] = field(default_factory=queue.SimpleQueue)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin the background work of rank 0; a no-op on the others."""
+        """Begin the background work: the pulse of every rank, the files of rank 0."""
+        if self.pulse is not None:
+            self.pulse.start()
         if self.rank == 0 and self._thread is None:
             self._thread = threading.Thread(target=self._work, name="session", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Write out what is queued and end the background thread."""
+        """Write out what is queued. The pulse goes on: its end tells the driver that this process has ended."""
         if self._thread is not None:
             self._lines.put(None)
             self._thread.join()
             self._thread = None
 
     def report(self, **metrics: Any) -> None:
-        """Append one line to the run's metrics.jsonl (rank 0 only; returns at once)."""
+        """Append one line to the run's metrics.jsonl (rank 0 only; returns at once, but for a value on a GPU).
+
+        Values are numbers or texts; tensors and NumPy values of one element are taken for their number."""
         if self.rank == 0:
+            metrics = {key: _number(value) for key, value in metrics.items()}
+            if self.pulse is not None and "step" in metrics:
+                self.pulse.reached(int(metrics["step"]))
             self._lines.put({**metrics, "world_size": self.world_size, "attempt": self.attempt, "time": time.time()})
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one line to the run's events.jsonl (rank 0 only)."""
+        """Append one line to the run's events.jsonl (rank 0 only); a full disk does not end training."""
         if self.rank == 0:
-            state.append_event(self.run_dir, kind, attempt=self.attempt, **fields)
+            try:
+                state.append_event(self.run_dir, kind, attempt=self.attempt, **fields)
+            except StateError as error:
+                print(f"session: event {kind} {fields} is lost: {error}", file=sys.stderr, flush=True)
 
-    def stop_requested(self) -> bool:
-        """Whether the run was asked to save and end. Known to rank 0 only: share it with the others
-        in a collective that the step has anyway, so that all leave at the same step."""
-        return self._stop.is_set()
+    def stop_requested(self) -> int:
+        """0: go on. AT_COMMIT: end after the next regular save (the run resizes). NOW: save at this step
+        and end. Known to rank 0 only: share it with the others in a collective that the step has anyway,
+        so that all leave at the same step."""
+        if self.rank != 0:
+            return 0
+        return NOW if self._stop.is_set() else self.pulse.wish if self.pulse is not None else 0
+
+    def progress(self, step: int, phase: str = "step") -> None:
+        """Say that this rank begins `phase` with `step` steps done; any rank, returns at once.
+
+        "step" at the beginning of each, "sync" before the collective that ends it, "load", "validate" and
+        "save" around these. A watchdog looks at it: when no rank has news for long, the attempt counts as
+        hung, and those that are behind the others as missing. Never called: the attempt is not watched."""
+        self.step = step
+        if self.pulse is not None:
+            self.pulse.progress(step, phase)
 
     def finish(self, outcome: str, step: int) -> None:
-        """Say how the attempt ended: "finished" or "stopped", and at which step (rank 0 only)."""
-        if self.rank == 0:
-            state.write_json(
-                state.attempt_dir(self.run_dir, self.attempt) / "outcome.json", {"outcome": outcome, "step": step}
-            )
+        """Say how the attempt ended: "finished" or "stopped", and at which step (rank 0 only).
+
+        What cannot be written is tried again for a while: without it the attempt counts as failed."""
+        if self.rank != 0:
+            return
+        path = state.attempt_dir(self.run_dir, self.attempt) / "outcome.json"
+        deadline, pause = time.monotonic() + FINISH_LIMIT, 0.5
+        while True:
+            try:
+                return state.write_json(path, {"outcome": outcome, "step": step})
+            except StateError as error:
+                if time.monotonic() > deadline:
+                    raise
+                print(f"session: {error}", file=sys.stderr, flush=True)
+            time.sleep(pause)
+            pause = min(10.0, 2 * pause)
+
+    def returned(self) -> None:
+        """The trainer has returned: what it left for this moment is its outcome."""
+        if self.at_return is not None:
+            self.finish(*self.at_return)
 
     def _work(self) -> None:
         """Drain the queue into metrics.jsonl, and look for a stop request about twice a second."""
@@ -98,6 +153,13 @@ class Session:
                     continue
                 except OSError as error:  # a full disk or a stale handle: the next stop must still be seen
                     print(f"session: {error}", file=sys.stderr, flush=True)
+
+
+def _number(value: Any) -> Any:
+    """TypeError for what is no JSON: here, where the trainer sees it."""
+    value = value.item() if hasattr(value, "item") else value
+    json.dumps(value)
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -73,15 +74,27 @@ def make_dir(path: Path, mode: int = 0o700) -> Path:
     return path
 
 
-def write_text(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replace a file atomically: beside, fsync, rename."""
+def claim_dir(path: Path) -> bool:
+    """Make a directory that nobody has made before; False when somebody has. Its parents are made, too."""
+    make_dir(path.parent)
+    with _explained(path, "make the directory"):
+        try:
+            path.mkdir(mode=0o700)
+        except FileExistsError:
+            return False
+    return True
+
+
+def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -> None:
+    """Replace a file atomically: beside, fsync (if it is to be `durable`), rename."""
     with _explained(path, "write"):
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(fd, "w", encoding="utf-8") as out:
                 out.write(text)
-                out.flush()
-                os.fsync(out.fileno())
+                if durable:
+                    out.flush()
+                    os.fsync(out.fileno())
             Path(temporary).chmod(mode)
             Path(temporary).replace(path)
         except BaseException:
@@ -105,12 +118,18 @@ def read_json(path: Path) -> Any:
 
 
 def append_event(directory: Path, kind: str, **fields: Any) -> None:
-    """Add one line to events.jsonl: time, kind, and what belongs to it. One write, so lines never mix."""
-    line = json.dumps({"time": round(time.time(), 3), "kind": kind, **fields}, default=str) + "\n"
-    with _explained(directory / EVENTS_FILE, "append to"):
-        fd = os.open(directory / EVENTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    """Add one line to events.jsonl: time, kind, and what belongs to it."""
+    append_line(directory / EVENTS_FILE, {"time": round(time.time(), 3), "kind": kind, **fields})
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Add one line to a .jsonl file of mode 0600. One write, so lines of several writers never mix."""
+    line = (json.dumps(row, default=str) + "\n").encode()
+    with _explained(path, "append to"):
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(fd, line.encode())
+            if os.write(fd, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(fd)
 
@@ -120,28 +139,57 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return LineReader(path).read()
 
 
-class LineReader:
-    """Reads a growing .jsonl file a bit at a time; a torn last line waits for its rest."""
+def read_events(directory: Path, *kinds: str) -> list[dict[str, Any]]:
+    """The events of these kinds. (Ten days of a large cluster are 100,000 lines, of which few are asked for.)"""
+    wanted = re.compile(rb'^.*"kind": "(?:%s)".*\n' % b"|".join(re.escape(kind.encode()) for kind in kinds), re.M)
+    try:
+        text = (directory / EVENTS_FILE).read_bytes()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in wanted.findall(text):
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("kind") in kinds]
 
-    def __init__(self, path: Path, at_end: bool = False) -> None:
+
+class LineReader:
+    """Reads a growing .jsonl file a bit at a time; a torn last line waits for its rest. `last`: begin so many bytes
+    before the end of what is there."""
+
+    def __init__(self, path: Path, at_end: bool = False, last: int | None = None) -> None:
         self.path = path
-        self._offset = path.stat().st_size if at_end and path.exists() else 0
+        self.offset = _end_of_lines(path) if at_end else 0
+        """Bytes that were read; may be set."""
+        if last is not None and path.exists():
+            self.offset = max(0, path.stat().st_size - last)
 
     def read(self) -> list[dict[str, Any]]:
         """The lines that were completed since the last call."""
         try:
             with self.path.open("rb") as source:
-                source.seek(self._offset)
+                source.seek(self.offset)
                 chunk = source.read()
         except FileNotFoundError:
             return []
         complete = chunk[: chunk.rfind(b"\n") + 1]
-        self._offset += len(complete)
+        self.offset += len(complete)
         rows = []
         for line in complete.splitlines():
             with contextlib.suppress(ValueError):  # torn by a full disk: the next one counts
                 rows.append(json.loads(line))
         return rows
+
+
+def _end_of_lines(path: Path, last: int = 1 << 16) -> int:
+    """The offset behind the last complete line; 0 when there is no file."""
+    try:
+        with path.open("rb") as source:
+            start = max(0, os.fstat(source.fileno()).st_size - last)
+            source.seek(start)
+            return start + source.read(last).rfind(b"\n") + 1
+    except FileNotFoundError:
+        return 0
 
 
 def new_token() -> str:

@@ -6,10 +6,12 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from raylaunch import backends, cluster, layout, runs, state
+from raylaunch import backends, cluster, layout, runs, state, submits
 from raylaunch.backends import Job
 from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.layout import Cluster, Head
+from raylaunch.memory import Memory
+from raylaunch.observe import ledger
 from raylaunch.runs import Run
 
 LIVE_RUNS = {"queued", "running", "holding"}
@@ -52,18 +54,22 @@ def _cluster(
     nodes = cluster.living_nodes(directory, record)
     head = Head.read(directory)
     alive = any(job.alive for job in own)
+    bases = {row.get("job") for row in state.read_events(directory, "submitted", "successor")}
+    joiners = {j.id for j in own} - bases
     if (directory / layout.ENDED_FILE).exists() or (trouble is None and not alive):
         now = "down"
         nodes = []
     elif trouble is not None:
         now = "unknown"
-    elif all(job.pending for job in own):
-        now = "pending"
+    elif all(job.pending for job in own if job.alive):
+        begun = head is not None and head.canary == record.canary
+        now = "resuming" if begun else "pending"
+        nodes = []
     else:
         now = "ready" if sum(n["state"] == "ready" for n in nodes) >= record.min_nodes else "starting"
         if now == "starting" and any(n["state"] == "lost" for n in nodes):
             now = "degraded"
-    way = cluster.tunnel(directory, record) if now not in {"down", "pending"} and head is not None else None
+    way = cluster.tunnel(directory, record) if now not in {"down", "pending", "resuming"} and head is not None else None
     mine = [dict(run) for run in every_run if run["cluster"] == record.name]
     for run in mine:
         if run["state"] in LIVE_RUNS and now == "down":
@@ -73,14 +79,20 @@ def _cluster(
         "backend": record.backend,
         "state": now,
         "error": trouble,
-        "incarnation": record.incarnation,
-        "jobs": [{"id": j.id, "state": j.state, "reason": j.reason, "nodes": list(j.nodes)} for j in own],
+        "incarnation": head.incarnation if head is not None and head.canary == record.canary else record.incarnation,
+        "jobs": [
+            {"id": j.id, "state": j.state, "reason": j.reason, "nodes": list(j.nodes), "joiner": j.id in joiners}
+            for j in own
+            if j.alive or not alive
+        ],
+        **_wanted(directory, record),
         "nodes": [
             {
                 "name": n["name"],
                 "address": n["address"],
                 "role": n["role"],
                 "state": n["state"],
+                "job": n.get("job") or "",
                 "error": n.get("error"),
             }
             for n in sorted(nodes, key=lambda n: str(n["name"]))
@@ -88,6 +100,18 @@ def _cluster(
         "dashboard": {"url": way[0], "node": way[1], "tunnel": way[2]} if way else None,
         "runs": mine,
         "directory": str(directory),
+    }
+
+
+def _wanted(directory: Path, record: Cluster) -> dict[str, Any]:
+    """What the node loop aims at, and what stands in its way."""
+    memory = Memory.read(directory, record)
+    return {
+        "wanted": memory.wanted or None,
+        "strikes": memory.strikes,
+        "excluded": memory.excluded,
+        "watched": submits.is_watched(directory),
+        "cannot_submit": submits.head_refusal(directory, record),
     }
 
 
@@ -113,7 +137,15 @@ def _run(directory: Path, run: Run) -> dict[str, Any]:
         "world_size": run.world_size,
         "reason": run.reason,
         "directory": str(directory),
+        "ledger": _ledger(directory),
     }
+
+
+def _ledger(directory: Path) -> dict[str, Any] | None:
+    """Goodput and the last recovery; None when its files cannot be read."""
+    with contextlib.suppress(RaylaunchError, OSError, ValueError):
+        return ledger.summary(directory)
+    return None
 
 
 def find_run(state_dir: Path, name: str) -> tuple[Path, Run]:

@@ -8,14 +8,16 @@ Bounded at every step, and idempotent. A cluster without a head is cancelled at 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raylaunch import backends, layout, state
-from raylaunch.backends import Backend
+from raylaunch import backends, configfile, jobview, layout, state, submits
+from raylaunch.backends import Backend, Job
+from raylaunch.errors import ConfigError
 from raylaunch.layout import Cluster, Head
 
 TAKEN_LIMIT = 15.0
@@ -37,9 +39,9 @@ class Ended:
 def clear_life(directory: Path) -> None:
     """Remove what belongs to one life of a cluster: a new one must not read it."""
     for name in (layout.HEAD_FILE, layout.MEMBERS_FILE, layout.ENDED_FILE, layout.EXIT_CODE_FILE,
-                 layout.CANARY_FILE, layout.TOKEN_FILE, "agents.json"):  # fmt: skip
+                 layout.CANARY_FILE, layout.TOKEN_FILE, layout.DUTIES_FILE, submits.FILE, "agents.json"):  # fmt: skip
         (directory / name).unlink(missing_ok=True)
-    for part in (layout.NODES, layout.REQUESTS):
+    for part in (layout.NODES, layout.REQUESTS, layout.INCARNATIONS):
         for path in (directory / part).glob("*"):
             path.unlink(missing_ok=True)
 
@@ -49,17 +51,36 @@ def remove_directory(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def all_jobs(directory: Path, cluster: Cluster, backend: Backend) -> list[str]:
+    """The jobs of this life: those that were recorded meanwhile, too, and those whose submitter was killed."""
+    now = Cluster.read(directory)
+    found = [*cluster.jobs, *(now.jobs if now is not None and now.canary == cluster.canary else ())]
+    with contextlib.suppress(ConfigError):  # without its configuration there is nothing to look for
+        config = configfile.load_resolved(directory / layout.CONFIG_FILE)
+        found += jobview.unrecorded(backend, cluster, config)
+    return list(dict.fromkeys(found))
+
+
+def _living(directory: Path, cluster: Cluster, backend: Backend) -> list[Job]:
+    states = backend.states(directory, all_jobs(directory, cluster, backend))
+    return [job for job in states.values() if job.alive]
+
+
 def cancel(directory: Path, cluster: Cluster, backend: Backend, limit: float = GONE_LIMIT) -> bool:
     """Cancel the cluster's jobs and wait until they are gone; whether they are."""
-    if cluster.jobs:
-        backend.cancel(directory, cluster.jobs)
     deadline, pause = time.monotonic() + limit, 0.1
-    while any(job.alive for job in backend.states(directory, cluster.jobs).values()):
+    cancelled: set[str] = set()
+    while True:
+        jobs = all_jobs(directory, cluster, backend)
+        if new := [job for job in jobs if job not in cancelled]:  # a joiner may come while this waits
+            backend.cancel(directory, new)
+            cancelled |= set(new)
+        if not any(job.alive for job in backend.states(directory, jobs).values()):
+            return True
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
         pause = min(1.0, pause * 1.3)
-    return True
 
 
 def down(
@@ -67,7 +88,7 @@ def down(
 ) -> Ended:
     """End a cluster, saving its run first; what became of it."""
     backend = backends.of(cluster.backend)
-    jobs = [job for job in backend.states(directory, cluster.jobs).values() if job.alive]
+    jobs = _living(directory, cluster, backend)
     if not jobs:
         if cluster.backend == "local":
             backend.cancel(directory, cluster.jobs)  # agents that were killed leave their trees behind
@@ -81,7 +102,8 @@ def down(
         show("no head yet: cancelling")
     if not cancel(directory, cluster, backend):
         ended.clean = False
-        ended.notes.append(f"job {', '.join(cluster.jobs)} does not end; see `squeue -j {','.join(cluster.jobs)}`")
+        left = ",".join(job.id for job in _living(directory, cluster, backend))
+        ended.notes.append(f"job {left} does not end; see `squeue -j {left}`")
     _verify(directory, cluster, ended)
     forget_secrets(directory)
     state.append_event(directory, "down", clean=ended.clean, notes=ended.notes)

@@ -7,15 +7,17 @@ so that a C++ abort or a library's print is found there too. The trainer is name
 
 from __future__ import annotations
 
-import importlib
 import os
 import socket
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
-from raylaunch import configfile, layout, runs, state
-from raylaunch.errors import RunError
+from raylaunch import configfile, entry, layout, runs, state
+from raylaunch.errors import RunError, StateError
+from raylaunch.pulse import Pulse
 from raylaunch.session import Session
 
 
@@ -39,17 +41,22 @@ def main(spec: dict[str, Any]) -> None:
     )
     if device.type == "cuda":
         check_distinct_gpus(rank)
+    stacks = state.attempt_dir(run, attempt) / f"rank-{rank}.stack.txt"
     session = Session(
         run=run.name, run_dir=run, checkpoint_dir=runs.checkpoint_dir(run, config), attempt=attempt,
         rank=rank, world_size=context.get_world_size(), local_rank=context.get_local_rank(),
         local_world_size=context.get_local_world_size(), node=node, device=str(device),
         global_batch_size=int(spec["global_batch_size"]), cpus=int(os.environ.get("OMP_NUM_THREADS", "1")),
+        incarnation=int(spec["incarnation"]), pulse=Pulse(spec["pulse"], rank, node, stacks),
     )  # fmt: skip
-    module, function = config.trainer.split(":")
     session.start()
     session.event("connected", workers=session.world_size)  # all are there, and know each other
     try:
-        getattr(importlib.import_module(module), function)(config, session)
+        entry.function(config.trainer)(config, session)
+        session.returned()
+    except BaseException as error:
+        _leave_word(session, error)
+        raise
     finally:
         session.close()
 
@@ -60,6 +67,22 @@ def _node_name(node_id: str) -> str:
 
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return next((str(n["NodeName"]) for n in nodes if n["NodeID"] == node_id), socket.gethostname())
+
+
+def _leave_word(session: Session, error: BaseException) -> None:
+    """What ended this rank: its traceback into its log, and as a file for `raylaunch why`."""
+    text = "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr, flush=True)
+    record = {
+        "exception": type(error).__name__, "message": str(error)[:4000], "traceback": text[-16000:], "rank": session.rank,
+        "node": session.node, "host": socket.gethostname(), "step": session.step, "time": time.time(),
+    }  # fmt: skip
+    try:
+        state.write_json(
+            state.attempt_dir(session.run_dir, session.attempt) / f"rank-{session.rank}.error.json", record
+        )
+    except StateError as failure:  # a full disk may be what it is about
+        print(f"raylaunch: no error file: {failure.message}", file=sys.stderr, flush=True)
 
 
 def _log_to(path: Path) -> None:

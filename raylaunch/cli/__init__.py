@@ -14,15 +14,28 @@ from raylaunch.errors import RaylaunchError
 # name → (module:attribute, what it does); the help page is made from this table alone.
 COMMANDS = {
     "up": ("raylaunch.cli.up:up", "Bring a cluster of Ray nodes up."),
+    "plan": ("raylaunch.cli.plan:plan", "Memory, time and checkpoints of a run, before it starts."),
     "train": ("raylaunch.cli.train:train", "Train on a cluster; the same run name resumes."),
     "submit": ("raylaunch.cli.train:submit", "One batch job: cluster up, train, give it back."),
     "attach": ("raylaunch.cli.train:attach", "Watch a run that goes on."),
     "stop": ("raylaunch.cli.train:stop", "Save a run and end it."),
     "status": ("raylaunch.cli.status:status", "Clusters, jobs, nodes and runs."),
     "logs": ("raylaunch.cli.logs:logs", "What the workers, the driver or the nodes print."),
+    "why": ("raylaunch.cli.why:why", "Why a run, a job or the job of a log failed."),
+    "alerts": ("raylaunch.cli.alerts:alerts", "Try who is told of a run, and see what was sent."),
+    "report": ("raylaunch.cli.report:report", "One page about a run: what happened, what it cost."),
+    "history": ("raylaunch.cli.history:history", "Runs and clusters that there were, their hours, and who asked."),
     "dashboard": ("raylaunch.cli.status:dashboard", "The Ray dashboard's address and tunnel."),
     "down": ("raylaunch.cli.down:down", "Save what runs and take a cluster down."),
+    "scale": ("raylaunch.cli.scale:scale", "Give a living cluster more nodes, or fewer."),
+    "watch": ("raylaunch.cli.watch:watch", "See a cluster and its run live."),
+    "checkpoints": ("raylaunch.cli.checkpoints:checkpoints", "List, verify, tidy up and export a run's checkpoints."),
+    "data": ("raylaunch.cli.data:data", "Prepare documents for training, and look at them."),
+    "convert": ("raylaunch.cli.convert:convert", "The config that does what an sbatch script does."),
+    "doctor": ("raylaunch.cli.doctor:doctor", "The state of the cluster and its nodes, and what to do about it."),
     "script": ("raylaunch.cli.up:script", "Print the batch script that `up` would submit."),
+    "metrics": ("raylaunch.cli.metrics:metrics", "Clusters and runs in Prometheus and Grafana."),
+    "chaos": ("raylaunch.cli.chaos:chaos", "Do faults to a run on purpose; what each cost."),
     "sandbox": ("raylaunch.cli.sandbox:sandbox", "A real Slurm cluster on this machine, to try things."),
 }
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from raylaunch import cluster, teardown
+from raylaunch import audit, cluster, teardown
 from raylaunch.cli import options
-from raylaunch.cli.show import LiveLine
+from raylaunch.cli.show import LiveLine, note
 from raylaunch.errors import RaylaunchError, UsageError
 
 
@@ -28,6 +28,7 @@ def down(name: str | None, everything: bool, save_limit: float, state_dir: Path 
         click.echo(f"no cluster in {where}: nothing to do")
     for each in chosen:
         directory, record = cluster.find(where, each)
+        audit.add(where, "down", note, cluster=each)
         with LiveLine() as line:
             ended = teardown.down(directory, record, save_limit, lambda text, each=each: line(f"{each}: {text}"))  # type: ignore[misc]
         if not ended.was_alive:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from raylaunch import configfile
+from raylaunch.cli.show import note
 from raylaunch.cluster import state_dir_of
 from raylaunch.config import Config
 
@@ -51,7 +52,7 @@ def load(path: Path | None, sets: Sequence[str], flags: dict[str, Any], extra: S
     if extra:
         listed = configfile.load(path, sets, overrides).slurm.extra
         overrides["slurm.extra"] = [*listed, *extra]
-    return configfile.load(path, sets, overrides)
+    return configfile.load(path, sets, overrides, tell=note)
 
 
 def state_dir(given: Path | None) -> Path:

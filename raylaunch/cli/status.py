@@ -18,7 +18,7 @@ from raylaunch.cli.show import table_width
 from raylaunch.errors import RaylaunchError, UsageError
 
 _COLOURS = {"ready": "green", "running": "green", "finished": "green", "RUNNING": "green", "pending": "yellow",
-            "starting": "yellow", "queued": "yellow", "holding": "yellow", "restarting": "yellow", "degraded": "yellow",
+            "starting": "yellow", "queued": "yellow", "holding": "yellow", "restarting": "yellow", "degraded": "yellow", "resuming": "yellow", "draining": "yellow",
             "lost": "red", "failed": "red", "interrupted": "red", "unknown": "red"}  # fmt: skip
 
 
@@ -45,21 +45,25 @@ def _coloured(word: str) -> str:
 
 
 def _print_cluster(console: Console, cluster: dict[str, Any]) -> None:
-    jobs = ", ".join(f"{j['id']} {j['state']}" + (f" ({j['reason']})" if j["reason"] else "") for j in cluster["jobs"])
+    jobs = ", ".join(
+        f"{'joiner ' * j['joiner']}{j['id']} {j['state']}" + (f" ({j['reason']})" if j["reason"] else "")
+        for j in cluster["jobs"]
+    )
     console.print(
         f"[bold]{cluster['name']}[/bold]  {_coloured(cluster['state'])}  {cluster['backend']}  "
         f"incarnation {cluster['incarnation']}  job {jobs or 'gone'}"
     )
     if cluster["error"]:
         console.print(f"  {cluster['error']}")
+    if cluster["state"] != "down":
+        _print_wanted(console, cluster)
     if cluster["nodes"]:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for title in ("  node", "address", "role", "state", ""):
+        for title in ("  node", "address", "role", "state", "job", ""):
             table.add_column(title)
         for node in cluster["nodes"]:
-            table.add_row(
-                "  " + node["name"], node["address"], node["role"], _coloured(node["state"]), node["error"] or ""
-            )
+            table.add_row("  " + node["name"], node["address"], node["role"], _coloured(node["state"]), node["job"],
+                          node["error"] or "")  # fmt: skip
         console.print(table)
     if cluster["runs"]:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -70,10 +74,41 @@ def _print_cluster(console: Console, cluster: dict[str, Any]) -> None:
             table.add_row("  " + run["name"], _coloured(run["state"]), str(run["step"] or ""), loss,
                           str(run["attempt"]), str(run["world_size"]), run["directory"])  # fmt: skip
         console.print(table)
+        for run in cluster["runs"]:
+            _print_recovery(console, run)
     if cluster["dashboard"]:
         console.print(
             f"  dashboard {cluster['dashboard']['url']} on {cluster['dashboard']['node']}: {cluster['dashboard']['tunnel']}"
         )
+
+
+def _print_recovery(console: Console, run: dict[str, Any]) -> None:
+    """Goodput and the last recovery of a run that had one."""
+    found = run["ledger"]
+    last = found and found["last_recovery"]
+    if not last:
+        return
+    phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in last["phases"].items() if seconds >= 0.05)
+    took = "under way" if last["total"] is None else f"{last['total']:.1f} s ({phases})"
+    goodput = f"; goodput {found['goodput']:.0%}" if found["goodput"] is not None else ""
+    cause = " ".join(filter(None, [*last["causes"], last["node"]]))
+    console.print(f"  {run['name']}: last recovery: {cause}, {took}, {last['steps_lost'] or 0} steps lost{goodput}")
+
+
+def _print_wanted(console: Console, cluster: dict[str, Any]) -> None:
+    """One line where the node loop has something to tell."""
+    there = sum(node["state"] in {"ready", "starting", "restarting"} for node in cluster["nodes"])
+    words = []
+    if cluster["wanted"] not in {None, there}:
+        words.append(f"{there} of {cluster['wanted']} wanted nodes")
+    excluded, strikes = set(cluster["excluded"]), cluster["strikes"]
+    words += [f"excluded: {', '.join(sorted(excluded))}"] if excluded else []
+    struck = [f"{node} {count}" for node, count in sorted(strikes.items()) if node not in excluded]
+    words += [f"strikes: {', '.join(struck)}"] if struck else []
+    if cluster["cannot_submit"] and not cluster["watched"]:
+        words.append(f"its nodes may not submit jobs: `raylaunch watch {cluster['name']}` does it for them")
+    if words:
+        console.print("  " + "; ".join(words))
 
 
 @click.command()

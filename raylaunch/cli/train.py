@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from raylaunch import attach as following
-from raylaunch import backends, cluster, configfile, layout, runs, state
+from raylaunch import audit, backends, cluster, configfile, layout, precheck, runs, state
 from raylaunch import status as gathering
 from raylaunch.cli import options
 from raylaunch.cli.show import note
@@ -40,21 +40,35 @@ def _run_name(given: str | None, path: Path) -> str:
 @options.sets_option
 @options.state_dir_option
 @click.option("--detach", is_flag=True, help="Return once the run is handed over.")
+@click.option("--check", is_flag=True, help="Only look for what is wrong; needs no cluster.")
 @_fresh
 def train(
     path: Path, cluster_name: str | None, run_name: str | None, sets: tuple[str, ...], state_dir: Path | None,
-    detach: bool, fresh: bool,
+    detach: bool, check: bool, fresh: bool,
 ) -> int:  # fmt: skip
     """Train on a cluster that is up. The same run name resumes from its last commit, at any size."""
     flags = {"cluster__name": cluster_name, "cluster__state_dir": state_dir and str(state_dir)}
     config = options.load(path, sets, flags)
     where = cluster.state_dir_of(config)
+    if check:
+        for line in precheck.check(config):
+            click.echo(line)
+        click.echo(f"{path}: nothing wrong was found")
+        return 0
     directory, record = cluster.require_alive(where, config.cluster.name)
+    most = configfile.load_resolved(directory / layout.CONFIG_FILE).max_nodes
+    if (config.elastic.min_nodes or 1) > most:
+        raise UsageError(
+            f"elastic.min_nodes ({config.elastic.min_nodes}) exceeds the most nodes that cluster {record.name} may have ({most})",
+            "Lower it, or bring up a larger cluster: this run would wait for ever.",
+        )
     if record.run is not None:
         raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Bring up one with `raylaunch up`.")
     name = _run_name(run_name, path)
     run_dir = state.run_dir(where, name)
     _refuse_living(where, run_dir)
+    asked = runs.with_absolute_paths(config)
+    audit.add(where, "train", note, cluster=record.name, run=name, config=asked, fresh=fresh or None)
     with runs.prepared(run_dir, config, record.name, fresh):
         layout.request(directory, "run", run=name)
     if detach:
@@ -105,6 +119,8 @@ def submit(
     backend = backends.of(config.cluster.backend)
     cluster.refuse_living(state.cluster_dir(where, config.cluster.name))
     _refuse_living(where, run_dir)
+    asked = runs.with_absolute_paths(config)
+    audit.add(where, "submit", note, cluster=config.cluster.name, run=name, config=asked, fresh=fresh or None)
     with runs.prepared(run_dir, config, config.cluster.name, fresh):
         _, record = cluster.submit(config, backend, run=name)
     click.echo(record.jobs[0])
@@ -135,6 +151,7 @@ def stop(run: str, no_wait: bool, state_dir: Path | None) -> None:
         raise RaylaunchError(
             f"run {run} does not run: its cluster {record.cluster} is down", "Its last commit is kept."
         )
+    audit.add(where, "stop", note, cluster=record.cluster, run=run)
     runs.request_stop(run_dir, "raylaunch stop")
     if no_wait:
         return
@@ -216,7 +233,7 @@ class _Lines:
     def _left(self, row: dict[str, Any]) -> str:
         """The time left, at the pace of this attempt so far."""
         first = self._first
-        if first is None or first["attempt"] != row["attempt"]:
+        if first is None or first["attempt"] != row["attempt"] or row["step"] <= first["step"]:
             self._first = row
             return ""
         seconds = (row["time"] - first["time"]) / (row["step"] - first["step"]) * (self._total - row["step"])
@@ -224,7 +241,8 @@ class _Lines:
 
 
 def _figures(row: dict[str, Any]) -> str:
-    return f"loss {float(row['loss']):.4f}  {row.get('tokens_per_s', 0):,.0f} tokens/s  world {row['world_size']}"
+    rates = [f"  {row[f'{what}_per_s']:,.0f} {what}/s" for what in ("tokens", "samples") if f"{what}_per_s" in row]
+    return f"loss {float(row['loss']):.4f}{''.join(rates)}  world {row['world_size']}"
 
 
 class _Bar:

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
-from raylaunch import backends, cluster, layout, state, teardown
+from raylaunch import audit, backends, cluster, layout, state, teardown
 from raylaunch.backends import Backend
 from raylaunch.cli import options
 from raylaunch.cli.show import LiveLine, note
+from raylaunch.cli.watch import until_it_ends
 from raylaunch.config import Config
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.layout import Cluster
 
 _config = click.option("-c", "--config", "path", type=click.Path(path_type=Path), help="A raylaunch YAML file.")
@@ -26,11 +27,14 @@ _extra = click.argument("sbatch_options", nargs=-1, type=click.UNPROCESSED)
 @options.state_dir_option
 @click.option("--dry-run", is_flag=True, help="Print the script that would be submitted, and nothing more.")
 @click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
+@click.option(
+    "--watch", is_flag=True, help="Stay, and run the node loop here: for sites whose nodes may not submit jobs."
+)
 @click.option("--timeout", default=300.0, show_default=True, help="Seconds from the job's start until ready.")
 @_extra
 def up(
-    path: Path | None, sets: tuple[str, ...], state_dir: Path | None, dry_run: bool, no_wait: bool, timeout: float,
-    sbatch_options: tuple[str, ...], **flags: Any,
+    path: Path | None, sets: tuple[str, ...], state_dir: Path | None, dry_run: bool, no_wait: bool, watch: bool,
+    timeout: float, sbatch_options: tuple[str, ...], **flags: Any,
 ) -> None:  # fmt: skip
     """Bring a cluster of Ray nodes up. Further sbatch options go behind `--`.
 
@@ -42,7 +46,10 @@ def up(
     if dry_run:
         _print_script(config)
         return
+    if watch and no_wait:
+        raise UsageError("--watch and --no-wait at once", "Leave one of them out; `raylaunch watch` comes later, too.")
     backend = backends.of(config.cluster.backend)
+    audit.add(cluster.state_dir_of(config), "up", note, cluster=config.cluster.name, config=config)
     with options.interruptible():
         directory, record = cluster.submit(config, backend)
         if no_wait:
@@ -50,6 +57,8 @@ def up(
             return
         bring_up(directory, record, backend, timeout)
     _print_ready(directory, record)
+    if watch:
+        until_it_ends(directory, record)
 
 
 @click.command()
@@ -96,6 +105,12 @@ def _print_ready(directory: Path, record: Cluster) -> None:
         f"cluster {record.name} is ready: {len(nodes)} nodes ({names}), {cpus} CPUs"
         + (f", {gpus} GPUs" if gpus else "") + f", job {record.jobs[0]}"
     )  # fmt: skip
+    for name, error in sorted(cluster.node_failures(directory, record).items()):
+        if name not in {n["name"] for n in nodes}:
+            click.echo(f"  left out   {name}: {error}")
+    for node in nodes:
+        if node.get("warning"):
+            click.echo(f"  note       {node['name']}: {node['warning']}")
     way = cluster.tunnel(directory, record)
     if way is not None:
         click.echo(f"  dashboard  {way[0]} on {way[1]}")

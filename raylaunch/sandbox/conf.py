@@ -78,6 +78,8 @@ def slurm_conf(spec: Spec, layout: Layout) -> str:
         " DefaultTime=1:00:00 MaxTime=1-00:00:00",
         f"{partition.format('low', nodes)} PriorityTier=1 PreemptMode=REQUEUE GraceTime=10"
         " DefaultTime=1:00:00 MaxTime=1-00:00:00",
+        f"{partition.format('lowc', nodes)} PriorityTier=1 PreemptMode=CANCEL GraceTime=10"
+        " DefaultTime=1:00:00 MaxTime=1-00:00:00",
         f"{partition.format('small', 'node1')} PriorityTier=10 PreemptMode=OFF DefaultTime=5 MaxTime=10",
         f"{partition.format('down', nodes)} PriorityTier=10 PreemptMode=OFF State=DOWN",
     ]

@@ -65,6 +65,8 @@ def _setup_dev(gpu_devices: list[str]) -> None:
     for name, minor in standard.items():
         _device(f"/dev/{name}", 1, minor)
     _device("/dev/tty", 5, 0)
+    _device("/dev/kmsg", 1, 11)
+    Path("/dev/kmsg").chmod(0o600)  # the machine's: one kernel has all nodes
     for path in gpu_devices:
         _device(path, 1, 3)
     for name, target in {

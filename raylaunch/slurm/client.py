@@ -9,6 +9,7 @@ It never retries, sleeps, or calls a command once a node or a job where one call
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,9 @@ from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from raylaunch.errors import SlurmError, SlurmUnavailable
-from raylaunch.slurm import parse
-from raylaunch.slurm.parse import FinishedRow, JobRow, PartitionRow
+from raylaunch.slurm import parse, site
+from raylaunch.slurm.parse import FinishedRow, JobRow, NodeRow, PartitionRow, UsageRow
+from raylaunch.slurm.site import Association
 
 
 class Completed(NamedTuple):
@@ -49,7 +51,9 @@ _UNREACHABLE = (
     "Slurm backup controller in standby mode",
 )
 _GONE = ("Invalid job id specified", "Job/step already completing or completed")
-_NO_ACCOUNTING = ("accounting storage is disabled", "Slurm accounting storage is disabled")
+_NO_ACCOUNTING = (
+    "accounting storage is disabled", "Slurm accounting storage is disabled", "supported accounting_storage plugin",
+)  # fmt: skip
 
 # sbatch's frequent refusals, in Slurm 22.05's words, and the next step.
 _REFUSALS = (
@@ -186,6 +190,19 @@ class Slurm:
             raise self._failure(command, done, self._refusal_hint(done.stderr))
         return parse.parse_submitted(done.stdout)
 
+    def would_start(self, script: str) -> datetime | None:
+        """When a job of that script would start, were it submitted now; None where Slurm does not say. As `check`."""
+        return site.parse_estimate(self.check(script))[0]
+
+    def check(self, script: str) -> str:
+        """Have sbatch test a script without submitting it: when and where it would start, in its words. Raises SlurmError
+        when it refuses."""
+        command = ["sbatch", "--test-only"]
+        done = self._call(command, script, clean_env(os.environ, script))
+        if done.returncode != 0:
+            raise self._failure(command, done, self._refusal_hint(done.stderr))
+        return done.stderr + done.stdout
+
     def jobs(self, ids: Sequence[str]) -> dict[str, JobRow]:
         """Jobs by id, in one call. An id that Slurm does not know (any more) is missing; one that has
         ended stays for a while (MinJobAge), in a terminal state."""
@@ -201,6 +218,54 @@ class Slurm:
             raise self._failure(command, done)
         return {row.id: row for row in parse.parse_jobs(done.stdout)}
 
+    def named(self, names: Sequence[str]) -> dict[str, JobRow]:
+        """This user's jobs of these names, by id, in one call; such that have just ended, too."""
+        command = ["squeue", "-h", "-t", "all", "-o", parse.JOB_FORMAT, "--me"]
+        if not any("," in name for name in names):
+            command.append(f"--name={','.join(names)}")
+        done = self._call(command)
+        if done.returncode != 0:
+            raise self._failure(command, done)
+        return {row.id: row for row in parse.parse_jobs(done.stdout) if row.name in names}
+
+    def nodes(self) -> dict[str, NodeRow]:
+        """All nodes that this user sees, in one call."""
+        return parse.parse_nodes(self._said("sinfo", "-h", "-N", "-o", parse.NODE_FORMAT))
+
+    def is_preempted(self, job: str) -> bool:
+        """Whether Slurm has decided to give the job's nodes to another one."""
+        done = self._call(["scontrol", "show", "job", "--oneliner", job])
+        match = re.search(r" PreemptTime=(\S+)", done.stdout)
+        return match is not None and match[1] not in {"None", "Unknown"}
+
+    def preempt_mode(self, job: str) -> str:
+        """What Slurm does with the job's partition's jobs when it preempts them: REQUEUE, CANCEL, …; "" if unsaid."""
+        row = self.jobs([job]).get(job)
+        if row is None:
+            return ""
+        done = self._call(["scontrol", "show", "partition", "--oneliner", row.partition])
+        match = re.search(r" PreemptMode=(\w+)", done.stdout)
+        return match[1].upper() if match is not None else ""
+
+    def requeue(self, job: str) -> None:
+        """End the job and queue it anew, under its id. It then waits, two minutes by default, for its old
+        credentials to expire; see `start_now`."""
+        self._control("requeue", job)
+
+    def start_now(self, job: str) -> None:
+        """Skip the wait of a requeued job, once it is pending: while it still ends, Slurm forgets this."""
+        self._control("update", f"jobid={job}", "StartTime=now")
+
+    def keep_off(self, job: str, nodes: Sequence[str]) -> None:
+        """Change the nodes that a waiting job must not get."""
+        self._control("update", f"jobid={job}", f"ExcNodeList={','.join(nodes)}")
+
+    def _control(self, *words: str) -> None:
+        command = ["scontrol", *words]
+        done = self._call(command)
+        if done.returncode != 0:
+            raise self._failure(command, done, self._refusal_hint(done.stderr))
+
     def finished(self, ids: Sequence[str]) -> dict[str, FinishedRow] | None:
         """Jobs by id from the accounting, which squeue has forgotten; None where there is no accounting."""
         if not ids:
@@ -214,6 +279,20 @@ class Slurm:
             raise self._failure(command, done)
         return {row.id: row for row in parse.parse_finished(done.stdout)}
 
+    def usage(self, ids: Sequence[str], since: datetime) -> list[UsageRow] | None:
+        """What these jobs and their steps used, in all their allocations (a requeued job has several), in one call;
+        None where there is no accounting. `since`: before their first one; ids are used again some day."""
+        if not ids:
+            return []
+        command = ["sacct", "-D", "-n", "-P", f"--delimiter={parse.SEPARATOR}", "-o", parse.USAGE_FORMAT]
+        command += ["-S", f"{since:%Y-%m-%dT%H:%M:%S}", "-j", ",".join(ids)]
+        done = self._call(command)
+        if done.returncode != 0:
+            if any(words in done.stderr for words in _NO_ACCOUNTING):
+                return None
+            raise self._failure(command, done)
+        return parse.parse_usage(done.stdout)
+
     def cancel(self, ids: Sequence[str], signal: str | None = None) -> None:
         """End jobs, or send `signal` ("USR1") to their batch scripts. Jobs that have ended are no error."""
         if not ids:
@@ -226,11 +305,40 @@ class Slurm:
 
     def partitions(self) -> list[PartitionRow]:
         """The partitions that this user sees; several rows for one whose nodes are in several states."""
-        command = ["sinfo", "-h", "-o", parse.PARTITION_FORMAT]
+        return parse.parse_partitions(self._said("sinfo", "-h", "-o", parse.PARTITION_FORMAT))
+
+    def settings(self) -> dict[str, str]:
+        """The site's configuration, by Slurm's names."""
+        return site.parse_settings(self._said("scontrol", "show", "config"))
+
+    def associations(self, user: str) -> list[Association] | None:
+        """The accounts of a user; None where there is no accounting."""
+        try:
+            said = self._said(
+                "sacctmgr", "-n", "-P", "show", "associations", f"user={user}", f"format={site.ASSOCIATION_FORMAT}"
+            )
+        except SlurmUnavailable:
+            raise
+        except SlurmError as error:
+            if any(words in error.message for words in _NO_ACCOUNTING):
+                return None
+            raise
+        return site.parse_associations(said)
+
+    def shares(self) -> dict[str, float]:
+        """Account → this user's fair-share factor; {} where priorities know none."""
+        return site.parse_shares(self._said("sshare", "-U", "-n", "-P", "-o", site.SHARE_FORMAT))
+
+    def has_containers(self) -> bool:
+        """Whether srun takes --container-image: pyxis is installed."""
+        return "--container-image" in self._said("srun", "--help")
+
+    def _said(self, *command: str) -> str:
+        """The output of a command that must not fail."""
         done = self._call(command)
         if done.returncode != 0:
             raise self._failure(command, done)
-        return parse.parse_partitions(done.stdout)
+        return done.stdout
 
     def start_estimate(self, job: str) -> datetime | None:
         """When Slurm expects a waiting job to start; None where it does not know, or it waits no more."""

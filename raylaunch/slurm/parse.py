@@ -7,6 +7,7 @@ States that Slurm may add are UNKNOWN, never an error; a line of another shape i
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -16,12 +17,17 @@ import hostlist
 from raylaunch.errors import SlurmError
 
 SEPARATOR = "\x1f"
-JOB_FORMAT = SEPARATOR.join(("%i", "%T", "%P", "%u", "%D", "%N", "%S", "%L", "%r", "%j"))
+JOB_FORMAT = SEPARATOR.join(("%i", "%T", "%P", "%u", "%D", "%N", "%S", "%L", "%x", "%k", "%r", "%j"))
 """For `squeue -o`."""
 FINISHED_FORMAT = "JobID,State,ExitCode,NodeList,Reason"
 """For `sacct -o`."""
+USAGE_FORMAT = "JobID,State,ElapsedRaw,AllocCPUS,NNodes,TotalCPU,MaxRSS,ConsumedEnergyRaw,AllocTRES"
+"""For `sacct -o`, of jobs and their steps."""
 PARTITION_FORMAT = SEPARATOR.join(("%P", "%a", "%l", "%D", "%T", "%c", "%m", "%G"))
 """For `sinfo -o`."""
+
+NODE_FORMAT = SEPARATOR.join(("%N", "%P", "%a", "%T", "%E"))
+"""For `sinfo -N -o`."""
 
 _STATE_FLAGS = "*~#!%$@^-+"  # sinfo(1), NODE STATE CODES
 _NOTHING = {"", "(null)", "N/A", "None", "None assigned", "Unknown"}
@@ -127,6 +133,9 @@ class JobRow:
     reason: str
     """Why it waits, or how it ended; "" where Slurm says None."""
     name: str
+    exclude: tuple[str, ...] = ()
+    """Nodes that it must not get."""
+    comment: str = ""
 
     @property
     def terminal(self) -> bool:
@@ -157,6 +166,60 @@ class FinishedRow:
     """That ended the batch script; 0: none."""
     nodes: tuple[str, ...]
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What one job, or one of its steps, used. None: the accounting does not say (yet)."""
+
+    job: str
+    step: str
+    """batch, extern, 0, …; "" for the job itself."""
+    state: JobState
+    elapsed: int
+    """Seconds."""
+    cpus: int
+    nodes: int
+    cpu_seconds: float | None
+    """User and system time; of a job, what its ended steps used."""
+    max_rss: int | None
+    """Bytes, of the task that used most."""
+    joules: int | None
+    memory: int | None
+    """Bytes that were allocated, on all nodes together."""
+    gpus: int
+    gpu_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRow:
+    """One node as sinfo shows it."""
+
+    name: str
+    partitions: tuple[str, ...]
+    """Those that are up."""
+    default: bool
+    """One of them is the default one."""
+    state: str
+    """idle, allocated, mixed, draining, drained, down, … without sinfo's flags."""
+    flags: str
+    """`*` does not answer, `~` powered off, `^` reboots, and so on."""
+    reason: str
+    """Why it drains or is down."""
+
+    @property
+    def drains(self) -> bool:
+        """Somebody wants its jobs to leave."""
+        return self.state in {"draining", "drained", "drain", "failing", "fail"}
+
+    @property
+    def down(self) -> bool:
+        return self.state in {"down", "error"}
+
+    @property
+    def idle(self) -> bool:
+        """It would start a job now."""
+        return self.state == "idle" and "*" not in self.flags
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +272,9 @@ def parse_jobs(text: str) -> list[JobRow]:
             continue
         if not line.strip():
             continue
-        job, state, partition, user, count, nodes, start, left, reason, name = _exactly(10, fields, line, "squeue")
+        job, state, partition, user, count, nodes, start, left, exclude, comment, reason, name = _exactly(
+            12, fields, line, "squeue"
+        )
         rows.append(
             JobRow(
                 id=job,
@@ -222,6 +287,8 @@ def parse_jobs(text: str) -> list[JobRow]:
                 time_left=parse_duration(left),
                 reason="" if reason in _NOTHING else reason,
                 name=name,
+                exclude=parse_hosts(exclude),
+                comment="" if comment in _NOTHING else comment,
             )
         )
     return rows
@@ -249,6 +316,37 @@ def parse_finished(text: str) -> list[FinishedRow]:
     return rows
 
 
+def parse_usage(text: str) -> list[UsageRow]:
+    """sacct with USAGE_FORMAT → rows."""
+    rows = []
+    for line in text.split("\n"):
+        if not line.strip():
+            continue
+        fields = line.split(SEPARATOR)
+        name, state, elapsed, cpus, nodes, cpu, rss, energy, tres = _exactly(9, fields, line, "sacct")
+        job, _, step = name.partition(".")
+        has = dict(part.split("=", 1) for part in tres.split(",") if "=" in part)
+        typed = sorted(key for key in has if key.startswith("gres/gpu:"))
+        joules = _number(energy)
+        rows.append(
+            UsageRow(
+                job=job,
+                step=step,
+                state=parse_state(state),
+                elapsed=_number(elapsed),
+                cpus=_number(cpus),
+                nodes=_number(nodes),
+                cpu_seconds=_cpu_seconds(cpu),
+                max_rss=_bytes(rss),
+                joules=joules if 0 < joules < 1 << 62 else None,  # NO_VAL64 where there is no meter
+                memory=_bytes(has.get("mem", "")),
+                gpus=_number(has.get("gres/gpu", "")),
+                gpu_type=typed[0].partition(":")[2] if typed else "",
+            )
+        )
+    return rows
+
+
 def parse_partitions(text: str) -> list[PartitionRow]:
     """sinfo with PARTITION_FORMAT → rows, in sinfo's order."""
     rows = []
@@ -271,6 +369,27 @@ def parse_partitions(text: str) -> list[PartitionRow]:
                 memory=_number(memory),
                 gres="" if gres in _NOTHING else gres,
             )
+        )
+    return rows
+
+
+def parse_nodes(text: str) -> dict[str, NodeRow]:
+    """sinfo -N with NODE_FORMAT, a line a node and partition → node → row."""
+    rows: dict[str, NodeRow] = {}
+    for line in text.split("\n"):
+        if not line.strip():
+            continue
+        fields = line.split(SEPARATOR, NODE_FORMAT.count(SEPARATOR))
+        name, partition, up, state, reason = _exactly(5, fields, line, "sinfo")
+        bare = state.rstrip(_STATE_FLAGS)
+        known = rows.get(name)
+        rows[name] = NodeRow(
+            name=name,
+            partitions=(*(known.partitions if known else ()), *([partition.removesuffix("*")] if up == "up" else [])),
+            default=(known is not None and known.default) or partition.endswith("*"),
+            state=bare,
+            flags=state[len(bare) :],
+            reason="" if reason in _NOTHING or reason == "none" else reason,
         )
     return rows
 
@@ -309,6 +428,21 @@ def parse_when(text: str) -> datetime | None:
         return datetime.fromisoformat(text.strip()).astimezone()
     except ValueError:
         return None
+
+
+def _cpu_seconds(text: str) -> float | None:
+    """sacct's `[days-][hours:]minutes:seconds[.fraction]`; None for none at all."""
+    whole, _, fraction = text.strip().partition(".")
+    seconds = parse_duration(whole)
+    found = None if seconds is None else seconds + (float(f"0.{fraction}") if fraction.isdigit() else 0.0)
+    return found or None
+
+
+def _bytes(text: str) -> int | None:
+    """`5266672K`, `16G`, `0.5M`; None for none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTP]?)", text.strip())
+    amount = float(match[1]) * 1024 ** " KMGTP".index(match[2] or " ") if match is not None else 0.0
+    return int(amount) or None
 
 
 def _number(text: str) -> int:

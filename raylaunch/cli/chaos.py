@@ -1,0 +1,127 @@
+"""`raylaunch chaos`: faults done to a run on purpose, and the model of a large cluster."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from raylaunch import audit, state
+from raylaunch.chaos import model, plan, report
+from raylaunch.chaos.campaign import Campaign
+from raylaunch.chaos.faults import Faults, check
+from raylaunch.chaos.reach import of_cluster, sandbox_of
+from raylaunch.chaos.victim import Victim
+from raylaunch.cli import options
+from raylaunch.cli.show import note
+from raylaunch.errors import UsageError
+from raylaunch.observe import picture
+
+
+@click.command()
+@click.argument("run", required=False)
+@click.option("--every", default="60s", show_default=True, help="Time between two faults, on average.")
+@click.option("--faults", default="worker,driver,raylet,agent", show_default=True, help="Which, in turn; see below.")
+@click.option("--for", "duration", help="How long. Default: 10m, unless --count is given.")
+@click.option("--count", type=click.IntRange(1), help="How many faults.")
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same sequence.")
+@click.option("--limit", default="5m", show_default=True, help="A run that takes longer to recover has failed.")
+@click.option("--hold", default="15s", show_default=True, help="How long freeze, cut, slurmd and slurmctld last.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the ledger there, too.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the run there (PNG); needs raylaunch[plot].")
+@click.option("--simulate", is_flag=True, help="No fault: what a large cluster would make of these recoveries.")
+@click.option("--nodes", help="With --simulate: its sizes, as N,N,…; one size N stands for N/8 to N.")
+@click.option("--mttf-node", help="With --simulate: mean time between failures of one node, e.g. 30d.")
+@click.option("--from", "source", metavar="RUN", help="With --simulate: phases as measured in this run.")
+@click.option("--phases", metavar="NAME=SECONDS,…", help="With --simulate: phases of a recovery, by hand.")
+@click.option("--interval", help="With --simulate: times between two saves, as 1m,5m,…")
+@click.option("--save", help="With --simulate: how long a save keeps the steps waiting.")
+@click.option("--replace", default="5m", show_default=True, help="With --simulate: until a lost node is replaced.")
+@click.option("--check", "check_run", metavar="RUN", help="Compare the model with what a chaos run really did.")
+@options.state_dir_option
+def chaos(run: str | None, state_dir: Path | None, **given: Any) -> None:
+    """Do faults to RUN, wait for each recovery, and print the ledger.
+
+    \b
+      raylaunch chaos demo --faults node,worker,head --every 60s --for 10m --seed 7
+      raylaunch chaos --simulate --nodes 2048 --mttf-node 30d
+    \b
+    For any cluster of one's own: worker, hang, raylet, agent, driver, gcs, dashboard.
+    On a sandbox, as root, also: node, head, freeze, cut, drain, slurmd, slurmctld.
+
+    Exit code 0: every fault was recovered.
+    """
+    where = options.state_dir(state_dir)
+    if given["check_run"]:
+        click.echo(model.check_table(_run_dir(where, given["check_run"])))
+        return
+    if given["simulate"]:
+        _simulate(where, given)
+        return
+    if run is None:
+        raise UsageError("no run is named", "raylaunch chaos RUN …, or --simulate, or --check RUN.")
+    _inject(where, run, given)
+
+
+def _inject(where: Path, run: str, given: dict[str, Any]) -> None:
+    kinds = plan.parse_kinds(given["faults"])
+    every, limit, hold = (plan.seconds(given[key]) for key in ("every", "limit", "hold"))
+    count: int | None = given["count"]
+    duration = plan.seconds(given["duration"]) if given["duration"] else None if count else 600.0
+    if given["plot"]:
+        picture.pyplot()  # said now, not after an hour
+    for key in ("json_file", "plot"):
+        if given[key] and not given[key].absolute().parent.is_dir():
+            raise UsageError(f"there is no directory {given[key].absolute().parent}", "Make it first.")
+    victim = Victim.of(where, run)
+    sandbox = sandbox_of(where, os.environ) if victim.cluster.backend == "slurm" else None
+    check(kinds, sandbox, victim.cluster.backend)
+    faults = Faults(victim, of_cluster(victim.cluster_dir, victim.cluster, sandbox), sandbox)
+    audit.add(where, "chaos", note, cluster=victim.cluster.name, run=run)
+    zero = time.monotonic()
+
+    def say(text: str) -> None:
+        click.echo(f"[{time.monotonic() - zero:6.1f} s] {text}", err=True)
+
+    campaign = Campaign(faults, plan.plan(kinds, given["seed"]), every, limit, hold, say)
+    began, good = time.time(), False
+    try:
+        with options.interruptible():
+            good = campaign.go(duration, count)
+    finally:  # also after Ctrl-C
+        record = report.of(victim.run_dir, campaign.outcomes, began, time.time(), given["seed"])
+        click.echo(report.table(record))
+        if given["json_file"]:
+            state.write_json(given["json_file"].absolute(), record)
+        if given["plot"]:
+            picture.run(victim.run_dir, given["plot"])
+    if not good or not record["steps"]["ok"]:
+        raise SystemExit(1)
+
+
+def _simulate(where: Path, given: dict[str, Any]) -> None:
+    if not given["nodes"] or not given["mttf_node"]:
+        raise UsageError(
+            "--simulate needs --nodes and --mttf-node", "raylaunch chaos --simulate --nodes 2048 --mttf-node 30d"
+        )
+    phases = model.measured(_run_dir(where, given["source"])) if given["source"] else model.SANDBOX
+    if given["phases"]:
+        phases = phases.changed(given["phases"])
+    if given["save"]:
+        phases = phases.saving(plan.seconds(given["save"]))
+    intervals = [plan.seconds(word) for word in given["interval"].split(",")] if given["interval"] else None
+    click.echo(
+        model.table(
+            phases, model.sizes(given["nodes"]), plan.seconds(given["mttf_node"]), intervals,
+            plan.seconds(given["replace"]), given["seed"],
+        )
+    )  # fmt: skip
+
+
+def _run_dir(where: Path, name: str) -> Path:
+    from raylaunch.status import find_run
+
+    return find_run(where, name)[0]

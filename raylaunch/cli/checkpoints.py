@@ -1,0 +1,179 @@
+"""`raylaunch checkpoints RUN`: what is committed, whether it verifies, what can go, and weights for others."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from raylaunch import audit, configfile, entry, layout, runs
+from raylaunch.checkpoint import digests, store
+from raylaunch.checkpoint.store import Bad, Commit
+from raylaunch.cli import options
+from raylaunch.cli.show import note, table_width
+from raylaunch.config import Config
+from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.status import find_run
+
+READERS = 4
+
+
+@click.group(invoke_without_command=True)
+@click.argument("run")
+@options.state_dir_option
+@click.pass_context
+def checkpoints(ctx: click.Context, run: str, state_dir: Path | None) -> None:
+    """The checkpoints of RUN: `ls` (when nothing is said), `verify`, `gc`, `export`."""
+    run_dir, _ = find_run(options.state_dir(state_dir), run)
+    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
+    ctx.obj = run, config, runs.checkpoint_dir(run_dir, config)
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(ls)
+
+
+@checkpoints.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.pass_obj
+def ls(given: tuple[str, Config, Path], as_json: bool = False) -> None:
+    """What is committed, and what cannot be used."""
+    _, _, directory = given
+    rows = [_row(one) for one in store.walk(directory)]
+    left = [path.name for path in [*store.leftovers(directory), *store.set_aside_before(directory)]]
+    if as_json:
+        return click.echo(json.dumps({"directory": str(directory), "checkpoints": rows, "leftovers": left}, indent=1))
+    table = Table(box=None, pad_edge=False)
+    for title in ("step", "saved", "size", "workers", "attempt", ""):
+        table.add_column(title, justify="right" if title in {"step", "size", "workers", "attempt"} else "left")
+    for row in rows:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["time"])) if "time" in row else ""
+        size = f"{row['bytes'] / 1e6:,.1f} MB" if "bytes" in row else ""
+        table.add_row(
+            str(row["step"]), when, size, str(row.get("world_size", "")), str(row.get("attempt", "")), row["bad"]
+        )
+    Console(width=table_width()).print(table if rows else f"no checkpoint in {directory}")
+    if left:
+        note(f"{len(left)} directories are left over ({left[0]}, …): `gc` removes those that nobody writes")
+    return None
+
+
+@checkpoints.command()
+@click.argument("steps", nargs=-1, type=int)
+@click.pass_obj
+def verify(given: tuple[str, Config, Path], steps: tuple[int, ...]) -> None:
+    """Read all files (or those of STEPS) and compare their checksums; exit code 1 when one is not as written."""
+    bad = []
+    for one in _chosen(given, steps):
+        found = one if isinstance(one, Bad) else _first_bad(one)
+        click.echo(f"step {one.step}: {f'{found.file}: {found.why}' if found else 'as it was written'}")
+        bad += [found] if found else []
+    if bad:
+        raise RaylaunchError(
+            f"{len(bad)} checkpoints cannot be used", "A run that resumes sets them aside, and takes the one before."
+        )
+
+
+@checkpoints.command()
+@click.option(
+    "--keep",
+    type=click.IntRange(1),
+    help="Usable checkpoints to keep, the newest. Default: the config's. (What it keeps besides, stays.)",
+)
+@click.option("--bad", is_flag=True, help="Remove those that did not verify and were set aside, too.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.pass_obj
+def gc(given: tuple[str, Config, Path], keep: int | None, bad: bool, dry_run: bool) -> None:
+    """Remove what nobody needs: old checkpoints, and what killed writers left. Safe beside a run that goes on."""
+    _, config, directory = given
+    rule = replace(runs.keep(config), last=keep) if keep else runs.keep(config)
+    old = [one.path for one in rule.surplus(store.committed(directory))]
+    gone = [*store.leftovers(directory), *old, *(store.set_aside_before(directory) if bad else [])]
+    for path in gone:
+        click.echo(f"{'would remove' if dry_run else 'removes'} {path.name}")
+    if not dry_run:
+        _audit(given, "checkpoints gc")
+        incarnation, attempt = store.owner(directory)
+        store.retain(directory, rule, incarnation, attempt)
+        store.collect(directory, incarnation, attempt)
+        for path in store.set_aside_before(directory) if bad else ():
+            store.delete(path)
+    if not gone:
+        click.echo("nothing to remove")
+
+
+@checkpoints.command()
+@click.argument("step", metavar="STEP|latest")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="A new directory.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--ema", is_flag=True, help="The moving averages (optimizer.ema) instead.")
+@click.pass_obj
+def export(given: tuple[str, Config, Path], step: str, to: Path, dtype: str, ema: bool) -> None:
+    """Write one checkpoint's weights as consolidated safetensors in Hugging Face's layout."""
+    run, config, directory = given
+    if step == "latest":
+        found = store.latest(directory)
+        if found is None:
+            raise RaylaunchError(f"run {run} has no checkpoint", f"They would be in {directory}.")
+    elif step.isdigit():
+        (one,) = _chosen(given, (int(step),))
+        if isinstance(one, Bad):
+            raise RaylaunchError(f"step {step} cannot be used: {one.file}: {one.why}", "See `ls`.")
+        found = one
+    else:
+        raise UsageError(f"{step} is no step", "Give a number, or latest.")
+    if to.exists():
+        raise UsageError(f"{to} is there already", "Name a new directory with --to.")
+    _audit(given, "checkpoints export")
+    more = {"ema": True} if ema else {}
+    for path in _exporter(config)(config, found.path, to.absolute(), dtype, **more):
+        click.echo(str(path))
+
+
+def _audit(given: tuple[str, Config, Path], action: str) -> None:
+    parent = click.get_current_context().parent
+    assert parent is not None
+    audit.add(options.state_dir(parent.params["state_dir"]), action, note, run=given[0])
+
+
+def _exporter(config: Config) -> Callable[..., list[Path]]:
+    """The `export` of the trainer's module."""
+    module = entry.module(config.trainer)
+    found: Callable[..., list[Path]] | None = getattr(module, "export", None)
+    if not callable(found):
+        raise RaylaunchError(
+            f"the trainer's module {module.__name__} has no export",
+            f"Give it a function export(config, checkpoint, to, dtype): {module.__file__}.",
+        )
+    return found
+
+
+def _first_bad(commit: Commit) -> Bad | None:
+    with ThreadPoolExecutor(READERS) as pool:
+        shares = [digests.share(commit, rank, READERS) for rank in range(READERS)]
+        return next((bad for bad in pool.map(lambda names: digests.check(commit, names), shares) if bad), None)
+
+
+def _chosen(given: tuple[str, Config, Path], steps: tuple[int, ...]) -> list[Commit | Bad]:
+    run, _, directory = given
+    there = {one.step: one for one in store.walk(directory)}
+    unknown = [step for step in steps if step not in there]
+    if unknown:
+        known = ", ".join(map(str, sorted(there))) or "none"
+        raise UsageError(f"run {run} has no checkpoint of step {unknown[0]}", f"There is: {known}.")
+    return [there[step] for step in sorted(steps or there)]
+
+
+def _row(one: Commit | Bad) -> dict[str, Any]:
+    if isinstance(one, Bad):
+        return {"step": one.step, "bad": f"{one.file}: {one.why}"}
+    return {
+        "step": one.step, "time": one.time, "bytes": sum(size for size, _ in one.files.values()),
+        "world_size": one.world_size, "attempt": one.attempt, "bad": "",
+    }  # fmt: skip

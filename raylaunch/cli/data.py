@@ -1,0 +1,141 @@
+"""`raylaunch data`: prepare documents for training, and look at what was prepared."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from raylaunch.cli.show import note
+from raylaunch.errors import RaylaunchError
+
+if TYPE_CHECKING:  # pyarrow is for the commands, not for their help
+    from raylaunch.data import prepare as preparation
+    from raylaunch.data.dataset import Manifest
+
+
+@click.group()
+def data() -> None:
+    """Prepare documents for training, and look at them."""
+
+
+@data.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="IN…")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the dataset.")
+@click.option(
+    "--tokenizer",
+    default="bytes",
+    show_default=True,
+    help="bytes, a tokenizer.json, or hf:NAME of the Hugging Face hub.",
+)
+@click.option(
+    "--format", "format_", type=click.Choice(["text", "jsonl", "parquet", "sft", "table"]),
+    help="Of all input. Default: by the names, .jsonl and .parquet (also .gz, .zst), everything else is text.",
+)  # fmt: skip
+@click.option("--column", default="text", show_default=True, help="Of the text, in JSON lines and Parquet.")
+@click.option(
+    "--chat-template", default="auto", show_default=True,
+    help="For sft. auto: the tokenizer's, if it has one; plain: role, line break, content; or a file in Jinja.",
+)  # fmt: skip
+@click.option("--workers", type=click.IntRange(1), help="Processes. Default: as many as there are CPUs for us.")
+@click.option("--skip-bad", is_flag=True, help="Leave out documents that cannot be read, and count them.")
+def prepare(
+    inputs: tuple[str, ...],
+    out: Path,
+    tokenizer: str,
+    format_: Any,
+    column: str,
+    chat_template: str,
+    workers: int | None,
+    skip_bad: bool,
+) -> None:
+    """Documents → tokens → Arrow shards in a directory, which data.prepared names in a config.
+
+    IN are files, directories, globs or URLs (s3://, gs://, https://, …). A text file is a document; of JSON lines and
+    Parquet each row is one. sft: JSON lines with "messages", or "prompt" and "completion"; the loss counts the answers
+    only. table: the rows of Parquet files as they are, for a loop of your own. Cut off, the same command goes on
+    where it was.
+
+    \b
+      raylaunch data prepare 'books/*.txt' wiki.jsonl.zst --out corpus --tokenizer tokenizer.json
+    """
+    from raylaunch.data.prepare import Request
+    from raylaunch.data.prepare import prepare as make
+
+    request = Request([*inputs], out.absolute(), tokenizer, format_, column, skip_bad, chat_template=chat_template)
+    with _bar() as tell:
+        manifest = make(request, workers or len(os.sched_getaffinity(0)), tell)
+    if manifest.skipped:
+        note(f"{manifest.skipped:,} documents were left out")
+    click.echo(_summary(out, manifest))
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[preparation.Progress], None]]:
+    """A bar on a terminal, a line for every tenth elsewhere; bad documents above it."""
+    console = Console(stderr=True, highlight=False)
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} %  {task.fields[size]}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None, size="")
+        named, tenth = 0, -1
+
+        def tell(now: preparation.Progress) -> None:
+            nonlocal named, tenth
+            size = f"{now.done / 1e6:,.0f} of {now.total / 1e6:,.0f} MB"
+            bar.update(task, completed=now.done, total=now.total or 1, size=size)
+            for bad in now.bad[named:]:
+                console.print(f"left out: {bad.where}: {bad.why}", markup=False, soft_wrap=True)
+            named = len(now.bad)
+            if not console.is_terminal and now.total and (reached := 10 * now.done // now.total) > tenth:
+                tenth = reached
+                note(size)
+
+        yield tell
+
+
+@data.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--samples", default=3, show_default=True, type=click.IntRange(0), help="Documents to show.")
+@click.option("--seed", default=0, show_default=True, help="Which documents.")
+@click.option("--verify", is_flag=True, help="Read all of it and compare the checksums.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def inspect(directory: Path, samples: int, seed: int, verify: bool, as_json: bool) -> None:
+    """What a prepared dataset holds, and some of its documents as text."""
+    from raylaunch.data import dataset, looking
+
+    manifest = dataset.read(directory)
+    damaged = dataset.verify(directory, manifest) if verify else []
+    shown = looking.samples(directory, manifest, samples, seed)
+    if as_json:
+        facts = {"format": manifest.format, "tokenizer": manifest.tokenizer, "shards": len(manifest.shards),
+                 "documents": manifest.documents, "tokens": manifest.tokens, "skipped": manifest.skipped,
+                 "damaged": damaged, "samples": [vars(sample) for sample in shown]}  # fmt: skip
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        click.echo(_summary(directory, manifest))
+        for sample in shown:
+            click.echo(f"\n— document {sample.index} of {sample.shard}, {sample.tokens:,} tokens, from {sample.source}")
+            click.echo(sample.text)
+    if damaged:
+        raise RaylaunchError(
+            f"{len(damaged)} files are not what was written: {', '.join(damaged[:5])}",
+            f"Remove {directory / dataset.MANIFEST} and those shards, then prepare again.",
+        )
+
+
+def _summary(directory: Path, manifest: Manifest) -> str:
+    if manifest.format == "table":
+        return f"{directory}: {manifest.documents:,} rows in {len(manifest.shards)} shards"
+    answered = sum(shard.answered for shard in manifest.shards)
+    loss = f", {answered:,} of them answers" if manifest.format == "sft" else ""
+    return (
+        f"{directory}: {manifest.documents:,} documents, {manifest.tokens:,} tokens{loss} "
+        f"({manifest.tokenizer['name']}, {manifest.dtype}) in {len(manifest.shards)} shards"
+    )

@@ -1,0 +1,34 @@
+"""`raylaunch metrics export`: clusters into a Prometheus and a Grafana of one's own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from raylaunch.cli import options
+from raylaunch.cli.show import note
+from raylaunch.metrics import export as exporting
+from raylaunch.metrics.serve import TOKEN_FILE
+
+
+@click.group()
+def metrics() -> None:
+    """Metrics of clusters and runs, for Prometheus and Grafana."""
+
+
+@metrics.command()
+@click.option("--dir", "out", type=click.Path(path_type=Path), required=True, help="Where to write.")
+@click.option("--every", type=click.FloatRange(min=1), help="Go on, and write the targets anew every so many seconds.")
+@options.state_dir_option
+def export(out: Path, every: float | None, state_dir: Path | None) -> None:
+    """Write what Prometheus and Grafana need: targets (file_sd) of all clusters that are up, a scrape configuration,
+    and dashboards for raylaunch and for Ray."""
+    where = options.state_dir(state_dir)
+    for name in exporting.write(where, out):
+        click.echo(str(out / name))
+    note(f"Prometheus must be able to read {where / TOKEN_FILE} (0600, yours), or a copy that you make for it.")
+    while every is not None:
+        time.sleep(every)
+        exporting.write_targets(where, out)

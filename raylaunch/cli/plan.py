@@ -1,0 +1,262 @@
+"""`raylaunch plan`: what a run will need, before it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from raylaunch import cluster, hosts, state
+from raylaunch.cli import options
+from raylaunch.cli.options import F
+from raylaunch.cli.show import table_width
+from raylaunch.config import Config
+from raylaunch.errors import UsageError
+from raylaunch.plan import estimate, gpus, like, memory, queue, saving
+from raylaunch.plan.estimate import Estimate, Given
+from raylaunch.plan.gpus import CPU, GIB, Gpu
+from raylaunch.plan.queue import Queue, spell
+from raylaunch.plan.search import SEVERAL
+from raylaunch.slurm import script
+from raylaunch.slurm.client import Slurm
+
+
+def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 1e-9 <= value <= 1e18:
+        raise UsageError(f"--{str(parameter.name).replace('_', '-')} {value}: must be a number above 0")
+    return value
+
+
+WIDTH = 80
+
+
+def _rate(flag: str, text: str) -> Callable[[F], F]:
+    return click.option(flag, type=float, callback=_positive, help=text)
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--gpu", help="The GPU: h100-80gb, a100-40gb, …, or cpu. Default: what slurm asks for.")
+@click.option("--nodes", help="As many nodes. Default: slurm.nodes, the upper end.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="As many workers a node. Default: the config's.")
+@click.option("--like", "like_run", metavar="RUN", help="Take pace, start and saves from an earlier run.")
+@_rate("--tokens-per-second", "The pace of all GPUs together.")
+@_rate("--mfu", "The share of the GPU's peak that is reached (0.4, say), where no pace is known.")
+@_rate("--bandwidth", f"GB/s that the file system takes of a save. Default: {saving.BANDWIDTH / 1e9:g}.")
+@_rate("--failures", f"Per node and hour. Default: {saving.FAILURES:.2g} (Kokolis et al., 2025).")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@options.sets_option
+@options.state_dir_option
+def plan(
+    path: Path, gpu: str | None, nodes: str | None, gpus_per_node: int | None, like_run: str | None,
+    tokens_per_second: float | None, mfu: float | None, bandwidth: float | None, failures: float | None,
+    as_json: bool, sets: tuple[str, ...], state_dir: Path | None,
+) -> int:  # fmt: skip
+    """What a run needs: memory a GPU and whether it fits, time, checkpoints, queue. Nothing is started.
+
+    \b
+      raylaunch plan cfg.yaml --gpu h100-80gb --nodes 4 --gpus-per-node 8
+    """
+    config = options.load(path, sets, {"slurm__nodes": nodes, "cluster__state_dir": state_dir and str(state_dir)})
+    which = _gpu(gpu, config)
+    if gpus_per_node is not None:
+        config = _with_workers(config, gpus_per_node)
+    measured = like.read(state.run_dir(cluster.state_dir_of(config), like_run)) if like_run is not None else None
+    given = Given(
+        which, config.slurm.max_nodes, script.workers_per_node(config.slurm), _available(which, config),
+        tokens_per_second, mfu, measured, bandwidth and bandwidth * 1e9, failures or saving.FAILURES,
+    )  # fmt: skip
+    found = estimate.estimate(config, given)
+    asked = queue.estimate(config, Slurm(), datetime.now().astimezone())
+    if as_json:
+        click.echo(json.dumps(estimate.as_dict(found, config) | {"queue": asdict(asked)}, indent=1))
+    else:
+        _print(Console(width=min(table_width(), WIDTH), highlight=False), found, config, asked)
+    return 1 if found.fits is False or found.shape is None else 0
+
+
+def _gpu(name: str | None, config: Config) -> Gpu:
+    if name is not None:
+        return gpus.find(name)
+    asked = f"{config.slurm.gpus_per_node or ''} {config.slurm.gres or ''}".split()
+    found = next(filter(None, map(gpus.asked_for, asked)), None)
+    if found is None and script.gpus_per_node(config.slurm):
+        raise UsageError("which GPU? slurm.gpus_per_node does not say", f"--gpu NAME: {', '.join(gpus.TABLE)}.")
+    return found or CPU
+
+
+def _with_workers(config: Config, count: int) -> Config:
+    """So many workers a node, and as many GPUs, of the type that the config names."""
+    slurm = config.slurm
+    gpus_ = None if slurm.gpus_per_node is None else re.sub(r"\d+$", str(count), str(slurm.gpus_per_node))
+    changed = slurm.model_copy(update={"ntasks_per_node": count, "gpus_per_node": gpus_})
+    return config.model_copy(update={"slurm": changed})
+
+
+def _available(gpu: Gpu, config: Config) -> int | None:
+    """Bytes of a worker: the GPU's; on a CPU its part of slurm.mem, or of this machine's where the run is to be here."""
+    workers = script.workers_per_node(config.slurm)
+    if gpu is not CPU:
+        return gpu.memory
+    if match := re.fullmatch(r"(\d+)([KMGT]?)B?", str(config.slurm.mem or "").upper()):
+        return (int(match[1]) << 10 * " KMGT".index(match[2] or "M")) // workers or None
+    if config.cluster.backend == "slurm" or config.slurm.max_nodes > 1:
+        return None
+    return hosts.memory(os.environ) // workers
+
+
+# -- for people --------------------------------------------------------------------------------------------
+
+
+def _print(console: Console, found: Estimate, config: Config, asked: Queue) -> None:
+    where, what = found.place, "on CPUs" if found.gpu is CPU else f"on {found.gpu.name}"
+    console.print(
+        Text.assemble(
+            (_name(found), "bold"), f" on {_several(where.nodes, 'node')}, {_several(where.world, 'worker')} {what}"
+        )
+    )
+    console.print(Text(f"  {_plan(found, config)}", style="dim"))
+    if found.peak is not None:
+        console.print()
+        _print_memory(console, found, config)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for title, text in [*_times(found), *_saves(found, config), ("queue", asked.text)]:
+        table.add_row(title, Text(text))
+    console.print()
+    console.print(table)
+    for text in found.missing + found.notes:
+        console.print(Text(f"! {text}", style="yellow"))
+
+
+def _name(found: Estimate) -> str:
+    if found.shape is None:
+        return "a model that is not known here"
+    sizes = found.shape.parameters
+    trained = "" if sizes["trained"] == sizes["total"] else f", {_count(sizes['trained'])} of them trained"
+    return f"{_count(sizes['total'])} parameters{trained}"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _plan(found: Estimate, config: Config) -> str:
+    plan, where = config.distributed, found.place
+    sizes = [f"{name}_size {getattr(plan, f'{name}_size')}" for name in ("tp", "cp", "pp", "ep")]
+    words = [plan.strategy, *(text for text in sizes if not text.endswith(" 1"))]
+    how = plan.activation_checkpointing
+    words += [f"activation_checkpointing {how}"] if how != "none" else []
+    words += ["cpu_offload"] if plan.cpu_offload else []
+    batch = f"{_several(where.batch, 'sample')} of {config.data.seq_len:,} a step"
+    passes = "one pass" if where.passes == 1 else f"{where.passes} passes"
+    return f"{', '.join(words)}; {batch}, in {passes} of {config.step_scheduler.local_batch_size} a worker"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _print_memory(console: Console, found: Estimate, config: Config) -> None:
+    assert found.peak is not None
+    peak = found.peak
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    available = found.available or 0
+    scale = max(available, peak.total) if peak.total > available / 10 else peak.total
+    room = max(8, min(40, console.width - 30))
+    for cause in memory.CAUSES:
+        if bytes_ := peak.bytes.get(cause, 0):
+            table.add_row(f"  {cause}", _size(bytes_), Text("█" * max(1, round(room * bytes_ / scale)), style="cyan"))
+    console.print(table)
+    stage = f", in stage {peak.stage}" if config.distributed.pp_size > 1 else ""
+    console.print(Text(f"  at {peak.moment}{stage}", style="dim"))
+    console.print(_verdict(found))
+    if peak.host:
+        host = _size(peak.host * found.place.workers_per_node)
+        console.print(f"and {host} of each node's own memory, for what is offloaded or copied to be saved")
+
+
+def _verdict(found: Estimate) -> Text:
+    assert found.peak is not None
+    used = _size(found.peak.total)
+    if found.available is None:
+        return Text(f"{used} a worker; how much a node has is not known here", style="bold")
+    against = f"{used.removesuffix(' GiB')} of {_size(found.available)}"
+    if found.fits and not found.tight:
+        return Text(f"fits: {against}", style="bold green")
+    word = "fits, but tightly" if found.fits else "does not fit"
+    text = Text(f"{word}: {against}", style="bold yellow" if found.fits else "bold red")
+    if found.would_fit:
+        text.append("; with more room:" if found.fits else "; these would:")
+    elif not found.fits:
+        text.append(f"; nothing that was tried would, on up to {SEVERAL[-1]} times the nodes", style="not bold")
+    for fit in found.would_fit:
+        changes = [f"{key.split('.')[-1]} {_word(value)}" for key, value in fit.changes.items()]
+        changes += [f"{fit.nodes} nodes"] if fit.nodes != found.place.nodes else []
+        slower = f", {fit.slower:.0%} slower or so" if fit.slower >= 0.02 else ""
+        text.append(f"\n  {', '.join(changes)} ({_size(fit.total)}{slower})", style="not bold")
+    return text
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _size(bytes_: float) -> str:
+    for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
+        if bytes_ >= size:
+            return f"{bytes_ / size:,.1f} {unit}"
+    return f"{bytes_ / 1024:,.1f} KiB"
+
+
+def _times(found: Estimate) -> list[tuple[str, str]]:
+    if found.pace is None or found.step is None:
+        return []
+    rate = found.pace.tokens_per_s
+    rows = [("pace", f"{rate:,.{0 if rate >= 10 else 2}f} tokens/s, {spell(found.step)} a step ({found.pace.how})")]
+    if found.first_step is not None:
+        parts = ", ".join(f"{name.replace('_', ' ')} {spell(s)}" for name, s in found.first_step.items() if s >= 0.5)
+        how = "measured" if found.pace.start else "assumed"
+        rows.append(("first step", f"{spell(sum(found.first_step.values()))} after the job's start ({how}: {parts})"))
+    with_ = " with saves and faults" if found.saving is not None else ""
+    rows.append(("to the end", f"{spell(found.end)}{with_}" if found.end is not None else "never: faults take it all"))
+    return rows
+
+
+def _saves(found: Estimate, config: Config) -> list[tuple[str, str]]:
+    one = found.saving
+    if one is None:
+        return []
+    waits = "" if one.stall == one.save else f", of which steps wait {spell(one.stall)}"
+    steps = f", {max(1, round(one.interval / found.step)):,} steps" if found.step else ""
+    rows = [
+        ("checkpoint", f"{_size(one.size)}, {spell(one.save)} to save (bandwidth {found.bandwidth}){waits}"),
+        ("save every", f"{spell(one.interval)}{steps}, with a fault each {spell(one.mtbf)} (Young/Daly): "
+                       f"{_share(one.cost)} of the time for saves and faults"),
+    ]  # fmt: skip
+    if one.own_interval is not None and one.own_cost is not None:
+        faults = f"; {one.faults:.2g} faults to be expected" if one.faults is not None else ""
+        every = config.step_scheduler.ckpt_every_steps
+        rows.append(("yours", f"ckpt_every_steps {every:,}, {spell(one.own_interval)}: {_share(one.own_cost)}{faults}"))
+    return rows
+
+
+def _share(part: float) -> str:
+    return "all" if part >= 1 else f"{part:.1%}" if part >= 0.001 else "less than 0.1%"

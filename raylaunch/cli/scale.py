@@ -1,0 +1,112 @@
+"""`raylaunch scale`: how many nodes a living cluster is to have."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from raylaunch import audit, backends, cluster, configfile, layout, state, submits
+from raylaunch.cli import options
+from raylaunch.cli.show import LiveLine, note
+from raylaunch.config import Config
+from raylaunch.errors import RaylaunchError, SlurmUnavailable, UsageError
+from raylaunch.layout import Cluster
+
+_EVERY, _JOBS_EVERY = 0.2, 3.0
+
+
+@click.command()
+@click.argument("name")
+@click.argument("nodes", type=int)
+@click.option("--no-wait", is_flag=True, help="Return once the cluster has been told.")
+@click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for the nodes.")
+@options.state_dir_option
+def scale(name: str, nodes: int, no_wait: bool, timeout: float, state_dir: Path | None) -> None:
+    """Give cluster NAME this many NODES: further ones join it, those too many leave. No step is lost.
+
+    \b
+      raylaunch scale main 6
+    """
+    directory, record = cluster.find(options.state_dir(state_dir), name)
+    config = configfile.load_resolved(directory / layout.CONFIG_FILE)
+    _check(config, nodes)
+    cluster.require_alive(options.state_dir(state_dir), name)
+    refusal = submits.head_refusal(directory, record)
+    if refusal and not submits.is_watched(directory) and nodes > _ready(directory, record):
+        raise RaylaunchError(
+            f"the cluster's nodes may not submit jobs ({refusal})",
+            f"Run `raylaunch watch {name}` on a login node: it submits in their place. Then scale again.",
+        )
+    audit.add(options.state_dir(state_dir), "scale", note, cluster=name, nodes=nodes)
+    layout.request(directory, "scale", nodes=nodes)
+    if no_wait:
+        note(f"cluster {name} is told to have {nodes} nodes; `raylaunch status` shows where it stands")
+        return
+    with LiveLine() as line:
+        _wait(directory, record, nodes, timeout, line)
+    click.echo(f"cluster {name} has {nodes} nodes")
+
+
+def _check(config: Config, nodes: int) -> None:
+    least, most = config.elastic.min_nodes or 1, config.max_nodes
+    if nodes < least:
+        raise UsageError(
+            f"{nodes} nodes are below the minimum of {least}",
+            "The minimum is elastic.min_nodes of the cluster's configuration; `raylaunch down` ends the cluster.",
+        )
+    if nodes > most:
+        raise UsageError(
+            f"{nodes} nodes are above the maximum of {most}",
+            "The maximum is elastic.max_nodes, by default slurm.nodes, as the cluster was brought up: "
+            f"`raylaunch up --set elastic.max_nodes={nodes}`.",
+        )
+
+
+def _ready(directory: Path, record: Cluster) -> int:
+    return sum(n["state"] == "ready" for n in cluster.living_nodes(directory, record))
+
+
+def _wait(directory: Path, record: Cluster, nodes: int, timeout: float, line: LiveLine) -> None:
+    """Until as many nodes are ready. What is waited for is said; giving up waiting changes nothing."""
+    deadline = time.monotonic() + timeout
+    ask, why = 0.0, ""
+    while (ready := _ready(directory, record)) != nodes:
+        now = time.monotonic()
+        if (directory / layout.ENDED_FILE).exists():
+            raise RaylaunchError(f"cluster {record.name} has ended meanwhile", f"See {directory / layout.LOGS}.")
+        if now >= ask:
+            ask, why = now + _JOBS_EVERY, _waits_for(directory, record, nodes)
+        if now > deadline:
+            raise RaylaunchError(
+                f"{ready} of {nodes} nodes are ready after {timeout:g} s" + (f"; {why}" if why else ""),
+                "The cluster goes on trying; `raylaunch status` shows where it stands.",
+            )
+        line(f"{ready} of {nodes} nodes are ready" + (f"; {why}" if why else ""))
+        time.sleep(_EVERY)
+
+
+def _waits_for(directory: Path, record: Cluster, nodes: int) -> str:
+    """What stands between the cluster and its nodes."""
+    now = Cluster.read(directory) or record
+    if now.canary != record.canary:
+        raise RaylaunchError(f"cluster {record.name} was brought up anew meanwhile", "Scale it again.")
+    leaving = [n["name"] for n in cluster.living_nodes(directory, record) if n["state"] == "draining"]
+    starting = [n["name"] for n in cluster.living_nodes(directory, record) if n["state"] == "starting"]
+    if starting:
+        return f"{', '.join(starting)} starts"
+    if leaving:
+        return f"the run leaves {', '.join(leaving)}"
+    refusal = submits.head_refusal(directory, record)
+    if refusal and not submits.is_watched(directory):
+        return f"no joiner can be submitted ({refusal}): run `raylaunch watch {record.name}` on a login node"
+    try:
+        jobs = backends.of(record.backend).states(directory, now.jobs)
+    except SlurmUnavailable:
+        return "Slurm does not answer"
+    pending = [j for j in jobs.values() if j.pending]
+    if pending:
+        return "; ".join(f"job {j.id} is pending ({j.blocked or j.reason or 'no reason yet'})" for j in pending)
+    said = [e for e in state.read_lines(directory / state.EVENTS_FILE) if e["kind"] == "node_decision"]
+    return str(said[-1]["reason"]) if said and _ready(directory, record) < nodes else ""

@@ -1,0 +1,124 @@
+"""`raylaunch watch`: the live view; and the node loop on the login node, where compute nodes may not submit jobs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+
+from raylaunch import backends, configfile, layout, loginloop, submits
+from raylaunch.cli import options
+from raylaunch.cli.show import note
+from raylaunch.errors import UsageError
+from raylaunch.layout import Cluster
+from raylaunch.live import facts, keyboard, screen
+
+ENOUGH = 40, 8
+"""Columns and lines, below which a terminal is taken for as large as this."""
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--submit", is_flag=True, help="Also submit the cluster's jobs from here, in place of its head.")
+@click.option("--once", is_flag=True, help="Print the view once.")
+@click.option(
+    "--every", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, help="Seconds between two looks."
+)
+@options.state_dir_option
+def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: Path | None) -> None:
+    """See a cluster and its run live: NAME is either's, by default the only cluster that is up.
+
+    m, n, e, l choose what is shown: all, nodes (the worst first), events, logs. q or Ctrl-C ends the watching, not the
+    cluster.
+
+    Where the cluster's nodes may not submit jobs (or with --submit) this command does it for them as long as it runs:
+    it replaces lost nodes, and goes on in another job when the cluster's own is taken away.
+    """
+    cluster_dir, run_dir = facts.find(options.state_dir(state_dir), name)
+    record = Cluster.read(cluster_dir)
+    if record is None:
+        raise UsageError(f"no cluster {cluster_dir.name} any more", "`raylaunch status --all` lists what there is.")
+    submit = submit or (not once and bool(submits.head_refusal(cluster_dir, record)))
+    if submit and (cluster_dir / layout.ENDED_FILE).exists():
+        raise UsageError(f"cluster {record.name} is down", f"Bring it up with `raylaunch up --name {record.name}`.")
+    if once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if submit:
+            until_it_ends(cluster_dir, record)
+        else:
+            _print_once(facts.Reader(cluster_dir, run_dir))
+        return
+    if submit:
+        _submit_beside(cluster_dir, record)
+    _show(facts.Reader(cluster_dir, run_dir), every)
+
+
+def until_it_ends(directory: Path, record: Cluster) -> None:
+    """Submit in the foreground, and say what is done."""
+    config = configfile.load_resolved(directory / layout.CONFIG_FILE)
+    with submits.watching(directory) as held:
+        if not held:
+            raise UsageError(f"cluster {record.name} is watched already", "One `raylaunch watch` is enough.")
+        note(f"watching cluster {record.name} until it ends; Ctrl-C ends the watching, not the cluster")
+        reason = loginloop.watch(directory, config, backends.of(record.backend), _say)
+    click.echo(f"cluster {record.name} has ended: {reason}")
+
+
+def _say(event: dict[str, Any]) -> None:
+    words = {k: v for k, v in event.items() if k not in {"kind", "decision"} and v not in ("", [], ())}
+    note(f"{event.get('decision', event['kind'])}: " + " ".join(f"{k}={v}" for k, v in words.items()))
+
+
+def _submit_beside(directory: Path, record: Cluster) -> None:
+    """The same in a thread behind the view; what it does is among the cluster's events."""
+
+    def work() -> None:
+        config = configfile.load_resolved(directory / layout.CONFIG_FILE)
+        with submits.watching(directory) as held:
+            if held:
+                loginloop.watch(directory, config, backends.of(record.backend), lambda event: None)
+
+    threading.Thread(target=work, name="submits", daemon=True).start()
+
+
+def _print_once(reader: facts.Reader) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    picture = reader.look()
+    shown = screen.lines(picture, "main", console.width, 40)
+    for line in shown[:-1]:
+        if line.plain.strip():
+            console.print(line)
+
+
+class _Looks:
+    """Looks every few seconds, in a thread: a file system that stalls must not hold the keys."""
+
+    def __init__(self, reader: facts.Reader, every: float) -> None:
+        self._reader, self._every = reader, every
+        self.picture = reader.look()
+        threading.Thread(target=self._work, name="looks", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            time.sleep(self._every)
+            self.picture = self._reader.look()
+
+
+def _show(reader: facts.Reader, every: float) -> None:
+    looks, view = _Looks(reader, every), "main"
+    console = Console(highlight=False)
+    with keyboard.keys() as key, Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            width, height = max(ENOUGH[0], console.width), max(ENOUGH[1], console.height)
+            logs = reader.tails(height) if view == "logs" else []
+            age = time.time() - looks.picture.time - every
+            live.update(Group(*screen.lines(looks.picture, view, width, height, logs, age)), refresh=True)
+            pressed = key(every)
+            if pressed == "q":
+                return
+            view = screen.VIEWS.get(pressed, view)

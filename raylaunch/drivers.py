@@ -1,0 +1,108 @@
+"""The head's driver processes: one run at a time, each driven until it has ended; a driver that is killed is
+started again. How a run goes on after a fault is the driver's business, not ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raylaunch import alerts, beside, configfile, layout, runs
+from raylaunch.errors import RaylaunchError
+from raylaunch.runs import Run
+
+TRIES = 3
+"""Drivers that may be lost one after the other without a step between them,"""
+LONG = 600.0
+"""or, where no steps are told, without one that lived so many seconds."""
+TELL_LIMIT = 25.0
+
+
+class Drivers:
+    """`ending`: the cluster is about to end, so nothing is started again; `fenced`: a newer head has the runs.
+    `off_loop` does file work; `event` writes one line of the cluster's events."""
+
+    def __init__(
+        self,
+        directory: Path,
+        env: Mapping[str, str],
+        ending: Callable[[], bool],
+        fenced: Callable[[], bool],
+        off_loop: Callable[..., Any],
+        event: Callable[..., None],
+    ) -> None:
+        self._directory, self._env = directory, env
+        self._ending, self._fenced, self._off_loop, self._event = ending, fenced, off_loop, event
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def drive(self, name: str) -> str:
+        """Drive a run until it ends; its last state."""
+        directory = runs.directory(self._directory, name)
+        record = await self._off_loop(Run.read, directory)
+        if record is None:
+            return "failed"  # it was moved away while it waited
+        if await self._off_loop(runs.stop_continues, directory):
+            await self._off_loop(runs.clear_stop, directory)
+        self._event("run_started", run=name)
+        tries, last = 0, await self._off_loop(runs.last_metrics, directory)
+        while tries < TRIES:
+            began = time.monotonic()
+            status = await self._one(directory)
+            now = await self._off_loop(Run.read, directory)
+            if status >= 0 or self._ending() or now is None or now.id != record.id or now.state in runs.FINAL:
+                break
+            self._event("driver_lost", run=name, status=status)
+            before, last = last, await self._off_loop(runs.last_metrics, directory)
+            tries = tries + 1 if last == before and time.monotonic() - began < LONG else 1
+        if status == runs.DRIVER_FENCED or await self._off_loop(self._fenced):
+            return "fenced"
+        outcome = str(await self._off_loop(runs.settle, directory, status, record.id))
+        if now is not None and now.id == record.id and now.state not in runs.FINAL and outcome in runs.FINAL:
+            with contextlib.suppress(RaylaunchError, OSError):
+                await self.tell(name, TELL_LIMIT)  # its driver had no last word
+        self._event("run_ended", run=name, state=outcome, status=status)
+        return outcome
+
+    async def _one(self, run: Path) -> int:
+        """One driver, from its start to its end; the exit status."""
+        with (run / layout.LOGS / "driver.log").open("ab") as out:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", "-m", "raylaunch.driver", str(self._directory), str(run),
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=self._env,
+            )  # fmt: skip
+        return await self._process.wait()
+
+    async def tell(self, name: str, limit: float, *why: str) -> None:
+        """Send the alerts that are left of a run without a driver, within `limit` seconds. `why` it ends, where its
+        events do not say so."""
+        run = runs.directory(self._directory, name)
+        if not (await self._off_loop(configfile.load_resolved, run / layout.CONFIG_FILE)).alerts.sinks:
+            return
+        with (run / layout.LOGS / "driver.log").open("ab") as out:
+            process = await asyncio.create_subprocess_exec(
+                *beside.command(alerts.MODULE, run), *why, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
+                start_new_session=True, env=self._env,
+            )  # fmt: skip
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.communicate(b""), limit)  # the end of its stdin
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    def kill(self) -> None:
+        """End the present driver, if there is one, at once."""
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+
+    async def ended(self) -> None:
+        """Wait for the present driver's end."""
+        if self._process is not None:
+            await self._process.wait()

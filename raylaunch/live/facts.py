@@ -1,0 +1,267 @@
+"""What a live view shows, read from the files of a cluster and its run, and the backend asked now and then.
+
+A Reader remembers: it reads the curve of a long run once, thinly, and afterwards what is new. A file that cannot be
+read leaves its part of the picture as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from raylaunch import backends, cluster, configfile, layout, runs, state, submits
+from raylaunch.backends import Job
+from raylaunch.config import Config
+from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.layout import Cluster
+from raylaunch.load import collect
+from raylaunch.memory import Memory
+from raylaunch.observe import ledger
+from raylaunch.observe.history import is_step
+from raylaunch.runs import Run
+
+POINTS = 512
+"""Of a curve; more are thinned."""
+EVENTS, EVENTS_BYTES = 200, 256 << 10
+JOBS_EVERY, LEDGER_EVERY = 20.0, 30.0
+WHOLE = 1 << 20
+"""Bytes of metrics that are read whole at first."""
+TAIL = 16 << 10
+_TROUBLE = (RaylaunchError, OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What a broken file, or one of another version, raises."""
+_HIDDEN = {"time", "kind", "incarnation"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step on the curves."""
+
+    time: float
+    step: int
+    loss: float
+    rate: float
+    """Tokens a second."""
+    workers: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """All of it, at one moment."""
+
+    time: float
+    cluster: str
+    state: str = ""
+    """Of the cluster: the nodes that are ready, or its end."""
+    wanted: int = 0
+    jobs: tuple[Job, ...] = ()
+    nodes: tuple[dict[str, Any], ...] = ()
+    """Rows of members.json with the node's load and its strikes."""
+    cannot_submit: str = ""
+    run: Run | None = None
+    max_steps: int = 0
+    next_save: int = 0
+    """The step of the next checkpoint."""
+    points: tuple[Point, ...] = ()
+    step_seconds: float = 0.0
+    """Median of the last steps."""
+    ledger: dict[str, Any] = field(default_factory=dict)
+    events: tuple[tuple[float, str, str], ...] = ()
+    """(time, kind, words), the newest last."""
+
+
+def find(state_dir: Path, name: str | None) -> tuple[Path, Path | None]:
+    """The directories of the cluster, and of the run if one is named: a cluster's name or a run's; without one, the
+    only cluster that has not ended."""
+    if name is None:
+        living = [n for n in cluster.names(state_dir) if not _has_ended(state.cluster_dir(state_dir, n))]
+        if len(living) != 1:
+            there = f": {', '.join(living)}" if living else ""
+            raise UsageError(
+                f"{len(living)} clusters are up{there}", "Name one." if living else "Bring one up with `raylaunch up`."
+            )
+        name = living[0]
+    run_dir = state.run_dir(state_dir, name)
+    record = Run.read(run_dir)
+    if record is not None:
+        return state.cluster_dir(state_dir, record.cluster), run_dir
+    return cluster.find(state_dir, name)[0], None
+
+
+def _has_ended(directory: Path) -> bool:
+    return (directory / layout.ENDED_FILE).exists()
+
+
+class Reader:
+    """Of one cluster, and of the run that it has, or the one that was named."""
+
+    def __init__(self, cluster_dir: Path, run_dir: Path | None) -> None:
+        self.cluster_dir, self._named = cluster_dir, run_dir
+        self._picture = Picture(0.0, cluster_dir.name)
+        self._of_run = _RunReader(run_dir) if run_dir is not None else None
+        self._events = _Events(cluster_dir)
+        self._jobs_at, self._is_gone = -JOBS_EVERY, False
+
+    def look(self) -> Picture:
+        """Now."""
+        changes: dict[str, Any] = {"time": time.time()}
+        for part in (self._jobs, self._cluster, self._run, self._all_events):
+            with contextlib.suppress(*_TROUBLE):
+                changes |= part()
+        self._picture = replace(self._picture, **changes)
+        return self._picture
+
+    def tails(self, lines: int) -> list[tuple[str, list[str]]]:
+        """The ends of the logs that matter: of rank 0 and of the driver."""
+        run = self._of_run
+        if run is None:
+            return []
+        attempt = self._picture.run.attempt if self._picture.run else 0
+        paths = [state.attempt_dir(run.directory, attempt) / "rank-0.log", run.directory / layout.LOGS / "driver.log"]
+        return [(f"{path.parent.name}/{path.name}", _tail(path, lines)) for path in paths if path.exists()]
+
+    def _cluster(self) -> dict[str, Any]:
+        record = Cluster.read(self.cluster_dir)
+        if record is None:
+            return {"state": "gone"}
+        memory = Memory.read(self.cluster_dir, record)
+        ended = state.read_json(self.cluster_dir / layout.ENDED_FILE)
+        nodes = [] if ended or self._is_gone else cluster.living_nodes(self.cluster_dir, record)
+        known = collect.latest(self.cluster_dir, record.canary)
+        for node in nodes:
+            node |= {"load": known.get(node["name"], {}), "strikes": memory.strikes.get(node["name"], 0)}
+        ready = sum(node["state"] == "ready" for node in nodes)
+        words = f"{ready} of {memory.wanted or len(nodes)} nodes ready"
+        if ended or self._is_gone:
+            words = f"down: {ended.get('reason', '')}" if ended else "interrupted: its job is gone"
+        name = memory.running
+        if self._named is None and name and (self._of_run is None or self._of_run.directory.name != name):
+            self._of_run = _RunReader(runs.directory(self.cluster_dir, name))
+        refused = submits.head_refusal(self.cluster_dir, record)
+        return {
+            "cluster": record.name,
+            "state": words,
+            "wanted": memory.wanted,
+            "nodes": tuple(nodes),
+            "cannot_submit": refused,
+        }
+
+    def _run(self) -> dict[str, Any]:
+        return {} if self._of_run is None else self._of_run.read()
+
+    def _jobs(self) -> dict[str, Any]:
+        now = time.monotonic()
+        record = Cluster.read(self.cluster_dir)
+        if record is None or now - self._jobs_at < JOBS_EVERY:
+            return {}
+        self._jobs_at = now
+        found = backends.of(record.backend).states(self.cluster_dir, record.jobs)
+        self._is_gone = not any(job.alive for job in found.values())
+        return {"jobs": tuple(job for job in found.values() if job.alive)}
+
+    def _all_events(self) -> dict[str, Any]:
+        rows = list(self._events.read())
+        if self._of_run is not None:
+            rows += self._of_run.events.read()
+        return {"events": tuple(sorted(rows)[-EVENTS:])}
+
+
+class _RunReader:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.events = _Events(directory)
+        self._config: Config | None = None
+        path = directory / state.METRICS_FILE
+        self._points = [point for row in _thinly(path) if (point := _point(row)) is not None]
+        self._metrics = state.LineReader(path, at_end=True)
+        self._recent: deque[Point] = deque(self._points[-1:], 64)
+        self._ledger_at = -LEDGER_EVERY
+        self._ledger: dict[str, Any] = {}
+
+    def read(self) -> dict[str, Any]:
+        run = Run.read(self.directory)
+        self._config = self._config or configfile.load_resolved(self.directory / layout.CONFIG_FILE)
+        for row in self._metrics.read():
+            if (point := _point(row)) is not None:
+                self._points.append(point)
+                self._recent.append(point)
+        if len(self._points) > 2 * POINTS:  # every other one of the older half
+            half = len(self._points) // 2
+            self._points = [*self._points[:half:2], *self._points[half:]]
+        if time.monotonic() - self._ledger_at > LEDGER_EVERY:
+            self._ledger_at, self._ledger = time.monotonic(), ledger.summary(self.directory)
+        steps = self._config.step_scheduler
+        last = self._points[-1].step if self._points else 0
+        every = steps.ckpt_every_steps
+        pairs = zip(self._recent, list(self._recent)[1:], strict=False)
+        paces = [(b.time - a.time) / (b.step - a.step) for a, b in pairs if b.step > a.step]
+        return {
+            "run": run, "max_steps": steps.max_steps, "next_save": min(steps.max_steps, (last // every + 1) * every),
+            "points": tuple(self._points), "step_seconds": statistics.median(paces) if paces else 0.0,
+            "ledger": self._ledger,
+        }  # fmt: skip
+
+
+class _Events:
+    """The last events of a directory, as words."""
+
+    def __init__(self, directory: Path) -> None:
+        self._reader = state.LineReader(directory / state.EVENTS_FILE, last=EVENTS_BYTES)
+        self._rows: deque[tuple[float, str, str]] = deque(maxlen=EVENTS)
+
+    def read(self) -> Iterator[tuple[float, str, str]]:
+        for row in self._reader.read():
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                self._rows.append((float(row["time"]), str(row["kind"]), _words(row)))
+        yield from self._rows
+
+
+def _words(row: dict[str, Any]) -> str:
+    told = {k: v for k, v in row.items() if k not in _HIDDEN and v not in ("", None, [], {})}
+    return " ".join(f"{key}={' '.join(str(value).split())}" for key, value in told.items())[:300]
+
+
+def _point(row: dict[str, Any]) -> Point | None:
+    if not is_step(row):
+        return None
+    try:
+        return Point(
+            float(row["time"]), row["step"], float(row["loss"]), float(row.get("tokens_per_s") or 0.0),
+            int(row.get("world_size") or 0),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _thinly(path: Path) -> Iterator[dict[str, Any]]:
+    """About POINTS rows of a file of lines, evenly over its bytes; all of a small one."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return
+    if size <= WHOLE:
+        yield from state.read_lines(path)
+        return
+    with path.open("rb") as source:
+        for index in range(POINTS):
+            source.seek(size * index // POINTS)
+            source.readline()
+            with contextlib.suppress(ValueError):
+                row = json.loads(source.readline())
+                if isinstance(row, dict):
+                    yield row
+        if last := runs.last_metrics(path.parent):
+            yield last
+
+
+def _tail(path: Path, lines: int) -> list[str]:
+    with path.open("rb") as source:
+        source.seek(max(0, os.fstat(source.fileno()).st_size - TAIL))
+        return source.read().decode(errors="replace").splitlines()[-lines:]

@@ -1,0 +1,29 @@
+"""Single keys of a terminal, without waiting for a line; the terminal is as it was afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import termios
+import tty
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def keys() -> Iterator[Callable[[float], str]]:
+    """A function that waits so many seconds for a key: "" where none came. Ctrl-C still interrupts."""
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+
+    def key(seconds: float) -> str:
+        if not select.select([fd], [], [], seconds)[0]:
+            return ""
+        return os.read(fd, 16).decode(errors="replace")[:1] or "q"  # an end of input: nobody is there any more
+
+    try:
+        tty.setcbreak(fd)
+        yield key
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)

@@ -1,0 +1,1 @@
+"""What the nodes are busy with: measured by their agents, collected by the head."""

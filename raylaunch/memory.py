@@ -1,0 +1,44 @@
+"""duties.json: what a head must know that another one has been before it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from raylaunch import layout, state
+from raylaunch.layout import Cluster
+
+
+@dataclass
+class Memory:
+    """Written by the head whenever it changes, read by the next one."""
+
+    canary: str
+    queue: list[str] = field(default_factory=list)
+    """Runs that wait for their turn."""
+    running: str = ""
+    wanted: int = 0
+    """Nodes that the cluster should have; 0: as many as its base job got."""
+    scaled: bool = False
+    """A person chose `wanted`: idle nodes are not taken beyond it."""
+    strikes: dict[str, int] = field(default_factory=dict)
+    """Node → how often it was lost or broken."""
+    excluded: list[str] = field(default_factory=list)
+    """Nodes that have struck out."""
+    continued: int = 0
+    """How often the cluster went on in another allocation."""
+    life: str = ""
+    """The allocation that this was written in."""
+
+    @classmethod
+    def read(cls, directory: Path, cluster: Cluster) -> Memory:
+        """Of this life of the cluster; a fresh one at its beginning."""
+        value: dict[str, Any] | None = state.read_json(directory / layout.DUTIES_FILE)
+        if value is None or value.get("canary") != cluster.canary:
+            return cls(cluster.canary, queue=[cluster.run] if cluster.run else [])
+        known = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in value.items() if k in known})
+
+    def write(self, directory: Path) -> None:
+        state.write_json(directory / layout.DUTIES_FILE, asdict(self))

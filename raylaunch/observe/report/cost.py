@@ -1,0 +1,111 @@
+"""What a run cost: node-hours, GPU-hours, money, energy; and how well its jobs used what they held.
+
+    the cluster's events → holds → node-hours, GPU-hours held (`usage`)   attempts → GPU-hours at work
+    prices * what was held → money                                       sacct, once → energy, efficiency
+
+Money counts what was held, as a site's bill does. Accounting is by job: where a cluster served several runs, energy
+and efficiency are those of all of them. Without accounting, energy is the sum of what the nodes' meters said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from raylaunch.config import CostConfig
+from raylaunch.errors import SlurmError, SlurmUnavailable
+from raylaunch.observe.history import Attempt
+from raylaunch.observe.usage import Hold, Interval, gpu_seconds, node_seconds
+from raylaunch.slurm.client import Slurm
+from raylaunch.slurm.parse import UsageRow
+
+
+@dataclass
+class Cost:
+    """None: not known here. Hours; joules; shares from 0 to 1."""
+
+    node_hours: float | None = None
+    gpu_hours: float | None = None
+    """Of workers in attempts, one GPU each."""
+    gpu_hours_held: float | None = None
+    """Of all GPUs of the nodes that were held."""
+    gpu_hour: float | None = None
+    node_hour: float | None = None
+    """The prices."""
+    currency: str = ""
+    money: float | None = None
+    joules: float | None = None
+    energy_from: str = ""
+    """accounting, or meters (of the nodes, as the cluster's load.jsonl has them)."""
+    cpu_efficiency: float | None = None
+    """CPU time over the time of the CPUs that were allocated."""
+    memory_efficiency: float | None = None
+    """The task that used most memory, over what its node was given."""
+    jobs: list[str] = field(default_factory=list)
+    unknown: str = ""
+    """Why there is no accounting."""
+    gpu_type: str = ""
+
+
+def of_run(
+    held: Sequence[tuple[Sequence[Hold], Sequence[Interval]]],
+    attempts: Sequence[Attempt],
+    gpus: Mapping[str, int],
+    prices: CostConfig,
+    until: float,
+) -> Cost:
+    """From events alone. `held`: of each cluster that the run was on, its holds and the run's time there; `gpus`: of each
+    node, empty when nothing is known."""
+    found = Cost(gpu_hour=prices.gpu_hour, node_hour=prices.node_hour, currency=prices.currency)
+    most = max(gpus.values(), default=0)
+    seconds = [node_seconds(holds, intervals) for holds, intervals in held]
+    if any(seconds):
+        found.node_hours = sum(sum(one.values()) for one in seconds) / 3600
+        if gpus:
+            found.gpu_hours_held = sum(s * gpus.get(n, most) for one in seconds for n, s in one.items()) / 3600
+    if gpus and attempts:
+        found.gpu_hours = gpu_seconds(attempts, gpus, until) / 3600
+    charged = found.gpu_hours_held if found.gpu_hours_held is not None else found.gpu_hours
+    bills = [
+        price * amount
+        for price, amount in ((prices.node_hour, found.node_hours), (prices.gpu_hour, charged))
+        if price is not None and amount
+    ]
+    found.money = sum(bills) if bills else None
+    return found
+
+
+def ask_accounting(found: Cost, jobs: Sequence[str], since: float, slurm: Slurm) -> None:
+    """Add what Slurm's accounting knows of these jobs; why it knows nothing, otherwise."""
+    found.jobs = list(jobs)
+    try:
+        rows = slurm.usage(jobs, datetime.fromtimestamp(since - 60.0)) if jobs else []
+    except SlurmUnavailable:
+        found.unknown = "Slurm does not answer here"
+        return
+    except SlurmError:
+        found.unknown = "sacct failed"
+        return
+    if rows is None:
+        found.unknown = "this Slurm keeps no accounting"
+        return
+    if not rows:
+        found.unknown = "Slurm's accounting does not know its jobs" if jobs else "its jobs are not recorded"
+        return
+    found.cpu_efficiency, found.memory_efficiency, joules = efficiency(rows)
+    found.gpu_type = next((row.gpu_type for row in rows if row.gpu_type), "")
+    if joules:
+        found.joules, found.energy_from = joules, "accounting"
+
+
+def efficiency(rows: Sequence[UsageRow]) -> tuple[float | None, float | None, float | None]:
+    """(CPU, memory, joules) of jobs and their steps. A job whose steps go on has no CPU time yet: it does not count."""
+    jobs = [row for row in rows if not row.step]
+    told = [row for row in jobs if row.cpu_seconds is not None and row.elapsed and row.cpus]
+    room = sum(row.elapsed * row.cpus for row in told)
+    cpu = sum(row.cpu_seconds or 0.0 for row in told) / room if room else None
+    given = {row.job: row.memory / row.nodes for row in jobs if row.memory and row.nodes}
+    used = [row.max_rss / given[row.job] for row in rows if row.max_rss and row.job in given]
+    joules = sum(row.joules or 0 for row in jobs) or sum(row.joules or 0 for row in rows if row.step != "extern")
+    return cpu, max(used, default=None), float(joules) or None

@@ -1,0 +1,77 @@
+"""Facts → Markdown that reads well as it is. Pure."""
+
+from __future__ import annotations
+
+from raylaunch.observe.report import words
+from raylaunch.observe.report.facts import Facts
+from raylaunch.observe.report.paper import appendix
+from raylaunch.observe.report.text import cards, code_rows, cost_rows, sentence
+
+MOST = 200
+"""Rows of a table."""
+
+
+def markdown(facts: Facts) -> str:
+    """The report as text that reads well as it is."""
+    book = facts.book
+    out = [f"# {facts.name}", "", sentence(facts), ""]
+    if facts.reason:
+        out += [f"> {_cell(words.clip(facts.reason, 300))}", ""]
+    out += _table(["figure", "", ""], [[*row] for row in cards(facts)])
+    out += ["## Where the time went", ""]
+    out += _table(
+        ["part", "time", "share", ""],
+        [
+            [
+                words.PARTS[name][0],
+                words.duration(seconds),
+                words.percent(seconds / (book.wall or 1.0)),
+                words.PARTS[name][2],
+            ]
+            for name in words.PARTS
+            if (seconds := book.parts.get(name, 0.0)) > 1e-3
+        ],
+    )
+    if book.recoveries:
+        out += ["## Faults and changes of size", ""]
+        rows = [
+            [
+                str(number), words.when(r.began, seconds=True), facts.named(r), f"{r.workers[0]} → {r.workers[1]}",
+                str(r.steps_lost), words.duration(r.total) if r.total is not None else "no step since",
+            ]
+            for number, r in enumerate(book.recoveries, 1)
+        ]  # fmt: skip
+        out += _table(["#", "when", "what", "workers", "steps lost", "took"], rows[:MOST])
+        out += [f"and {len(rows) - MOST} more", ""] if len(rows) > MOST else []
+    told = [n for n in facts.nodes if any(n.trouble)]
+    if told:
+        out += ["## Nodes with trouble", ""]
+        out += _table(
+            ["node", "lost", "strikes", "drained", "last said"],
+            [
+                [
+                    n.name,
+                    str(n.lost),
+                    f"{n.strikes}{' (excluded)' * n.excluded}",
+                    str(n.drained),
+                    words.clip(n.reason, 80),
+                ]
+                for n in told[:MOST]
+            ],
+        )
+    out += ["## Cost", "", *_table(["", "", ""], [[*row] for row in cost_rows(facts)])]
+    if facts.hand_overs:
+        out += ["## Software", "", *_table(["", "", ""], [[*row] for row in code_rows(facts)])]
+    out += ["## For an appendix", "", appendix(facts), ""]
+    if facts.unknown:
+        out += ["## Not known here", "", *(f"- {line}" for line in facts.unknown), ""]
+    return "\n".join(out)
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(titles)} |", f"|{' --- |' * len(titles)}"]
+    return [*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in rows), ""]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,83 @@
+"""The nodes of a run: what each went through, by its cluster's events. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raylaunch.observe import records
+from raylaunch.observe.history import History, Row
+
+
+@dataclass
+class NodeFact:
+    """One node in the run's time."""
+
+    name: str
+    state: str = ""
+    """The last that was said of it."""
+    seconds: float | None = None
+    """Held for; None: not known."""
+    lost: int = 0
+    strikes: int = 0
+    excluded: bool = False
+    drained: int = 0
+    faults: int = 0
+    """Of the run's attempts, that were laid at its door."""
+    reason: str = ""
+    """Of its last strike, loss or drain."""
+    attempts: int = 0
+    cpus: int | None = None
+    memory: int | None = None
+    """Bytes."""
+    gpus: int | None = None
+    job: str = ""
+
+    @property
+    def trouble(self) -> tuple[int, int, int, int]:
+        """For sorting: the worst have most."""
+        return self.strikes + self.excluded, self.lost, self.faults, self.drained
+
+
+def of_events(
+    events: Sequence[Row], seconds: Mapping[str, float], history: History, table: Mapping[str, dict[str, Any]],
+    gpus: Mapping[str, int],
+) -> list[NodeFact]:  # fmt: skip
+    """The worst first, then by name. `events`: of the clusters, in the run's time; `table`: the rows of members.json."""
+    found: dict[str, NodeFact] = {}
+
+    def of(name: object) -> NodeFact:
+        return found.setdefault(str(name), NodeFact(str(name)))
+
+    for row in sorted(events, key=lambda r: float(r["time"])):
+        kind, node = str(row["kind"]), row.get("node")
+        if not isinstance(node, str) or not node:
+            continue
+        if kind.startswith("node_"):
+            if kind == "node_decision":
+                continue
+            one = of(node)
+            one.state = kind.removeprefix("node_")
+            one.lost += kind == "node_lost"
+            one.drained += kind == "node_draining"
+            one.reason = str(row.get("reason") or row.get("error") or one.reason)
+        elif kind == "strike":
+            one = of(node)
+            one.strikes += 1
+            one.reason = str(row.get("reason") or one.reason)
+        elif kind == "excluded":
+            of(node).excluded = True
+    for attempt in history.attempts:
+        for node in attempt.nodes:
+            of(node).attempts += 1
+        for fault in attempt.faults[:1]:
+            if fault.get("node"):
+                of(fault["node"]).faults += 1
+    for name, one in found.items():
+        row = table.get(name, {})
+        one.seconds = seconds.get(name)
+        one.cpus, one.memory = records.resource(row, "cpus"), records.resource(row, "memory")
+        one.gpus, one.job = gpus.get(name), str(row.get("job") or "")
+        one.state = one.state or str(row.get("state") or "")
+    return sorted(found.values(), key=lambda n: (tuple(-t for t in n.trouble), n.name))

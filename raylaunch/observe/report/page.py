@@ -1,0 +1,128 @@
+"""Facts → one HTML page that needs nothing else: no script, no font, no network. Bounded in size whatever the run was.
+
+What is pictured stands in a table, too, for those who cannot see it or want to copy it.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from raylaunch.observe.recoveries import Recovery
+from raylaunch.observe.report import paper, settings, svg, text, timeline, words
+from raylaunch.observe.report.facts import Facts
+
+RECOVERIES, NODES = 120, 100
+"""Rows of the tables; the worst of more."""
+CONFIG = 60_000
+"""Characters of the configuration."""
+
+
+def render(facts: Facts) -> str:
+    """The page."""
+    shown = {} if facts.config is None else settings.without_secrets(facts.config)
+    return _template().render(
+        f=facts,
+        sentence=text.sentence(facts),
+        cards=text.cards(facts),
+        timeline=timeline.over_time(facts),
+        ledger=_ledger(facts),
+        recoveries=_recoveries(facts),
+        more_recoveries=max(0, len(facts.book.recoveries) - RECOVERIES),
+        nodes=facts.nodes[:NODES],
+        more_nodes=max(0, len(facts.nodes) - NODES),
+        load=timeline.utilisation(facts),
+        cost=text.cost_rows(facts),
+        code=text.code_rows(facts),
+        differences=[(key, _value(value)) for key, value in sorted(settings.differences(shown).items())],
+        config=settings.text(shown)[:CONFIG] if shown else "",
+        appendix=paper.appendix(facts),
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "duration": words.duration, "percent": words.percent, "when": words.when, "clip": words.clip,
+    }  # fmt: skip
+    return environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
+
+
+def _value(value: Any) -> str:
+    return words.clip(str(value), 160)
+
+
+# -- the rest -------------------------------------------------------------------------------------------------
+
+
+def _ledger(facts: Facts) -> dict[str, Any]:
+    """Bars and legend; parts under a thousandth of a second are left out."""
+    parts = [(name, facts.book.parts.get(name, 0.0)) for name in words.PARTS]
+    shown = [(name, seconds) for name, seconds in parts if seconds > 1e-3]
+    wall = facts.book.wall or 1.0
+    rows = [
+        {"part": name, "name": words.PARTS[name][0], "what": words.PARTS[name][2], "seconds": seconds, "share": seconds / wall}
+        for name, seconds in shown
+    ]  # fmt: skip
+    told = ", ".join(f"{row['name']} {words.percent(float(str(row['share'])))}" for row in rows)
+    other = [(name, seconds) for name, seconds in shown if name != "productive"]
+    lost = sum(seconds for _, seconds in other)
+    return {
+        "rows": rows,
+        "bar": svg.bar([_piece(name, seconds, wall) for name, seconds in shown], 34, f"Of its time: {told}."),
+        "zoom": svg.bar(
+            [_piece(name, seconds, wall) for name, seconds in other], 18, "The part that was not productive."
+        ),
+        "lost": lost,
+        "lost_share": lost / wall,
+    }
+
+
+def _piece(name: str, seconds: float, wall: float) -> tuple[float, str, str]:
+    return seconds, name, f"{words.PARTS[name][0]}: {words.duration(seconds)}, {words.percent(seconds / wall)}"
+
+
+def _recoveries(facts: Facts) -> list[dict[str, Any]]:
+    """The longest ones where there are too many, in order of time."""
+    numbered = list(enumerate(facts.book.recoveries, 1))
+    if len(numbered) > RECOVERIES:
+        numbered = sorted(sorted(numbered, key=lambda n: -_weight(n[1]))[:RECOVERIES])
+    longest = max((one.total or 0.0 for _, one in numbered), default=0.0) or 1.0
+    rows = []
+    for number, one in numbered:
+        phases = [(name, seconds) for name, seconds in one.phases.items() if seconds > 0]
+        pieces = [
+            (seconds, _phase_class(name), f"{_phase_name(name)}: {words.duration(seconds)}") for name, seconds in phases
+        ]
+        told = ", ".join(
+            f"{_phase_name(name)} {words.duration(seconds)}".replace(" ", "\u00a0")
+            for name, seconds in phases
+            if seconds >= 0.05
+        )
+        rows.append(
+            {
+                "number": number, "kind": "resize" if one.kind == "resize" else "fault", "name": facts.named(one),
+                "when": words.when(one.began, seconds=True), "after": words.duration(facts.axis.elapsed(one.began)),
+                "workers": f"{one.workers[0]} → {one.workers[1]}", "lost": one.steps_lost, "took": timeline.took(one),
+                "share": round(100 * (one.total or 0.0) / longest, 1), "bar": svg.bar(pieces, 10, told), "phases": told,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _weight(one: Recovery) -> float:
+    return float("inf") if one.total is None else one.total + (1e6 if one.kind != "resize" else 0.0)
+
+
+def _phase_class(name: str) -> str:
+    return {"elect": "bring_up", "retry": "stop", "start": "decide"}.get(name, name)
+
+
+def _phase_name(name: str) -> str:
+    return words.PARTS[name][0] if name in words.PARTS else name

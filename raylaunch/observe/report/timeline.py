@@ -1,0 +1,175 @@
+"""What happened to a run over time, as pictures that share one axis: Facts → SVG. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from raylaunch.observe import usage
+from raylaunch.observe.recoveries import Recovery
+from raylaunch.observe.report import svg, words
+from raylaunch.observe.report.axis import WIDTH
+from raylaunch.observe.report.curves import Bucket
+from raylaunch.observe.report.facts import Facts
+from raylaunch.observe.report.svg import Mark, Panel
+
+COLUMNS = 500
+"""Of the ribbon."""
+HITS, DOTS, TOLD = 100, 80, 8
+NEAR = 30.0
+"""Marks closer than this, in units of the axis, share a number."""
+
+
+def over_time(facts: Facts) -> Markup:
+    """Loss, throughput, workers and the use of time, with what happened."""
+    series = facts.curves.series
+    panels = []
+    loss, val = series["loss"].in_order(), series["val_loss"].in_order()
+    if loss:
+        high = [b.high for b in (*loss, *val)]
+        to = svg.scale([*high, *(b.low for b in (*loss, *val))], 190, may_log=True)
+        drawn = svg.curve(loss, to, "c-loss") + (svg.dots if len(val) <= DOTS else svg.curve)(val, to, "c-val")
+        last = f"{facts.loss:.4g}" if facts.loss is not None else "no number at the end"
+        last += f", on validation {facts.curves.last_val:.4g}" if val else ""
+        panels.append(Panel("loss" + ", log scale" * to.log, 190, drawn, _ticks(to), "c-loss", last))
+    rate = facts.rate
+    if rate is not None:
+        own = series[f"{rate[0]}_per_s"].in_order()
+        to = svg.scale([b.high for b in own], 90, from_zero=True)
+        note = f"{words.amount(rate[1])} in the mean"
+        panels.append(
+            Panel(f"{rate[0]} per second", 90, svg.curve(own, to, "c-rate", area=True), _ticks(to), "c-rate", note)
+        )
+    levels = _levels(facts)
+    if levels:
+        most = max(value for _, _, value in levels)
+        to = svg.Scale(0.0, most * 1.12, 60)
+        drawn = svg.steps([level for level in levels if level[2]], to, "c-workers")
+        panels.append(Panel("workers", 60, drawn, [(to.y(most), f"{most:g}")], "c-workers", _sizes(facts)))
+    parts = _ribbon(facts)
+    if parts:
+        panels.append(Panel("where the time went", 14, svg.ribbon(parts, 14), class_="c-plain"))
+    label = f"Loss, throughput, workers and the use of time of run {facts.name}, with its faults and recoveries."
+    return svg.timeline(panels, facts.axis, _marks(facts), _hits(facts, loss), label)
+
+
+def _ticks(to: svg.Scale) -> list[tuple[float, str]]:
+    return [(to.y(value), words.amount(round(value, 12))) for value in to.ticks() if to.y(value) > 12]
+
+
+def _levels(facts: Facts) -> list[tuple[float, float, float]]:
+    """(from x, to x, workers)."""
+    times = usage.spans(facts.history.attempts, facts.until)
+    return [(facts.axis.x(start), facts.axis.x(end), float(a.workers)) for a, (start, end) in times]
+
+
+def _sizes(facts: Facts) -> str:
+    sizes = [a.workers for a in facts.history.attempts if a.steps]
+    return "" if not sizes else f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+
+
+def _ribbon(facts: Facts) -> list[tuple[float, float, str]]:
+    """What most of each column's time was, neighbours alike joined."""
+    columns: list[dict[str, float]] = [{} for _ in range(COLUMNS)]
+    width = WIDTH / COLUMNS
+    for stretch in facts.stretches:
+        low, high = facts.axis.x(stretch.start), facts.axis.x(stretch.end)
+        if stretch.label == "idle" or high <= low:
+            continue
+        for index in range(int(low / width), min(COLUMNS - 1, int(high / width)) + 1):
+            part = min(high, (index + 1) * width) - max(low, index * width)
+            columns[index][stretch.label] = columns[index].get(stretch.label, 0.0) + part
+    found: list[tuple[float, float, str]] = []
+    for index, column in enumerate(columns):
+        if not column:
+            continue
+        label = max(column, key=lambda name: column[name])
+        if found and found[-1][2] == label and abs(found[-1][1] - index * width) < 1e-6:
+            found[-1] = (found[-1][0], (index + 1) * width, label)
+        else:
+            found.append((index * width, (index + 1) * width, label))
+    return found
+
+
+def _marks(facts: Facts) -> list[Mark]:
+    """A line each; those that stand too close share one, with their numbers as a range."""
+    found: list[tuple[int, Mark]] = []
+    last = -1e9
+    for number, one in enumerate(facts.book.recoveries, 1):
+        x = facts.axis.x(one.began)
+        end = facts.axis.x(one.began + one.total) if one.total is not None else x
+        kind = "resize" if one.kind == "resize" else "fault"
+        told = f"{number}. {facts.named(one)}: {took(one)}, {words.plural(one.steps_lost, 'step')} lost"
+        if found and x - last < 1.0 and found[-1][1].class_ == kind:  # not to be told apart
+            first, mark = found[-1]
+            label = f"{first}-{number}" if mark.label else ""
+            found[-1] = first, Mark(mark.x, max(mark.until, end), label, _joined(mark.text, told), kind)
+            continue
+        label = str(number) if not found or x - last >= NEAR else ""
+        found.append((number, Mark(x, end, label, told, kind)))
+        last = x
+    return [mark for _, mark in found]
+
+
+def _joined(before: str, text: str) -> str:
+    """At most so many lines."""
+    rows = [*before.split("\n"), text]
+    return "\n".join(rows if len(rows) <= TOLD else [*rows[:TOLD], "…"])
+
+
+def took(one: Recovery) -> str:
+    return words.duration(one.total) if one.total is not None else "no step since"
+
+
+def _hits(facts: Facts, loss: Sequence[Bucket]) -> list[tuple[float, float, str]]:
+    """Columns for the mouse, with what was then."""
+    width = WIDTH / HITS
+    found = []
+    rate = facts.rate
+    rates = facts.curves.series[f"{rate[0]}_per_s"].in_order() if rate else []
+    for index in range(HITS):
+        low, high = index * width, (index + 1) * width
+        own = [b for b in loss if low <= b.x < high]
+        said = []
+        if own:
+            moment = own[-1].time
+            least, most = min(b.low for b in own), max(b.high for b in own)
+            said = [f"step {own[-1].step:,}", f"loss {own[-1].last:.4g}"]
+            said += [f"({least:.4g} to {most:.4g})"] if f"{least:.4g}" != f"{most:.4g}" else []
+            passed = [b for b in rates if low <= b.x < high]
+            if passed and rate:
+                said.append(f"{words.amount(sum(b.total for b in passed) / sum(b.count for b in passed))} {rate[0]}/s")
+            after = words.duration(facts.axis.elapsed(moment))
+            found.append((low, high, f"{words.when(moment, seconds=True)}, after {after}\n{'  '.join(said)}"))
+    return found
+
+
+def utilisation(facts: Facts) -> Markup | None:
+    """A panel each of what is known."""
+    panels = []
+    for name, title, unit in (
+        ("gpu", "GPU", "%"), ("gpu_memory", "GPU memory", "%"), ("cpu", "CPU", "%"), ("memory", "memory", "%"),
+        ("watts", "power", "W"), ("temperature", "hottest", "°C"),
+    ):  # fmt: skip
+        series = facts.load.get(name)
+        if series is None or series.mean is None or series.most is None:
+            continue
+        own = series.in_order()
+        if unit == "%":
+            to = svg.Scale(0.0, 1.0, 44)
+            ticks, note = [(to.y(0.5), "50 %")], f"{words.percent(series.mean)} in the mean"
+        else:
+            to = svg.scale([b.high for b in own], 44, from_zero=True)
+            ticks = [(to.y(value), words.amount(value, unit)) for value in to.ticks()[1:2]]
+            what = words.amount(series.most, unit)
+            note = (
+                f"at most {what}"
+                if name == "temperature"
+                else f"{words.amount(series.mean, unit)} in the mean, at most {what}"
+            )
+        panels.append(Panel(title, 44, svg.curve(own, to, f"c-{name}", area=True), ticks, f"c-{name}", note))
+    if not panels:
+        return None
+    label = f"Utilisation of the cluster during run {facts.name}: means over its nodes."
+    return svg.timeline(panels, facts.axis, _marks(facts), [], label, numbers=False)
