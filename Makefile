@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client slurm-wlm-basic-plugins slurm-wlm-mysql-plugin munge mariadb-server iproute2
+# What reads our metrics and our pages, in tests.
+READER_PACKAGES := prometheus chromium
+PACKAGES := $(SLURM_PACKAGES) $(READER_PACKAGES)
 
-.PHONY: env demo test lint slurm-packages unit bench clean
+.PHONY: env demo test lint packages unit chaos bench clean
 
 env: $(STAMP)  ## .venv with everything in it
 
@@ -17,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env  ## two local nodes, one language model, a visibly lower loss
 	@BIN=$(BIN) sh examples/stdlib-lm/demo.sh
 
-test: env slurm-packages  ## all tests; the Slurm ones where root and Debian's packages can be had
-	$(BIN)/pytest
+# Two files at a time: most of the tests wait more than they work.
+test: env packages  ## all tests; the Slurm ones where root and Debian's packages can be had
+	$(BIN)/pytest -n 2 --dist loadfile
 
 unit: env  ## the tests that need nothing, in seconds
 	$(BIN)/pytest tests/unit
@@ -28,20 +32,26 @@ lint: env  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: env slurm-packages  ## bring-up beside its peers, as ratios
-	$(BIN)/python -m benchmarks.bringup
+chaos: env packages  ## the long one: 100 random faults with a fixed seed, and their ledger
+	BIN=$(BIN) sh tests/chaos/campaign.sh 100 7
 
-# Slurm's packages where we may install them; else a line that says how to get them.
-slurm-packages:
-	@if command -v slurmctld slurmd munged ip > /dev/null 2>&1; then :; \
+bench: env packages  ## bring-up and recovery beside their peers, as ratios (about 25 minutes)
+	$(BIN)/python -m benchmarks.bringup
+	$(BIN)/python -m benchmarks.recovery
+
+# Debian's packages where we may install them; else a line that says how to get them.
+packages:
+	@missing=; for command in slurmctld slurmd munged ip prometheus chromium; do \
+		command -v $$command > /dev/null 2>&1 || missing="$$missing $$command"; done; \
+	if [ -z "$$missing" ]; then :; \
 	elif ! command -v apt-get > /dev/null; then \
-		echo "The Slurm tests will be skipped: they need Debian's or Ubuntu's Slurm packages."; \
+		echo "Tests will be skipped that need:$$missing (Debian or Ubuntu have them)."; \
 	elif [ "$$(id -u)" = 0 ]; then \
-		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES); \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(PACKAGES); \
 	elif sudo -n true 2> /dev/null; then \
-		sudo apt-get update -q && sudo DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(SLURM_PACKAGES); \
+		sudo apt-get update -q && sudo DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(PACKAGES); \
 	else \
-		echo "The Slurm tests will be skipped: run \`apt-get install $(SLURM_PACKAGES)\` as root, then \`make test\` as root."; \
+		echo "Tests will be skipped that need:$$missing: run \`apt-get install $(PACKAGES)\` as root, then \`make test\` as root."; \
 	fi
 
 clean:

@@ -24,6 +24,23 @@ def field_notes(section: type[Section]) -> dict[str, str]:
     return notes
 
 
+def section(path: str, kind: type[Section]) -> list[str]:
+    """The table of a section, then those of the sections in it."""
+    title = f"{inspect.getdoc(kind)}".split(":", 1)[-1].strip().strip("`: ").capitalize()
+    lines = ["", f"## `{path}:`", "", title, "", "| key | default | |", "| --- | --- | --- |"]
+    notes = field_notes(kind)
+    inner = []
+    for key, item in kind.model_fields.items():
+        nested = config.section_type(kind, key)
+        if nested is not None:
+            lines.append(f"| `{key}` | | see `{path}.{key}:` |")
+            inner += section(f"{path}.{key}", nested)
+            continue
+        default = item.get_default(call_default_factory=True)
+        lines.append(f"| `{key}` | `{default}` | {notes.get(key, '').replace('|', chr(92) + '|')} |")
+    return [*lines, *inner]
+
+
 def text() -> str:
     lines = [
         "# Configuration", "",
@@ -33,23 +50,12 @@ def text() -> str:
         ) + ".",
     ]  # fmt: skip
     for name, field in Config.model_fields.items():
-        kind = field.annotation
-        if not (inspect.isclass(kind) and issubclass(kind, Section)):
-            note = field_notes(Config).get(name, "")
-            lines += ["", f"## `{name}`", "", f"{note} Default: `{field.default}`."]
+        kind = config.section_type(Config, name)
+        if kind is not None:
+            lines += section(name, kind)
             continue
-        lines += [
-            "",
-            f"## `{name}:`",
-            "",
-            f"{inspect.getdoc(kind)}".split(":", 1)[-1].strip().strip("`: ").capitalize(),
-            "",
-        ]
-        notes = field_notes(kind)
-        lines += ["| key | default | |", "| --- | --- | --- |"]
-        for key, item in kind.model_fields.items():
-            default = item.get_default(call_default_factory=True)
-            lines.append(f"| `{key}` | `{default}` | {notes.get(key, '').replace('|', chr(92) + '|')} |")
+        note = field_notes(Config).get(name, "")
+        lines += ["", f"## `{name}`", "", f"{note} Default: `{field.default}`."]
     return "\n".join(lines) + "\n"
 
 

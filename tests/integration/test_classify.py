@@ -7,7 +7,8 @@ from ray.exceptions import ActorDiedError, RayActorError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
-from raylaunch.driver import classify
+from raylaunch.checkpoint.store import Fenced
+from raylaunch.classify import classify
 
 GLOO = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.3]:4711. This is typically caused by a crash.")
 MINE = ValueError("shape (3, 4) does not fit")
@@ -26,6 +27,9 @@ def group(**failures: Exception) -> WorkerGroupError:
         (group(r0=GLOO, r1=GLOO), "fault", 0),
         (group(r0=GLOO, r3=MINE), "error", 3),
         (group(r1=MINE, r2=MINE), "error", 1),
+        (group(r1=MINE, r2=Fenced("a newer attempt may commit")), "error", 1),
+        (group(r1=GLOO, r2=Fenced("a newer attempt may commit")), "fault", 2),
+        (group(r1=RuntimeError("CUDA error: uncorrectable ECC error encountered")), "fault", 1),
         (WorkerGroupStartupTimeoutError(4), "fault", None),
     ],
 )

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,11 @@ def workers(site: Site, run: str, attempt: int) -> list[int]:
     return [int(w[1].split()[0]) for w in words if len(w) == 2]
 
 
+def appending_to(path: Path) -> str:
+    """A command that adds its stdin to a file, as a list in YAML."""
+    return f"[sh, -c, 'cat >> {path}; echo >> {path}']"
+
+
 @pytest.mark.timeout(600)
 def test_a_killed_worker_leaves_no_trace_in_the_curve(site: Site) -> None:
     plain = site("train", str(site.config), "--cluster", "two", "--run", "plain")
@@ -123,17 +129,11 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve(site: Site) -> None:
     curve = site.curve("plain")
     assert curve[STEPS] < 0.8 * curve[1]
 
+    told = site.state.parent / "told"
     site(
-        "train",
-        str(site.config),
-        "--cluster",
-        "two",
-        "--run",
-        "hurt",
-        "--detach",
-        "--set",
-        "step_scheduler.max_steps=41",
-    )
+        "train", str(site.config), "--cluster", "two", "--run", "hurt", "--detach", "--set", "step_scheduler.max_steps=41",
+        "--set", f"alerts.command={appending_to(told)}",
+    )  # fmt: skip
     until(lambda: max(site.curve("hurt"), default=0) >= 8, "step 8")
     os.kill(workers(site, "hurt", 1)[1], signal.SIGKILL)
     until(
@@ -145,10 +145,28 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve(site: Site) -> None:
     assert [e["workers"] for e in started] == [2, 2]
     assert started[1]["from_step"] >= 5
     decisions = [e for e in events if e["kind"] == "decision"]
-    assert all(e["reason"] for e in decisions) and "lost rank" in str(decisions[1]["reason"])
+    assert all(e["reason"] for e in decisions) and decisions[1]["reason"].startswith("fault: ")
+    until(lambda: len(kinds(site.lines("hurt", "events"), "alert")) == 3, "three alerts")
+    alerts = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [alert["kind"] for alert in alerts] == ["started", "recovered", "finished"]
+    assert alerts[1]["text"].startswith("recovered: ") and alerts[1]["facts"]["steps_lost"] >= 0
+    assert "1 faults" in alerts[2]["text"]
     for step, loss in site.curve("hurt").items():
         if step <= 8:  # the schedule is another after that many steps: max_steps differs
             assert loss == pytest.approx(curve[step], rel=1e-2)
+
+    said = json.loads(site("report", "hurt", "--json").stdout)
+    assert said["state"] == "finished" and said["training"]["steps"] == 41 and said["code"][0]["versions"]["ray"]
+    (recovery,) = said["recoveries"]
+    assert recovery["kind"] == "fault" and recovery["total"] > 0 and recovery["workers"] == [2, 2]
+    assert 0 < said["cost"]["node_hours"] <= 2 * said["seconds"] / 3600 + 0.001
+    past = json.loads(site("history", "--json").stdout)
+    assert {r["run"]: r["state"] for r in past["runs"]} == {"plain": "finished", "hurt": "finished"}
+    assert past["clusters"][-1]["state"] == "up" and past["trouble"] == []
+    asked = json.loads(site("history", "--audit", "--json").stdout)["audit"]
+    assert [(r["action"], r["cluster"], r.get("run")) for r in asked] == [
+        ("up", "two", None), ("train", "two", "plain"), ("train", "two", "hurt"),
+    ]  # fmt: skip
 
 
 def test_stop_resume_refuse_and_begin_anew(site: Site) -> None:
@@ -172,12 +190,181 @@ def test_stop_resume_refuse_and_begin_anew(site: Site) -> None:
     assert "node=local2" in site("logs", "again", "--node", "local2").stdout
 
 
+def test_checkpoints_are_listed_verified_tidied_up_and_exported(site: Site) -> None:
+    more = "{keep_last_n_checkpoints: 4, save_consolidated: true}"
+    site("train", str(site.config), "--cluster", "two", "--run", "kept", "--set", f"checkpoint={more}")
+    directory = site.state / "runs/kept/checkpoints"
+    assert (site.state / "runs/kept/model/model.safetensors").exists()
+    assert site.lines("kept", "events")[-1]["kind"] == "finished" and "exported" in str(site.lines("kept", "events"))
+    listed = json.loads(site("checkpoints", "kept", "ls", "--json").stdout)
+    assert [row["step"] for row in listed["checkpoints"]] == [40, 35, 30, 25]
+    assert all(row["bytes"] > 100_000 and row["world_size"] == 2 and not row["bad"] for row in listed["checkpoints"])
+    assert "step 25: as it was written" in site("checkpoints", "kept", "verify").stdout
+
+    damaged = next((directory / "step-00000030").glob("*.distcp"))
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    said = site("checkpoints", "kept", "verify", code=1)
+    assert f"step 30: {damaged.name}: sha256" in said.stdout and "1 checkpoints cannot be used" in said.stderr
+    assert "of step 7" in site("checkpoints", "kept", "verify", "7", code=2).stderr
+
+    (directory / "step-00000033.tmp-1-0").mkdir()
+    would = site("checkpoints", "kept", "gc", "--keep", "2", "--dry-run").stdout
+    assert len(list(directory.glob("step-*"))) == 5
+    gone = site("checkpoints", "kept", "gc", "--keep", "2").stdout
+    assert gone == would.replace("would remove", "removes") and "step-00000033.tmp-1-0" in gone
+    assert sorted(p.name for p in directory.glob("step-*")) == ["step-00000035", "step-00000040"]
+    assert "nothing to remove" in site("checkpoints", "kept", "gc", "--keep", "2").stdout
+
+    out = site.state.parent / "exported"
+    site("checkpoints", "kept", "export", "latest", "--to", str(out), "--dtype", "bfloat16")
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert (out / "model.safetensors").stat().st_size < 400_000
+    assert "is there already" in site("checkpoints", "kept", "export", "40", "--to", str(out), code=2).stderr
+    assert "is no step" in site("checkpoints", "kept", "export", "best", "--to", "/x", code=2).stderr
+
+
 def test_an_error_of_the_code_ends_the_run_with_a_verdict(site: Site) -> None:
     (site.state.parent / "bad.py").write_text("def train(config, session):\n    raise ValueError('my own mistake')\n")
-    site.env["PYTHONPATH"] = str(site.state.parent)
-    failed = site("train", str(site.config), "--cluster", "two", "--run", "bad", "--set", "trainer=bad:train", code=1)
+    site.env["PYTHONPATH"] = f"{site.state.parent}:{ROOT}"
+    told = site.state.parent / "told-bad"
+    own = ["--set", "trainer=bad:train", "--set", f"alerts.command={appending_to(told)}"]
+    failed = site("train", str(site.config), "--cluster", "two", "--run", "bad", *own, code=1)
     assert "the same error 2 times" in failed.stderr and "my own mistake" in failed.stderr
+    until(lambda: len(kinds(site.lines("bad", "events"), "alert")) == 2, "two alerts")
+    alert = json.loads(told.read_text().splitlines()[-1])
+    assert alert["kind"] == "failed" and alert["facts"]["verdict"]["kind"] == "python_exception"
     assert [e["how"] for e in site.lines("bad", "events") if e["kind"] == "attempt_ended"] == ["error", "error"]
+
+
+HANGER = """
+import time
+import torch, torch.distributed as dist
+
+def stuck():
+    while True:
+        time.sleep(0.1)
+
+def train(config, session):
+    stop, step = torch.zeros(1), 0
+    while not stop.item():
+        session.progress(step, "step")
+        if step == 20 and session.rank == 1 and (session.attempt == 1 or session.run == "always"):
+            stuck()
+        session.progress(step, "sync")
+        stop.fill_(float(session.stop_requested()))
+        dist.all_reduce(stop)
+        step += 1
+        session.report(step=step, loss=1.0)
+        time.sleep(0.02)
+    session.finish("stopped", step)
+"""
+
+
+@pytest.fixture(scope="module")
+def elastic_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    made = Site(tmp_path_factory.mktemp("elastic"))
+    (made.state.parent / "hanger.py").write_text(HANGER)
+    made.env["PYTHONPATH"] = str(made.state.parent)
+    made("up", "--backend", "local", "--nodes", "2", "--name", "pair")
+    yield made
+    made("down", "--all")
+    assert ours(made) == []
+
+
+def kinds(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [e for e in events if e["kind"] == kind]
+
+
+@pytest.mark.timeout(400)
+def test_a_lost_node_is_left_at_once_and_grown_back_onto_at_a_commit(elastic_site: Site) -> None:
+    site = elastic_site
+    longer = ["--set", "step_scheduler.max_steps=20000", "--set", "elastic.grow_after=2"]
+    site("train", str(site.config), "--cluster", "pair", "--run", "lose", "--detach", *longer)
+    until(lambda: max(site.curve("lose"), default=0) >= 8, "step 8")
+    row = next(r for r in json.loads((site.state / "clusters/pair/agents.json").read_text()) if r["node"] == "local2")
+    (agent,) = [c for c in psutil.Process(row["pid"]).children() if "raylaunch.keeper" not in c.name()]
+    killed = time.time()
+    agent.kill()  # its keeper starts it again, and the node comes back
+
+    started = until(
+        lambda: len(found := kinds(site.lines("lose", "events"), "attempt_started")) == 3 and found, "growth"
+    )
+    until(lambda: site.lines("lose")[-1]["attempt"] == 3, "a step at the old size")
+    the_load_of_all_nodes_is_known(site)
+    site("stop", "lose")
+    events = site.lines("lose", "events")
+    assert [e["on"] for e in started] == [["local1", "local2"], ["local1"], ["local1", "local2"]]
+    (fault,) = kinds(events, "fault")
+    assert (fault["cause"], fault["node"]) == ("node_lost", "local2")
+    # Ray itself takes six seconds and more to miss a node.
+    assert fault["time"] - killed < 3 and started[1]["time"] - fault["time"] < 5
+    (asked,) = kinds(events, "resize_asked")
+    assert (asked["why"], asked["when"], asked["nodes"]) == ("grow", "commit", ["local2"])
+    lost, resized, _ = kinds(events, "attempt_ended")
+    assert lost["how"] == "fault" and started[1]["from_step"] == lost["committed"]
+    assert resized["how"] == "resized" and resized["step"] == resized["committed"] == started[2]["from_step"]
+    assert all(e["reason"] for e in kinds(events, "decision"))
+
+
+def the_load_of_all_nodes_is_known(site: Site) -> None:
+    """By the agents, in the cluster's directory and for Prometheus."""
+    cluster = site.state / "clusters" / "pair"
+    loads = until(lambda: len(n := json.loads((cluster / "load.json").read_text())["nodes"]) == 2 and n, "loads", 20)
+    assert all(0 <= load["cpu"] <= 1 and 0 < load["memory"] < 1 for load in loads.values())
+    at = json.loads((cluster / "metrics.json").read_text())
+    bearer = {"Authorization": f"Bearer {(site.state / 'metrics.token').read_text().strip()}"}
+    request = urllib.request.Request(f"http://{at['address']}:{at['port']}/metrics", headers=bearer)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        told = answer.read().decode()
+    assert 'raylaunch_run_world_size{cluster="pair",run="lose"} 2.0' in told
+
+
+@pytest.mark.timeout(400)
+def test_a_hang_is_found_with_its_line_and_stops_the_run_when_it_is_the_code(elastic_site: Site) -> None:
+    site = elastic_site
+    own = ["--set", "trainer=hanger:train", "--set", "elastic.hang_timeout=5"]
+    site("train", str(site.config), "--cluster", "pair", "--run", "once", "--detach", *own)
+    until(lambda: site.lines("once") and site.lines("once")[-1]["attempt"] == 2, "the second attempt")
+    site("stop", "once")
+    (hang,) = kinds(site.lines("once", "events"), "hang")
+    assert (hang["rank"], hang["node"], hang["step"], hang["phase"]) == (1, "local2", 20, "step")
+    assert hang["line"] == "hanger.py:7 in stuck" and 'hanger.py", line 7 in stuck' in Path(hang["stack"]).read_text()
+    assert [e["cause"] for e in kinds(site.lines("once", "events"), "fault")] == ["hang"]
+
+    failed = site("train", str(site.config), "--cluster", "pair", "--run", "always", *own, code=1)
+    assert "the same hang 2 times" in failed.stderr and "hanger.py:7" in failed.stderr
+    verdict = json.loads(site("why", "always", "--json").stdout)
+    assert (verdict["kind"], verdict["rank"], verdict["host"]) == ("hang", 1, "local2")
+    assert verdict["evidence"][-1]["text"] == "hanger.py:7 in stuck"
+
+
+@pytest.mark.timeout(600)
+def test_a_plan_of_two_workers_goes_on_with_two_when_a_node_of_three_dies(tmp_path: Path) -> None:
+    """One of three nodes is idle, as the plan has no use for it, and takes the dead one's part."""
+    site = Site(tmp_path)
+    site("up", "--backend", "local", "--nodes", "3", "--name", "trio", "--set", "elastic.replace=false")
+    try:
+        more = ["--set", "distributed.tp_size=2", "--set", "step_scheduler.max_steps=400", "--detach"]
+        site("train", str(site.config), "--cluster", "trio", "--run", "split", *more)
+        until(lambda: max(site.curve("split"), default=0) >= 8, "step 8")
+        (first,) = [e for e in site.lines("split", "events") if e["kind"] == "attempt_started"]
+        assert first["workers"] == 2
+        victim = next(name for name in reversed(first["on"]) if name != "local1")
+        row = next(r for r in json.loads((site.state / "clusters/trio/agents.json").read_text()) if r["node"] == victim)
+        for process in (psutil.Process(row["pid"]), *psutil.Process(row["pid"]).children(recursive=True)):
+            process.kill()
+        second = until(
+            lambda: [e for e in site.lines("split", "events") if e["kind"] == "attempt_started"][1:], "attempt 2"
+        )[0]
+        assert second["workers"] == 2 and victim not in second["on"] and second["from_step"] >= 5
+        until(lambda: any(e["kind"] == "resumed" for e in site.lines("split", "events")), "resumed")
+        site("stop", "split")
+        until(lambda: any(e["kind"] == "stopped" for e in site.lines("split", "events")), "the end")
+    finally:
+        site("down", "trio")
+    assert ours(site) == []
 
 
 def test_agents_that_were_killed_leave_nothing(tmp_path: Path) -> None:
@@ -208,6 +395,9 @@ def test_the_built_wheel_trains_away_from_the_checkout(tmp_path: Path) -> None:
         site("up", "--backend", "local", "--nodes", "1")
         done = site("train", str(site.config), "--set", "step_scheduler.max_steps=5")
         assert "is finished at step 5" in done.stdout
+        assert (
+            Path(site("report", "small").stdout.strip()).read_text().startswith("<!doctype html>")
+        )  # its template is there
     finally:
         site("down", code=None)
     assert ours(site) == []

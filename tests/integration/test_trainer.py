@@ -1,167 +1,22 @@
 """The trainer over real gloo processes: the same curve at any size, saved, resumed, broken.
 
-Three worker processes serve all cases (`trainer_worker`). A case is a Run in a fresh directory: its
-attempts share checkpoints and data, as the driver's do. What is compared is what users see: the
-lines of metrics.jsonl, events.jsonl, and the committed checkpoints.
+Worker processes serve all cases (`trainer_worker`); a case is a `Run` in a fresh directory.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
-import os
-import select
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attempts import GLOBAL_BATCH_SIZE, Run, assert_same_curve
 
 from raylaunch import state
 from raylaunch.checkpoint import store
-from raylaunch.errors import RunError
-from trainers import corpus
-
-ROOT = Path(__file__).resolve().parents[2]
-CASE_SECONDS = 90.0
-GLOBAL_BATCH_SIZE = 8
-
-
-class Workers:
-    """Three processes, ranks 0 to 2; one that dies is replaced before the next case."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log.open("ab")
-        self._processes = [self._spawn(rank) for rank in range(3)]
-
-    def _spawn(self, rank: int) -> subprocess.Popen[bytes]:
-        environment = {**os.environ, "RANK": str(rank), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).with_name("trainer_worker.py"))]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=self._log)
-
-    def run(self, case: dict[str, Any]) -> list[str]:
-        """The error of each rank ("" for none, "died" when the process did)."""
-        for rank, process in enumerate(self._processes):
-            if process.poll() is not None:
-                self._processes[rank] = process = self._spawn(rank)
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(case).encode() + b"\n")
-            process.stdin.flush()
-        deadline = time.monotonic() + CASE_SECONDS
-        return [self._answer(process, deadline) for process in self._processes][: case["world_size"]]
-
-    def _answer(self, process: subprocess.Popen[bytes], deadline: float) -> str:
-        assert process.stdout is not None
-        if not select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            process.kill()
-            pytest.fail(f"no answer within {CASE_SECONDS:.0f} s; see {self._log.name}")
-        line = process.stdout.readline()
-        if not line:
-            process.wait()
-            return "died"
-        error: str = json.loads(line)["error"]
-        return error
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-        self._log.close()
-
-
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    pool = Workers(tmp_path_factory.mktemp("workers") / "stderr.log")
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 20 kB of English-like text, fewer samples than the runs read: they cross epochs."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} bottles of beer on the wall, {i * i % 97} to go.\n" for i in range(400)))
-    return path
-
-
-class Run:
-    """A run directory and the attempts in it."""
-
-    def __init__(self, directory: Path, text: Path, workers: Workers) -> None:
-        self.directory, self._workers = directory, workers
-        self.attempts = 0
-        self.config: dict[str, dict[str, Any]] = {
-            "model": {"size": "tiny"},
-            "data": {"text": [str(text)], "seq_len": 32, "val_fraction": 0.1},
-            "step_scheduler": {
-                "max_steps": 10,
-                "local_batch_size": 2,
-                "ckpt_every_steps": 3,
-                "val_every_steps": 5,
-                "warmup_steps": 2,
-            },
-            "optimizer": {"lr": 3e-3},
-            "checkpoint": {"keep_last_n_checkpoints": 9},
-        }
-
-    def attempt(self, world_size: int, **case: Any) -> list[str]:
-        self.attempts += 1
-        state.make_dir(state.attempt_dir(self.directory, self.attempts))
-        return self._workers.run(
-            {
-                "run_dir": str(self.directory),
-                "rendezvous": str(self.directory / f"rendezvous-{self.attempts}"),
-                "attempt": self.attempts,
-                "world_size": world_size,
-                "config": self.config,
-                "global_batch_size": GLOBAL_BATCH_SIZE,
-                **case,
-            }
-        )
-
-    def train(self, world_size: int, **case: Any) -> Run:
-        """An attempt that must end well."""
-        assert self.attempt(world_size, **case) == [""] * world_size
-        return self
-
-    def metrics(self, key: str) -> dict[int, float]:
-        lines = state.read_lines(self.directory / state.METRICS_FILE)
-        return {line["step"]: line[key] for line in lines if key in line}
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        return [e for e in state.read_lines(self.directory / state.EVENTS_FILE) if e["kind"] == kind]
-
-    def outcome(self) -> Any:
-        return state.read_json(state.attempt_dir(self.directory, self.attempts) / "outcome.json")
-
-    def commits(self) -> list[int]:
-        return [commit.step for commit in store.committed(self.checkpoints)]
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
-
-
-@pytest.fixture
-def run(tmp_path: Path, text: Path, workers: Workers) -> Run:
-    return Run(tmp_path, text, workers)
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, text: Path, workers: Workers) -> Run:
-    """Ten steps at two workers, without a break: what the others are compared with."""
-    return Run(tmp_path_factory.mktemp("straight"), text, workers).train(2)
-
-
-def assert_same_curve(one: Run, other: Run, first: int = 1, rel: float = 1e-4) -> None:
-    for key in ("loss", "grad_norm", "lr", "tokens", "val_loss"):
-        expected = {step: value for step, value in other.metrics(key).items() if step >= first}
-        found = {step: value for step, value in one.metrics(key).items() if step >= first}
-        assert found == (expected if rel == 0 else pytest.approx(expected, rel=rel)), key
-        assert expected
+from raylaunch.config import StepSchedulerConfig
+from trainers.optim import learning_rate
 
 
 def test_a_run_learns_and_says_what_it_did(straight: Run) -> None:
@@ -182,6 +37,78 @@ def test_the_curve_is_the_same_at_any_world_size(run: Run, straight: Run, world_
     """Three workers take 2, 3 and 3 of 8 samples, in micro-batches of 2: padding is part of it."""
     run.train(world_size)
     assert_same_curve(run, straight)
+
+
+@pytest.mark.parametrize(
+    ("plan", "world_size", "local"),
+    [
+        ({"strategy": "ddp"}, 2, 1),
+        ({"strategy": "ddp"}, 3, 3),
+        ({"strategy": "hsdp"}, 4, 2),
+        ({"strategy": "hsdp"}, 2, 2),
+        ({"strategy": "hsdp"}, 3, 1),
+        ({"tp_size": 2}, 2, 2),
+        ({"tp_size": 2, "strategy": "ddp"}, 4, 4),
+        ({"cp_size": 2}, 4, 1),
+        ({"cp_size": 2, "tp_size": 2, "activation_checkpointing": "full"}, 4, 4),
+        ({"pp_size": 2}, 2, 1),
+        ({"pp_size": 2, "strategy": "hsdp"}, 4, 1),
+        ({"pp_size": 2, "tp_size": 2}, 4, 2),
+    ],
+    ids=str,
+)
+def test_the_curve_is_the_same_under_any_plan(
+    run: Run, straight: Run, plan: dict[str, Any], world_size: int, local: int
+) -> None:
+    run.config["distributed"] = plan
+    assert_same_curve(run.train(world_size, local_world_size=local), straight)
+
+
+def test_saved_under_one_plan_and_resumed_under_others(run: Run, straight: Run) -> None:
+    plans: list[tuple[dict[str, Any], int]] = [
+        ({}, 3), ({"strategy": "hsdp"}, 4), ({"tp_size": 2}, 4), ({"cp_size": 2, "pp_size": 2}, 4), ({}, 2),
+    ]  # fmt: skip
+    for plan, world_size in plans:
+        run.config["distributed"] = plan
+        run.train(world_size, local_world_size=2, **({"stop_at": 2} if plan or world_size == 3 else {}))
+    assert [e["step"] for e in run.events("resumed")] == [2, 4, 6, 8]
+    assert_same_curve(run, straight)
+
+
+def test_a_world_that_the_plan_cannot_use(run: Run) -> None:
+    run.config["distributed"] = {"tp_size": 2}
+    assert all("3 workers are no multiple" in error for error in run.attempt(3))
+
+
+def test_hsdp_wants_nodes_that_are_alike(run: Run) -> None:
+    run.config["distributed"] = {"strategy": "hsdp"}
+    assert all("as many workers on every node" in error for error in run.attempt(3, local_world_size=2))
+
+
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_what_is_computed_again_is_the_same(run: Run, straight: Run, what: str) -> None:
+    run.config["distributed"] = {"activation_checkpointing": what}
+    assert_same_curve(run.train(2), straight, rel=0)
+
+
+def test_schedules() -> None:
+    def rates(style: str, **more: int) -> list[float]:
+        schedule = StepSchedulerConfig(
+            max_steps=20,
+            warmup_steps=4,
+            min_lr_ratio=0.1,
+            lr_decay_style=style,
+            **more,  # type: ignore[arg-type]
+        )
+        return [round(learning_rate(step, 1.0, schedule), 6) for step in range(21)]
+
+    for style in ("cosine", "linear", "constant", "wsd"):
+        assert rates(style)[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates("constant")[4:] == [1.0] * 17
+    assert rates("linear")[4] == 1.0 and rates("linear")[12] == pytest.approx(0.55) and rates("linear")[20] == 0.1
+    assert rates("cosine")[12] == pytest.approx(0.55) and rates("cosine")[20] == pytest.approx(0.1)
+    assert rates("wsd")[:19] == [0.25, 0.5, 0.75, *[1.0] * 16] and rates("wsd")[19:] == [0.55, 0.1]
+    assert rates("wsd", lr_decay_steps=8)[12:] == pytest.approx([1 - 0.9 * i / 8 for i in range(9)])
 
 
 def test_more_workers_than_samples(run: Run, straight: Run) -> None:
@@ -244,25 +171,204 @@ def test_a_worker_killed_while_saving_costs_that_save_only(run: Run, straight: R
     errors = run.attempt(2, kill_in_save=2)
     assert errors[1] == "died" and errors[0] not in ("", "died")
     assert run.commits() == [3]
-    assert (run.checkpoints / "step-00000006.tmp-1").exists()
+    assert (run.checkpoints / "step-00000006.tmp-1-1").exists()
     run.train(3)
     assert_same_curve(run, straight)
     assert sorted(p.name for p in run.checkpoints.iterdir()) == [f"step-{s:08d}" for s in (3, 6, 9, 10)]
 
 
+# Saves that fail.
+
+
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_full_disk_on_one_rank_is_explained_on_all(run: Run, async_save: bool) -> None:
+def test_a_full_disk_on_one_rank_costs_that_save_only(run: Run, straight: Run, async_save: bool) -> None:
     run.config["checkpoint"]["async_save"] = async_save
-    for error in run.attempt(2, full_in_save=2):
+    run.train(2, full_in_saves=[2])
+    assert run.commits() == [3, 9, 10]
+    (failed,) = run.events("checkpoint_failed")
+    assert failed["step"] == 6 and "No space left on device" in failed["error"]
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == [f"step-{s:08d}" for s in (3, 9, 10)]
+    assert_same_curve(run, straight, rel=0)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_commit_that_fails_on_rank_0_alone_costs_that_save_only(run: Run, async_save: bool) -> None:
+    run.config["checkpoint"]["async_save"] = async_save
+    run.train(2, commit_fails=[1])
+    assert run.commits() == [6, 9, 10]
+    (failed,) = run.events("checkpoint_failed")
+    assert failed["step"] == 3 and "Read-only file system" in failed["error"]
+
+
+def test_the_last_save_is_tried_again(run: Run) -> None:
+    run.config["step_scheduler"]["max_steps"] = 3
+    run.train(2, full_in_saves=[1], commit_fails=[1])
+    assert run.commits() == [3] and run.outcome() == {"outcome": "finished", "step": 3}
+    assert ["No space" in e["error"] for e in run.events("checkpoint_failed")] == [True, False]
+
+
+def test_the_last_save_is_not_tried_for_ever(run: Run) -> None:
+    for error in run.attempt(2, stop_at=2, full_in_saves=[1, 2, 3, 4], patience=0.2):
         assert error.startswith("StateError: cannot write checkpoint") and "No space left" in error
-    assert [p.name for p in run.checkpoints.iterdir()] == ["step-00000003"]
+    assert run.commits() == [] and list(run.checkpoints.iterdir()) == []
+    assert run.outcome() is None
 
 
-def test_a_loss_that_is_no_number_ends_the_attempt_unsaved(run: Run) -> None:
-    run.config["optimizer"]["lr"] = 1e30
-    for error in run.attempt(2):
-        assert error.startswith("RunError: step") and "optimizer.lr" in error
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_fenced_attempt_ends_at_once_on_all_ranks(run: Run, async_save: bool) -> None:
+    run.config["checkpoint"]["async_save"] = async_save
+    for error in run.attempt(2, fence_in_commit=2):
+        assert error.startswith("Fenced: incarnation 1, attempt 1 may no longer commit") or "another rank" in error
+    assert run.commits() == [3] and run.events("checkpoint_failed") == []
+    assert max(run.metrics("loss")) < 10
+
+
+def test_a_resize_waits_for_the_next_commit(run: Run, straight: Run) -> None:
+    run.train(2, resize_at=4)
+    assert run.outcome() == {"outcome": "stopped", "step": 6} and run.commits() == [3, 6]
+    run.train(3)
+    assert_same_curve(run, straight)
+
+
+def test_a_resize_may_be_withdrawn(run: Run) -> None:
+    run.train(2, resize_at=4, resize_until=6)
+    assert run.outcome() == {"outcome": "finished", "step": 10}
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_resize_waits_for_a_commit_that_works(run: Run, async_save: bool) -> None:
+    run.config["checkpoint"]["async_save"] = async_save
+    run.train(2, resize_at=2, full_in_saves=[1])
+    assert run.outcome() == {"outcome": "stopped", "step": 6} and run.commits() == [6]
+
+
+# Checkpoints that do not verify.
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "torn commit"])
+def test_a_bad_checkpoint_is_named_set_aside_and_done_without(run: Run, straight: Run, damage: str) -> None:
+    run.train(2, stop_at=7)
+    newest = run.checkpoints / "step-00000007"
+    if damage == "flipped bit":
+        flip_a_bit(newest / "__1_0.distcp")
+    else:
+        (newest / "commit.json").write_text("{")
+    run.train(2)
+    (bad,) = run.events("checkpoint_bad")
+    file, why = ("__1_0.distcp", "sha256") if damage == "flipped bit" else ("commit.json", "torn")
+    assert bad["step"] == 7 and bad["file"] == f"step-00000007/{file}" and why in bad["why"]
+    assert [e["step"] for e in run.events("resumed")] == [6]
+    assert len(list(run.checkpoints.glob("step-00000007.bad-*"))) == 1
+    assert run.commits() == [3, 6, 9, 10]
+    assert_same_curve(run, straight, rel=0)
+
+
+def test_when_no_checkpoint_verifies_the_run_begins_anew(run: Run, straight: Run) -> None:
+    run.train(2, stop_at=4)
+    for commit in store.committed(run.checkpoints):
+        flip_a_bit(commit.path / ".metadata")
+    run.train(2)
+    assert [e["step"] for e in run.events("checkpoint_bad")] == [4, 3]
+    assert run.commits() == [3, 6, 9, 10] and run.events("resumed") == []
+    assert_same_curve(run, straight, rel=0)
+
+
+def test_one_rank_alone_does_not_condemn_a_checkpoint(run: Run) -> None:
+    run.train(2, stop_at=4)
+    run.train(2, blind_rank=1)
+    assert [e["step"] for e in run.events("resumed")] == [4]
+    assert run.events("checkpoint_bad") == []
+
+
+# Numbers that are none.
+
+
+@pytest.mark.parametrize("bad_gradient", [False, True])
+def test_a_loss_that_is_no_number_ends_the_attempt_unsaved(run: Run, bad_gradient: bool) -> None:
+    for error in run.attempt(2, nan_at=[3], bad_gradient=bad_gradient):
+        assert error.startswith("RunError: step 3: loss") and "optimizer.lr" in error
     assert run.commits() == []
+    (event,) = run.events("nonfinite")
+    assert (event["step"], event["action"]) == (3, "stop")
+    assert event["what"] == ("gradient" if bad_gradient else "loss")
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_one_bad_batch_is_left_out(run: Run, straight: Run, policy: str) -> None:
+    """The same either way: all steps but one, and the steps before it as if nothing had been."""
+    run.config["optimizer"]["on_nonfinite"] = policy
+    run.train(2, nan_at=[5])
+    (event,) = run.events("nonfinite")
+    assert (event["step"], event["what"], event["action"]) == (5, "loss", policy)
+    assert [e["step"] for e in run.events("resumed")] == ([3] if policy == "rollback" else [])
+    loss, expected = run.metrics("loss"), straight.metrics("loss")
+    assert list(loss) == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert [loss[step] for step in range(1, 5)] == [expected[step] for step in range(1, 5)]
+    assert loss[6] != expected[6] and loss[10] < loss[1] - 0.5
+    assert run.commits() == [3, 6, 9, 10]
+    assert run.outcome() == {"outcome": "finished", "step": 10}
+    written = len(state.read_lines(run.directory / state.METRICS_FILE))
+    assert written == 11 + (1 if policy == "rollback" else 0)  # step 4 came again; and two validations
+
+
+def test_skip_and_rollback_come_to_the_same(run: Run) -> None:
+    other = Run(run.directory / "other", Path(run.config["data"]["text"][0]), run._workers)
+    state.make_dir(other.directory)
+    run.config["optimizer"]["on_nonfinite"], other.config["optimizer"]["on_nonfinite"] = "skip", "rollback"
+    run.train(2, nan_at=[2, 5, 6])
+    other.train(2, nan_at=[2, 5, 6])  # the first one before there is a commit: back to the seed
+    assert_same_curve(run, other, rel=0)
+    assert [e["step"] for e in other.events("nonfinite")] == [2, 5, 6]
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_too_many_bad_steps_in_a_row_end_the_attempt(run: Run, policy: str) -> None:
+    run.config["step_scheduler"].update(max_steps=20, val_every_steps=0)
+    run.config["optimizer"]["on_nonfinite"] = policy
+    for error in run.attempt(2, nan_at=list(range(5, 21))):
+        assert error.startswith("RunError: step 15") and f"on_nonfinite: {policy}" in error
+    actions = [(e["step"], e["action"]) for e in run.events("nonfinite")]
+    assert actions == [*((step, policy) for step in range(5, 15)), (15, "stop")]
+
+
+def test_random_numbers_are_those_of_the_step(run: Run) -> None:
+    """A model with dropout, stopped and resumed, is bitwise the one that was not."""
+    other = Run(run.directory / "other", Path(run.config["data"]["text"][0]), run._workers)
+    state.make_dir(other.directory)
+    run.train(2, dropout=True)
+    other.train(2, dropout=True, stop_at=5).train(2, dropout=True)
+    assert_same_curve(other, run, rel=0)
+
+
+def test_progress_is_told_on_every_rank(run: Run) -> None:
+    run.config["step_scheduler"]["max_steps"] = 5
+    run.train(2, record_progress=True)
+    for rank in range(2):
+        lines = (run.directory / f"progress-{rank}.jsonl").read_text().splitlines()
+        told = [tuple(json.loads(line)) for line in lines]
+        assert told[0] == (0, "load")
+        assert [one for one in told if one[1] in ("step", "sync")] == [
+            (step, phase) for step in range(5) for phase in ("step", "sync")
+        ]
+        assert {(3, "save"), (5, "save"), (5, "validate")} <= set(told)
+
+
+def test_a_window_of_steps_is_traced_on_every_rank(run: Run) -> None:
+    run.config["step_scheduler"]["max_steps"] = 4
+    run.config["logging"] = {"profile_steps": [2, 3]}
+    run.train(2)
+    for rank in (0, 1):
+        with gzip.open(run.directory / "profile" / f"step-2-rank-{rank}.json.gz") as trace:
+            names = {event.get("name") for event in json.load(trace)["traceEvents"]}
+        assert {"aten::mm", "FSDP::all_gather"} & names
+    (told,) = run.events("profiled")
+    assert (told["first"], told["last"]) == (2, 3)
 
 
 def test_a_checkpoint_of_another_batch_size_is_refused(run: Run) -> None:
@@ -277,107 +383,3 @@ def test_bfloat16_learns_too(run: Run, straight: Run) -> None:
     run.train(2)
     assert run.metrics("loss") == pytest.approx(straight.metrics("loss"), rel=0.02)
     assert run.metrics("loss") != straight.metrics("loss")
-
-
-def test_missing_text_is_an_error_on_every_rank(run: Run, tmp_path: Path) -> None:
-    run.config["data"]["text"] = [str(tmp_path / "nothing")]
-    for error in run.attempt(3):
-        assert error.startswith("RunError") and "nothing matches" in error
-
-
-def test_too_little_text_is_an_error_on_every_rank(run: Run) -> None:
-    run.config["data"]["seq_len"] = 100_000
-    for error in run.attempt(2):
-        assert error.startswith("RunError") and "data.seq_len" in error
-
-
-# The corpus alone: no workers, no torch.
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    root = tmp_path / "text"
-    (root / "b").mkdir(parents=True)
-    (root / "b" / "two.txt").write_bytes(b"second")
-    (root / "a.txt").write_bytes(b"first")
-    (root / "c.md").write_bytes(b"third")
-    (root / "empty.txt").touch()
-    (root / ".hidden").write_bytes(b"never")
-    return root
-
-
-def read_tokens(built: corpus.Store) -> list[int]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(built.path)) as source:
-        return [t for batch in pa.ipc.open_file(source).read_all().column("tokens").chunks for t in batch.to_pylist()]
-
-
-def test_documents_are_separated_and_in_order_of_their_names(folder: Path, tmp_path: Path) -> None:
-    built = corpus.build(tmp_path / "data", [str(folder)], attempt=1)
-    expected = [*b"first", 256, *b"second", 256, *b"third", 256]
-    assert read_tokens(built) == expected and built.tokens == len(expected)
-    assert corpus.find(tmp_path / "data", [str(folder)]) == built
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["manifest.json", "tokens.arrow"]
-    manifest = state.read_json(tmp_path / "data" / "manifest.json")
-    assert [Path(d["path"]).name for d in manifest["documents"]] == ["a.txt", "two.txt", "c.md"]
-
-
-def test_globs_and_entries_that_overlap(folder: Path) -> None:
-    files = corpus.list_files([str(folder / "*.md"), str(folder / "**" / "*.txt"), str(folder)])
-    assert [p.name for p in files] == ["c.md", "a.txt", "two.txt", "empty.txt"]
-
-
-def test_a_store_of_many_batches_reads_as_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainers import data
-
-    monkeypatch.setattr(corpus, "BATCH_TOKENS", 4)
-    monkeypatch.setattr(data, "BATCH_TOKENS", 4)
-    built = corpus.build(tmp_path / "data", [str(folder)], attempt=1)
-    tokens, whole = data.Tokens(built.path, built.tokens), read_tokens(built)
-    for start in range(built.tokens):
-        for length in range(1, built.tokens - start + 1):
-            assert tokens.read(start, length).tolist() == whole[start : start + length]
-
-
-def test_the_standard_library_has_its_sources_and_no_tests() -> None:
-    names = {path.name for path in corpus.list_files(["stdlib:"])}
-    assert {"argparse.py", "dataclasses.py"} <= names
-    assert not any("site-packages" in path.parts for path in corpus.list_files(["stdlib:"]))
-
-
-def test_a_damaged_or_foreign_store_is_refused(folder: Path, tmp_path: Path) -> None:
-    directory, text = tmp_path / "data", [str(folder)]
-    built = corpus.build(directory, text, attempt=1)
-    with pytest.raises(RunError, match="was built from"):
-        corpus.find(directory, ["stdlib:"])
-    with built.path.open("ab") as out:
-        out.write(b"x")
-    with pytest.raises(RunError, match="damaged"):
-        corpus.find(directory, text)
-
-
-def test_the_others_hear_of_an_error_or_of_silence(tmp_path: Path) -> None:
-    text = [str(tmp_path / "nothing")]
-    with pytest.raises(RunError, match="no sign of life"):
-        corpus.prepare(tmp_path / "data", text, rank=1, attempt=1, silence=0.0)
-    with pytest.raises(RunError, match="nothing matches"):
-        corpus.prepare(tmp_path / "data", text, rank=0, attempt=1, silence=0.0)
-    with pytest.raises(RunError, match=r"rank 0: .*nothing matches"):
-        corpus.prepare(tmp_path / "data", text, rank=1, attempt=1, silence=9.0)
-
-
-def test_text_that_may_not_be_read_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, *_: Any, **__: Any) -> Any:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_READ_BYTES", 1)
-        patch.setattr(corpus, "_chunks", lambda *_: iter(()))
-        with pytest.raises(RunError, match="empty"):
-            corpus.build(tmp_path / "data", [str(folder)], attempt=1)
-    files = corpus.list_files([str(folder)])
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", refuse)
-        with pytest.raises(RunError, match=r"cannot read .*a\.txt: Permission denied"):
-            list(corpus._chunks(files, [], lambda: None))

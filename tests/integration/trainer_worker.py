@@ -2,7 +2,7 @@
 
 `test_trainer.Workers` writes one JSON line per case to stdin and reads one line back when the case
 is over; processes are reused because importing torch takes seconds. A process whose rank lies outside
-the case's world answers at once. Faults that a case may ask for are in `arrange_faults`.
+the case's world answers at once. Faults that a case may ask for are in the `arrange_…` functions.
 """
 
 from __future__ import annotations
@@ -10,44 +10,138 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from raylaunch.checkpoint import digests, store
 from raylaunch.config import Config
-from raylaunch.session import Session
-from trainers.fsdp import train
+from raylaunch.session import AT_COMMIT, NOW, Session
+from trainers import fsdp
+from trainers.data import Loader
+from trainers.model import FeedForward
 
-_write_data = FileSystemWriter.write_data
+_ORIGINALS = (
+    (FileSystemWriter, "write_data"),
+    (store, "commit"),
+    (digests, "check"),
+    (Loader, "training"),
+    (fsdp, "summed_loss"),
+    (FeedForward, "forward"),
+    (fsdp, "PATIENCE_AT_END"),
+    (fsdp, "PATIENCE_AT_STOP"),
+)
+ORIGINALS = [(owner, name, getattr(owner, name)) for owner, name in _ORIGINALS]
 
 
 def arrange_faults(case: dict[str, Any], session: Session) -> None:
-    """`stop_at`: a stop is asked for during that step of the attempt; `kill_in_save` / `full_in_save`:
-    rank 1 dies, or finds the disk full, while it writes its part of that save of the attempt; `slow_save`:
-    seconds that every write takes longer."""
-    if stop_at := case.get("stop_at"):
-        asked = itertools.count(1)
-        session.stop_requested = lambda: next(asked) >= stop_at  # type: ignore[method-assign]
-    saves = itertools.count(1)
+    """What the case asks for, and nothing of the case before it."""
+    for owner, name, value in ORIGINALS:
+        setattr(owner, name, value)
+    arrange_stops(case, session)
+    arrange_saves(case, session)
+    arrange_numbers(case, session)
+    if "patience" in case:
+        fsdp.PATIENCE_AT_END = fsdp.PATIENCE_AT_STOP = case["patience"]
+    if case.get("blind_rank") == session.rank:  # sees an old state of the shared file system at its first look
+        looks, check = itertools.count(), digests.check
 
-    def write_data(*args: Any, **kwargs: Any) -> Any:
+        def see(commit: store.Commit, names: Iterable[str]) -> store.Bad | None:
+            if next(looks) == 0:
+                return store.Bad(commit.path, commit.step, "__0_0.distcp", "missing")
+            return check(commit, names)
+
+        digests.check = see  # type: ignore[assignment]
+
+
+def arrange_stops(case: dict[str, Any], session: Session) -> None:
+    """`stop_at` / `resize_at`: a stop at once / at the next commit is asked for during that step of the attempt,
+    and `resize_until` withdrawn; `record_progress`: what the session hears of it goes to progress-RANK.jsonl."""
+    asked = itertools.count(1)
+
+    def stop_requested() -> int:
+        step = next(asked)
+        if step >= case.get("stop_at", math.inf):
+            return NOW
+        return AT_COMMIT if case.get("resize_at", math.inf) <= step < case.get("resize_until", math.inf) else 0
+
+    session.stop_requested = stop_requested  # type: ignore[method-assign]
+    if case.get("record_progress"):
+
+        def progress(step: int, phase: str = "step") -> None:
+            with (session.run_dir / f"progress-{session.rank}.jsonl").open("a") as out:
+                out.write(json.dumps([step, phase]) + "\n")
+
+        session.progress = progress  # type: ignore[method-assign]
+
+
+def arrange_saves(case: dict[str, Any], session: Session) -> None:
+    """`kill_in_save` / `full_in_saves`: rank 1 dies, or finds the disk full, while it writes its part of that
+    save (or those) of the attempt; `slow_save`: seconds that every write takes longer; `commit_fails`: commits
+    that rank 0's storage refuses; `fence_in_commit`: the commit just before which somebody newer takes over."""
+    saves, commits = itertools.count(1), itertools.count(1)
+    write_data, commit = FileSystemWriter.write_data, store.commit
+
+    def faulty_write(*args: Any, **kwargs: Any) -> Any:
         save = next(saves)
         time.sleep(case.get("slow_save", 0.0))
         if session.rank == 1 and save == case.get("kill_in_save"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if session.rank == 1 and save == case.get("full_in_save"):
+        if session.rank == 1 and save in case.get("full_in_saves", ()):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return _write_data(*args, **kwargs)
+        return write_data(*args, **kwargs)
 
-    FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
+    def faulty_commit(path: Path, **kwargs: Any) -> store.Commit:
+        number = next(commits)
+        if number in case.get("commit_fails", ()):
+            raise store.explanation(path, "commit", OSError(errno.EROFS, os.strerror(errno.EROFS)))
+        if number == case.get("fence_in_commit"):
+            store.fence(path.parent, session.incarnation + 1, 1)
+        return commit(path, **kwargs)
+
+    FileSystemWriter.write_data = faulty_write  # type: ignore[method-assign]
+    store.commit = faulty_commit  # type: ignore[assignment]
+
+
+def arrange_numbers(case: dict[str, Any], session: Session) -> None:
+    """`nan_at`: steps (from 1) in which rank 1's loss, or with `bad_gradient` only its gradient, is no number;
+    `dropout`: the model draws random numbers."""
+    at = 0
+    training, summed_loss, feed_forward = Loader.training, fsdp.summed_loss, FeedForward.forward
+
+    def noted(loader: Loader, step: int) -> Any:
+        nonlocal at
+        at = step + 1
+        return training(loader, step)
+
+    def spoiled(logits: Any, batch: Any) -> torch.Tensor:
+        loss = summed_loss(logits, batch)
+        if session.rank == 1 and at in case["nan_at"] and torch.is_grad_enabled():
+            if case.get("bad_gradient"):
+                loss.register_hook(lambda gradient: gradient * math.inf)
+            else:
+                loss = loss * math.nan
+        return loss
+
+    if case.get("nan_at"):
+        Loader.training, fsdp.summed_loss = noted, spoiled  # type: ignore[method-assign]
+    if case.get("dropout"):
+
+        def dropping(module: FeedForward, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(feed_forward(module, x), p=0.2)
+
+        FeedForward.forward = dropping  # type: ignore[method-assign]
 
 
 def run_case(case: dict[str, Any], rank: int) -> None:
@@ -64,18 +158,23 @@ def run_case(case: dict[str, Any], rank: int) -> None:
         run_dir=run_dir,
         checkpoint_dir=run_dir / "checkpoints",
         attempt=case["attempt"],
+        incarnation=case.get("incarnation", 1),
         rank=rank,
         world_size=world_size,
         local_rank=rank,
-        local_world_size=world_size,
+        local_world_size=case.get("local_world_size", world_size),
         node="here",
         device="cpu",
         global_batch_size=case["global_batch_size"],
     )
     arrange_faults(case, session)
+    if "compile_cache" in case:  # torch's own, of this "node"
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = case["compile_cache"]
     session.start()
     try:
-        train(Config.model_validate(case["config"]), session)
+        fsdp.train(Config.model_validate(case["config"]), session)
+        if "compile_cache" in case and rank == 0:
+            session.event("compiled_for_test", misses=counters["inductor"]["fxgraph_cache_miss"])
     finally:
         session.close()
         dist.destroy_process_group()
@@ -96,6 +195,8 @@ def main() -> None:
             except Exception as raised:  # noqa: BLE001  the test looks at it
                 error = f"{type(raised).__name__}: {raised}"
         answers.write(json.dumps({"error": error}) + "\n")
+        if case["ends"]:
+            return
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hostlist
 import pytest
 
 import raylaunch
@@ -32,6 +33,7 @@ __all__ = [
     "Command",
     "Done",
     "Site",
+    "disk_at",
     "mounted",
     "own_sandbox",
     "python_for_all",
@@ -129,8 +131,9 @@ class Site:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment of this user's shell."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "RAY", "XDG_"))}
+        """The environment of this user's shell. (Where torch caches, it notes in the environment of our process.)"""
+        foreign = ("SLURM", "SBATCH", "RAY", "XDG_", "TORCHINDUCTOR_", "COLUMNS", "LINES")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
         own = {"HOME": str(self.state / "home"), "RAYLAUNCH_STATE_DIR": str(self.state), "TERM": "dumb"}
         path = f"{BIN}{os.pathsep}{kept.get('PATH', os.defpath)}"
         return {**kept, **self.sandbox.env(), **own, "PATH": path}
@@ -212,6 +215,10 @@ class Site:
         user = str(self.uid)
         return self.slurm("squeue", "-h", "-u", user, "-o", "%i %T").splitlines()
 
+    def job_nodes(self, job: str) -> list[str]:
+        """The nodes that Slurm says a job holds."""
+        return hostlist.expand_hostlist(self.slurm("squeue", "-h", "-j", job, "-o", "%N").strip())
+
     def wait_step(self, run: str, step: int) -> None:
         """Wait until the run has committed this step."""
         wait_for(
@@ -230,7 +237,9 @@ class Site:
         found += [f"command {c.line}" for c in self._commands if c.process.poll() is None]
         for node in nodes or [n.name for n in self.sandbox.status().nodes if n.running]:
             found += [f"{node}: process {line}" for line in self.processes(node)]
-            listing = self.inside(node, "find", "/tmp", "/dev/shm", "-mindepth", "1", "-uid", str(self.uid))
+            listing = self.inside(
+                node, "find", "/tmp", "/dev/shm", "-mindepth", "1", "-ignore_readdir_race", "-uid", str(self.uid)
+            )
             found += [f"{node}: {path}" for path in listing.split() if self._counts(path)]
         return found
 
@@ -240,13 +249,13 @@ class Site:
 
     def processes(self, node: str) -> list[str]:
         """This user's processes in a node, but for the sandbox's own and Slurm's, as `pid args`."""
-        text = self.inside(node, "ps", "-eo", "uid:1,pid:1,args")
+        text = self.inside(node, "ps", "-ww", "-eo", "uid:1,pid:1,args")  # -ww: as long as they are
         rows = [line.split(None, 2) for line in text.splitlines()[1:]]
         ours = [row for row in rows if int(row[0]) == self.uid and row[1] != "1"]
         return [
             f"{row[1]} {row[2]}"
             for row in ours
-            if not row[2].startswith(("slurmd ", "ps -eo")) and "<defunct>" not in row[2]
+            if not row[2].startswith(("slurmd ", "ps -ww")) and "<defunct>" not in row[2]
         ]
 
     def wait_clean(self, limit: float = 15.0) -> None:
@@ -328,11 +337,30 @@ def _may_run(python: Path) -> bool:
 @contextmanager
 def mounted(path: Path, size: str, *options: str) -> Iterator[Path]:
     """A small file system of its own at `path`."""
-    path.mkdir(parents=True, exist_ok=True)
-    what = ",".join([f"size={size}", *options])
-    subprocess.run(["mount", "-t", "tmpfs", "-o", what, "raylaunch-test", str(path)], check=True)
-    try:
+    with _mount(path, "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "raylaunch-test"):
         yield path
+
+
+@contextmanager
+def disk_at(path: Path, mib: int) -> Iterator[Path]:
+    """A small disk of its own at `path`, which fsfreeze can stop."""
+    image = path.with_suffix(".img")
+    with image.open("wb") as out:
+        out.truncate(mib << 20)
+    try:
+        subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+        with _mount(path, "-o", "loop", str(image)):
+            yield path
+    finally:
+        image.unlink()
+
+
+@contextmanager
+def _mount(path: Path, *what: str) -> Iterator[None]:
+    path.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["mount", *what, str(path)], check=True)
+    try:
+        yield
     finally:
         subprocess.run(["umount", str(path)], check=True)
         shutil.rmtree(path)

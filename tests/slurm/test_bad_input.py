@@ -102,7 +102,7 @@ UP = [
     ("-c {home}/owned.yaml", 2, ["--array", "raylaunch's own", "slurm.extra"]),
     # What Slurm refuses, in its own words.
     ("--nodes 9", 1, ["slurm.nodes"]),
-    ("--partition nope", 1, ["sbatch", "invalid partition specified: nope", "main (default), low, small, down"]),
+    ("--partition nope", 1, ["sbatch", "invalid partition specified: nope", "main (default), low, lowc, small, down"]),
     ("--partition down", 1, ["the partition is down", "slurm.partition"]),
     ("--nodes 2 --partition small", 1, ["small|partition", "slurm.nodes"]),
     ("--time 2-00:00:00", 1, ["slurm.time|time"]),

@@ -32,12 +32,22 @@ import sys
 from ray._raylet import GcsClient
 GcsClient(address=sys.argv[1]).get_all_node_info()
 """
-HOLD_PORT = """
-import socket, sys
-s = socket.create_server(("", int(sys.argv[1])))
-print("ready", flush=True)
-s.accept()
+HOLD_PORTS = """
+import sys
+from raylaunch import hosts
+leases = []
+while True:
+    try:
+        leases.append(hosts.lease_ports())
+    except hosts.BringUpError:
+        break
+held = [hosts.socket.create_server(("", lease.ports.gcs)) for lease in leases[1:]]
+for lease in leases:
+    lease.close()
+print(leases[0].ports.base, flush=True)
+held[0].accept()
 """
+"""Hold one port of every free block but one, whose base is said."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +106,7 @@ def test_up_says_where_it_stands_and_what_is_next(site: Site, main: Done) -> Non
     assert main.out.rstrip().splitlines()[-1].split(None, 1)[1] == "raylaunch train cfg.yaml"
     assert "\x1b" not in main.all  # plain lines where there is no terminal
     (job,) = site.slurm("squeue", "-h", "-o", "%T %j %D %k").splitlines()
-    assert job == "RUNNING raylaunch-main 2 two words"
+    assert re.fullmatch(r"RUNNING raylaunch-main 2 raylaunch cluster=main life=\w+; two words", job)
     assert "Nice=7" in site.slurm("scontrol", "show", "job")
 
 
@@ -353,20 +363,14 @@ def test_down_leaves_nothing_and_may_be_repeated(site: Site) -> None:
 
 
 def test_a_taken_port_leads_to_another_block(site: Site, cluster: Callable[..., Done]) -> None:
-    lease = "import sys; from raylaunch.hosts import *; print(lease_ports(sys.argv[1]).ports.base)"
-    taken = {}
-    holders = []
+    free, holders = {}, []
     try:
         for node in ("node1", "node2"):  # the head's block, and a worker's
-            key = f"0 {site.cluster('ports')} {node}"
-            taken[node] = int(site.inside(node, sys.executable, "-c", lease, key))
-            command = [sys.executable, "-c", HOLD_PORT, str(taken[node] + 2)]
+            command = [sys.executable, "-c", HOLD_PORTS]
             holders.append(site.sandbox.popen(node, command, cwd="/", stdout=subprocess.PIPE))
-            assert holders[-1].stdout.readline() == b"ready\n"
+            free[node] = int(holders[-1].stdout.readline())
         cluster("ports", "--nodes", 2).expect(0, "2 nodes (node1, node2)")
-        for node, base in taken.items():
-            low, _ = site.members("ports")[node]["ports"]
-            assert low % hosts.PORT_BLOCK == base % hosts.PORT_BLOCK and low != base
+        assert {node: row["ports"][0] for node, row in site.members("ports").items()} == free
         assert f":{site.members('ports')['node1']['ports'][0] + 2}" in (site.cluster("ports") / "head.json").read_text()
     finally:
         for holder in holders:
@@ -567,7 +571,13 @@ def test_the_script_is_what_is_submitted(site: Site) -> None:
     assert not site.cluster("shown").exists() and not site.jobs()
     lines = shown.out.splitlines()
     assert lines[0] == "#!/bin/bash"
-    for line in ("--no-kill", "--nodes=2-3", "--mem=2G", '--comment="two words"', "--dependency singleton"):
+    for line in (
+        "--no-kill",
+        "--nodes=2-3",
+        "--mem=2G",
+        '--comment="raylaunch cluster=shown life=CANARY; two words"',
+        "--dependency singleton",
+    ):
         assert f"#SBATCH {line}" in lines
     assert any(re.fullmatch(r"#SBATCH --signal=B:USR1@\d+", line) for line in lines)
     assert subprocess.run(["bash", "-n"], input=shown.out, text=True, check=False).returncode == 0
@@ -581,7 +591,7 @@ def test_the_script_is_what_is_submitted(site: Site) -> None:
         site.slurm("scontrol", "write", "batch_script", job, str(at_slurm))
         canary = state.read_json(site.cluster("shown") / "cluster.json")["canary"]
         for text in (submitted.read_text(), at_slurm.read_text()):
-            assert text.rstrip("\0") == shown.out.replace("CANARY=CANARY", f"CANARY={canary}")
+            assert text.rstrip("\0") == re.sub(r"(CANARY|life)=CANARY", rf"\1={canary}", shown.out)
     finally:
         site.run("down", "shown").expect(0)
     site.wait_clean()

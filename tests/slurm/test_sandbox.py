@@ -98,7 +98,7 @@ def test_four_nodes_run_a_job_as_soon_as_up_returns(sandbox: Sandbox) -> None:
 
 def test_partitions(sandbox: Sandbox) -> None:
     rows = slurm(sandbox, "sinfo", "-h", "-o", "%P %a %l %D").splitlines()
-    assert sorted(row.split()[0] for row in rows) == ["down", "low", "main*", "small"]
+    assert sorted(row.split()[0] for row in rows) == ["down", "low", "lowc", "main*", "small"]
     assert "small up 10:00 1" in rows
     assert any(row.startswith("down down") for row in rows)
 

@@ -13,7 +13,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raylaunch import configfile
-from raylaunch.config import SIZES, Config, Kind, Section, continuation_differences, section_type
+from raylaunch.config import (
+    SIZES,
+    Config,
+    ElasticConfig,
+    JoinConfig,
+    Kind,
+    Section,
+    continuation_differences,
+    section_type,
+)
 from raylaunch.errors import ConfigError, UsageError
 
 
@@ -47,8 +56,13 @@ BAD: list[tuple[str, str]] = [
     ("nodes: 4", "c.yaml:1: nodes: unknown key; did you mean slurm.nodes?"),
     ("model:\n  max_steps: 4", "c.yaml:2: model.max_steps: unknown key; did you mean step_scheduler.max_steps?"),
     ("slurm.nodes: 4", "c.yaml:1: slurm.nodes: keys are nested in a file: write 'nodes:' under 'slurm:'"),
-    ("elastic:\n  zzz: 4", "c.yaml:2: elastic.zzz: unknown key; elastic has min_nodes, max_same_error, backoff, "
-     "hold_timeout"),
+    ("elastic:\n  zzz: 4", "c.yaml:2: elastic.zzz: unknown key; elastic has " + ", ".join(ElasticConfig.model_fields)),
+    ("elastic:\n  max_pending: 4", "c.yaml:2: elastic.max_pending: unknown key; did you mean elastic.join.max_pending?"),
+    ("elastic:\n  join:\n    partion: x", "c.yaml:3: elastic.join.partion: unknown key; did you mean partition?"),
+    ("elastic:\n  join:\n    time: 1\n    max_pending: 0",
+     "c.yaml:4: elastic.join.max_pending: must be a whole number of at least 1, got 0"),
+    ("elastic:\n  join: 5", "c.yaml:2: elastic.join: must be a section with keys under it, got 5"),
+    ("elastic:\n  join.qos: x", "c.yaml:2: elastic.join.qos: keys are nested in a file: write 'qos:' under 'join:'"),
     ("1: 2", "c.yaml:1: 1: unknown key; the file has " + ", ".join(Config.model_fields)),
     ("slurm: {}\n<<: {}", "c.yaml:2: <<: unknown key; the file has " + ", ".join(Config.model_fields)),
     # wrong types
@@ -85,7 +99,7 @@ BAD: list[tuple[str, str]] = [
     ("data: {text: }", "c.yaml:1: data.text: must be a list of one or more items, each text, got nothing"),
     ("cluster: {backend: slrum}",
      "c.yaml:1: cluster.backend: must be one of auto, slurm, local, got slrum; did you mean slurm?"),
-    ("distributed: {strategy: ddp}", "c.yaml:1: distributed.strategy: must be fsdp, got ddp"),
+    ("distributed: {strategy: zero}", "c.yaml:1: distributed.strategy: must be one of ddp, fsdp, hsdp, got zero"),
     ("slurm: {nodes: 0}", "c.yaml:1: slurm.nodes: nodes must be at least 1, got 0"),
     ("slurm: {nodes: '8:2'}", "c.yaml:1: slurm.nodes: the range 8:2 is upside down, got '8:2'"),
     ("slurm: {nodes: 2.5}", "c.yaml:1: slurm.nodes: nodes is a number (4) or a range (2:8), got 2.5"),
@@ -93,7 +107,7 @@ BAD: list[tuple[str, str]] = [
     ("slurm: {time: 1h}", "c.yaml:1: slurm.time: time is minutes, minutes:seconds, hours:minutes:seconds or "
      "days-hours[:minutes[:seconds]], got 1h"),
     ("slurm: {signal: foo}", "c.yaml:1: slurm.signal: must be text such as B:USR1@120, got foo"),
-    ("trainer: x", "c.yaml:1: trainer: must be text such as trainers.fsdp:train, got x"),
+    ("trainer: x", "c.yaml:1: trainer.function: must be text such as trainers.fsdp:train, got x"),
     ("slurm: {gpus_per_node: -1}",
      "c.yaml:1: slurm.gpus_per_node: must be text or a whole number of at least 0 or null, got -1"),
     ('slurm: {partition: "a\\nb"}', "c.yaml:1: slurm.partition: must be one line of text, not empty and without "
@@ -322,6 +336,19 @@ def test_bad_set(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
         configfile.load(None, [text])
     assert str(caught.value).startswith(message)
+
+
+def test_sections_in_sections() -> None:
+    config = load("elastic:\n  join:\n    partition: low\n    max_pending: 3\n", "elastic.join.qos=q")
+    assert config.elastic.join == JoinConfig(partition="low", qos="q", max_pending=3)
+    assert load("elastic: {join: }", "elastic.join.partition=x").elastic.join.partition == "x"
+    with pytest.raises(
+        UsageError, match=r"^--set elastic.join.max_pending=0: must be a whole number of at least 1, got 0$"
+    ):
+        load("", "elastic.join.max_pending=0")
+    assert errors("slurm:\n  nodes: 4\nelastic:\n  join: {qos: x}\n  max_nodes: 3") == [
+        "c.yaml:5: elastic.max_nodes (3) is below slurm.nodes (4)"
+    ]
 
 
 # --- YAML's traps -------------------------------------------------------------------------------
@@ -558,8 +585,28 @@ def fields(model: type[Section] = Config, path: str = "") -> list[tuple[type[Sec
 def test_every_field_can_say_what_it_allows(model: type[Section], name: str, key: str) -> None:
     words = str(Kind.of(model, name))
     assert words and "typing" not in words and "<" not in words and "a section" not in words
-    line = errors("{}", f"{key}={{a: {{b: [1]}}}}")
+    wrong = "{a: {b: [1]}}" if key != "model.kwargs" else "3"  # whose values may be anything
+    line = errors("{}", f"{key}={wrong}")
     assert len(line) == 1 and key in line[0]
+
+
+def test_what_torch_computes_otherwise_is_refused() -> None:
+    (line,) = errors("distributed: {compile: true, tp_size: 2}")
+    assert "compile and tp_size > 1" in line
+    experts = "model: {n_experts: 4}\ndistributed: {ep_size: 2, activation_checkpointing: selective}"
+    (line,) = errors(experts)
+    assert "choose full or none" in line
+
+
+def test_the_other_keys_of_a_model_of_ones_own_are_its_arguments() -> None:
+    text = "model: {_target_: mine.models.Small, width: 3, n_layers: 2, inner: {deep: [1, a]}}"
+    model = load(text, "model.width=4", "model.vocab_size=512").model
+    assert model.target == "mine.models.Small" and model.vocab_size == 512
+    assert model.kwargs == {"width": 4, "n_layers": 2, "inner": {"deep": [1, "a"]}, "vocab_size": 512}
+    assert load(configfile.dump(load(text))).model == load(text).model
+    assert "hf and _target_" in errors("model: {target: 'a:b', hf: x}")[0]
+    assert "text such as package.module:function" in errors("model: {_target_: nothing}")[0]
+    assert "tp_size" in errors("model: {_target_: 'a:b'}", "distributed.tp_size=2")[0]
 
 
 def test_continuation_differences() -> None:

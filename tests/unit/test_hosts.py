@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,8 @@ from raylaunch import hosts
 from raylaunch.errors import BringUpError
 
 
-def test_two_leases_of_one_key_never_meet() -> None:
-    first, second = hosts.lease_ports("k"), hosts.lease_ports("k")
+def test_two_leases_never_meet() -> None:
+    first, second = hosts.lease_ports(), hosts.lease_ports()
     try:
         assert abs(first.ports.base - second.ports.base) >= hosts.PORT_BLOCK
         for ports in (first.ports, second.ports):
@@ -24,35 +27,40 @@ def test_two_leases_of_one_key_never_meet() -> None:
         second.close()
 
 
-def test_a_released_block_is_taken_again() -> None:
-    first = hosts.lease_ports("again")
-    first.close()
-    second = hosts.lease_ports("again")
-    second.close()
-    assert first.ports == second.ports
+def test_the_last_block_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "PORTS_TO", hosts.PORTS_FROM + 2 * hosts.PORT_BLOCK)
+    last = hosts.lease_ports()
+    last.close()
+    again = hosts.lease_ports(last.ports)
+    again.close()
+    assert again.ports.base != last.ports.base
 
 
-def test_a_port_that_somebody_holds_moves_the_block() -> None:
-    lease = hosts.lease_ports("taken")
+def test_a_block_with_a_port_that_somebody_holds_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "PORTS_TO", hosts.PORTS_FROM + hosts.PORT_BLOCK)
+    lease = hosts.lease_ports()
     lease.close()
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", lease.ports.gcs))
         holder.listen()
-        other = hosts.lease_ports("taken")
-        other.close()
-    assert other.ports.base != lease.ports.base
+        with pytest.raises(BringUpError, match="no block of 512 free ports"):
+            hosts.lease_ports()
 
 
 def test_services_have_a_port_each() -> None:
     ports = hosts.Ports(20000)
-    names = [n for n in dir(hosts.Ports) if isinstance(getattr(hosts.Ports, n), property) and n != "workers"]
+    names = [
+        n for n in dir(hosts.Ports) if isinstance(getattr(hosts.Ports, n), property) and n not in {"workers", "spare"}
+    ]
     values = [getattr(ports, n) for n in names]
     assert len(set(values)) == len(values) >= 9
-    assert ports.base < min(values) <= max(values) < ports.workers[0]
+    assert ports.base < min(values) <= max(values) < ports.spare[0] <= ports.spare[-1] < ports.workers[0]
 
 
 def test_temp_dir_is_short_and_apart() -> None:
-    paths = {hosts.temp_dir("/tmp", key, index) for key in ("/a/clusters/x", "/b/clusters/x") for index in (None, 1, 2)}
+    paths = {
+        hosts.temp_dir("/tmp", key, index) for key in ("/a/clusters/x", "/b/clusters/x") for index in (None, "1", "2")
+    }
     assert len(paths) == 6
     longest = max(len(str(p)) for p in paths) + len(
         "/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1"
@@ -78,6 +86,40 @@ def test_leftovers_of_ours_go_and_a_trap_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BringUpError, match="belongs to"):
         hosts.claim_temp_dir(tmp_path / "link")
     assert target.exists()
+
+
+@pytest.fixture
+def short() -> Iterator[str]:
+    """A directory with a short path, as sockets need it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as path:
+        yield path
+
+
+def test_a_directory_is_whole_while_a_driver_makes_ray_s_link_anew(short: str) -> None:
+    temp = hosts.TempDir(short, "key", None)
+    temp.claim()
+    assert not temp.is_whole()
+    session = temp.path / "r" / "session_2026-11-21_21-51-05_012491_457"
+    (session / "sockets").mkdir(parents=True)
+    assert temp.is_whole()  # with no session_latest
+    shutil.rmtree(session)
+    assert not temp.is_whole()
+    temp.remove()
+
+
+def test_what_a_dead_agent_left_goes_and_what_a_living_one_has_stays(short: str) -> None:
+    base, joiner, other = (hosts.TempDir(short, "key", suffix) for suffix in (None, "7", "8"))
+    assert len({base.path, joiner.path, other.path}) == 3
+    base.claim()
+    joiner.claim()
+    other.claim()
+    other._release()  # as its end would
+    base.claim()
+    assert joiner.path.exists() and not other.path.exists() and base.path.exists()
+    assert joiner.remove() == 0 and not joiner.path.exists() and other.remove() == 0
+    foreign = hosts.TempDir(short, "key", None)
+    assert foreign.remove() == 0 and base.path.exists()  # never claimed by this one
+    base.remove()
 
 
 def test_cpus_follow_the_binding_then_slurm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from raylaunch.link import Link, Member, Members, Refused
+from raylaunch.link import AlreadyHere, Link, Member, Members, Refused
 
 TOKEN = "correct horse"
 
@@ -21,7 +21,8 @@ async def until(condition: Callable[[], bool], limit: float = 5.0) -> None:
 def run(scenario: Callable[[Members, int, list[tuple[str, str]]], Awaitable[None]]) -> None:
     async def main() -> None:
         seen: list[tuple[str, str]] = []
-        members = Members(TOKEN, 7, lambda m, what: seen.append((m.node, what)))
+        members = Members(TOKEN, lambda: "lost")
+        members.lead(7, lambda m, what: seen.append((m.node, what)))
         await members.serve("127.0.0.1", 0)
         assert members._server is not None
         port = members._server.sockets[0].getsockname()[1]
@@ -54,6 +55,21 @@ def test_refuses_at_once(token: str, incarnation: int, why: str) -> None:
             with pytest.raises(Refused, match=why):
                 await Link.connect("127.0.0.1", port, token, incarnation, "node1", {})
         assert not members.table and not seen
+
+    run(scenario)
+
+
+def test_another_job_s_agent_does_not_get_a_node_that_is_taken() -> None:
+    """The same job's does: it was killed and came back."""
+
+    async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
+        first = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready", "job": "1"})
+        with pytest.raises(AlreadyHere, match="by job 1"):
+            await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "2"})
+        await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "1"})
+        first.close()
+        await until(lambda: len(seen) >= 2)
+        assert members.table["node1"].alive and members.table["node1"].info["state"] == "starting"
 
     run(scenario)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainers import order
+from raylaunch.data import order
 
 
 def row(start: int, stop: int, n: int, seed: int = 0) -> list[int]:
@@ -39,6 +40,22 @@ def test_the_row_does_not_depend_on_how_it_is_read(n: int, start: int, sizes: li
         pieces += row(at, at + size, n)
         at += size
     assert pieces == whole
+
+
+@given(weights=st.lists(st.floats(0.01, 10), min_size=2, max_size=6), seed=st.integers(0, 99), block=st.integers(0, 99))
+def test_a_mixture_takes_each_of_its_sources_in_turn(weights: list[float], seed: int, block: int) -> None:
+    """Every position of every source once, and the shares exact in every block."""
+    quotas = order.quotas(weights)
+    assert quotas.sum() == order.BLOCK
+    assert np.all(np.abs(quotas - np.array(weights) / sum(weights) * order.BLOCK) <= 1)
+    positions = np.arange(block * order.BLOCK, (block + 1) * order.BLOCK, dtype=np.int64)
+    sources, places = order.mixed(positions, quotas, seed)
+    for number, quota in enumerate(quotas):
+        mine = np.sort(places[sources == number])
+        assert np.array_equal(mine, np.arange(block * quota, (block + 1) * quota))
+    cut = [order.mixed(part, quotas, seed) for part in np.split(positions, [7, 5000])]
+    assert np.array_equal(np.concatenate([s for s, _ in cut]), sources)
+    assert np.array_equal(np.concatenate([p for _, p in cut]), places)
 
 
 def test_orders_differ_by_seed_and_epoch_and_stay_as_they_are() -> None:
@@ -86,3 +103,88 @@ def test_validation_leaves_something_to_train_on(samples: int, fraction: float) 
     assert training >= 1 and held_out >= 0 and training + held_out == samples
     if fraction > 0 and samples > 1:
         assert held_out >= 1
+
+
+# The run as a whole: whatever sizes it has and whatever dies, the committed steps are those of the straight run.
+
+
+@dataclass
+class Recipe:
+    """What is constant in a run."""
+
+    samples: int
+    seed: int
+    global_batch_size: int
+    local_batch_size: int
+    steps: int
+    ckpt_every: int
+
+    def step(self, step: int, world_size: int) -> list[int]:
+        """The samples of a step in the order of ranks and passes, each rank as `data.Loader` reads it."""
+        size = self.global_batch_size
+        ranks = [
+            order.pieces(step * size, (step + 1) * size, rank, world_size, self.local_batch_size)
+            for rank in range(world_size)
+        ]
+        assert len({len(passes) for passes in ranks}) == 1  # every pass is a collective
+        assert all(len(piece) <= self.local_batch_size for passes in ranks for piece in passes)
+        read = [order.samples_at(piece, self.samples, self.seed) for passes in ranks for piece in passes]
+        return [int(sample) for piece in read for sample in piece]
+
+
+@dataclass
+class History:
+    """A run as checkpoints tell it: what the newest commit has consumed, and what was consumed since."""
+
+    recipe: Recipe
+    committed: list[list[int]] = field(default_factory=list)
+
+    def attempt(self, world_size: int, dies_after: int | None, saves_fail: bool) -> None:
+        """From the last commit on, until it dies or the run is over. What is not committed is lost."""
+        recipe, consumed = self.recipe, list(self.committed)
+        while len(consumed) < recipe.steps and dies_after != 0:
+            consumed.append(recipe.step(len(consumed), world_size))
+            if (len(consumed) % recipe.ckpt_every == 0 and not saves_fail) or len(consumed) == recipe.steps:
+                self.committed = list(consumed)
+            dies_after = None if dies_after is None else dies_after - 1
+
+
+recipes = st.builds(
+    Recipe,
+    samples=st.integers(1, 60),
+    seed=st.integers(0, 5),
+    global_batch_size=st.integers(1, 24),
+    local_batch_size=st.integers(1, 5),
+    steps=st.integers(1, 20),
+    ckpt_every=st.integers(1, 6),
+)
+attempts = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 12), st.booleans()), max_size=8)
+
+
+@given(recipe=recipes, attempts=attempts, last_size=st.integers(1, 30))
+def test_faults_and_sizes_leave_no_trace_in_what_was_consumed(
+    recipe: Recipe, attempts: list[tuple[int, int, bool]], last_size: int
+) -> None:
+    straight, run = History(recipe), History(recipe)
+    straight.attempt(1, None, False)
+    for world_size, dies_after, saves_fail in attempts:
+        run.attempt(world_size, dies_after, saves_fail)
+    run.attempt(last_size, None, False)
+    assert run.committed == straight.committed  # the same samples in the same order, step by step
+    assert [len(step) for step in run.committed] == [recipe.global_batch_size] * recipe.steps
+    flat = [sample for step in run.committed for sample in step]
+    counts = np.bincount(flat, minlength=recipe.samples)
+    assert counts.max() - counts.min() <= 1  # no sample again before all others have been read
+
+
+@given(recipe=recipes, attempts=attempts)
+def test_a_run_that_is_not_over_is_the_beginning_of_the_straight_one(
+    recipe: Recipe, attempts: list[tuple[int, int, bool]]
+) -> None:
+    straight, run = History(recipe), History(recipe)
+    straight.attempt(3, None, False)
+    for attempt in attempts:
+        before = len(run.committed)
+        run.attempt(*attempt)
+        assert len(run.committed) >= before
+        assert run.committed == straight.committed[: len(run.committed)]

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylaunch.config import ElasticConfig
-from raylaunch.policy import MAX_BACKOFF, Ending, Facts, Finish, Hold, Start, decide
+from raylaunch.policy import (
+    MAX_BACKOFF,
+    Abort,
+    Ending,
+    Facts,
+    Finish,
+    GoOn,
+    Hold,
+    Node,
+    Resize,
+    Start,
+    Tally,
+    View,
+    Withdraw,
+    decide,
+    during,
+    usable,
+)
+from raylaunch.session import AT_COMMIT, NOW
+from raylaunch.watchdog import Hang
 
 FAULT = Ending("fault", "lost rank 3", "lost rank 3: SIGKILL", 3)
 ERROR = Ending("error", "ValueError: #", "rank 0: ValueError: 7", 0)
@@ -32,6 +54,31 @@ def test_the_same_error_twice_ends_the_run_and_a_fault_does_not() -> None:
     assert isinstance(verdict, Finish) and verdict.state == "failed" and "ValueError" in verdict.reason
     assert verdict.setting == "elastic.max_same_error=2"
     assert isinstance(decide(facts(last=FAULT, same_error=50, idle_attempts=50), ElasticConfig()), Start)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "together", "expected"),
+    [(5, 8, 1, 5), (5, 8, 8, 5), (5, 8, 16, 4), (5, 8, 4, 5), (3, 1, 4, 0), (7, 2, 4, 6), (7, 4, 6, 6)],
+)
+def test_a_plan_is_not_torn_apart(nodes: int, per_node: int, together: int, expected: int) -> None:
+    assert usable(nodes, per_node, together) == expected
+    assert expected * per_node % together == 0
+
+
+def test_holds_until_the_plan_fits() -> None:
+    decision = decide(facts(nodes=0, workers_per_node=2, together=8), ElasticConfig())
+    assert decision == Hold("0 of at least 4 nodes", "distributed: 8 workers hold together")
+
+
+def test_grows_by_as_many_nodes_as_the_plan_can_share() -> None:
+    nodes = {n: Node("ready", 99) for n in "abc"}
+    two = view(on=frozenset("ab"), nodes=nodes, together=2)
+    assert during(two, ElasticConfig()) == GoOn()  # three nodes of one worker are no multiple of two
+    four = view(on=frozenset("ab"), nodes=nodes | {"d": Node("ready", 99)}, together=2)
+    grow = during(four, ElasticConfig())
+    assert isinstance(grow, Resize) and grow.nodes == frozenset("cd")
+    gone = view(on=frozenset("ab"), nodes=nodes, together=2, asked=AT_COMMIT, asked_for=frozenset("cd"))
+    assert isinstance(during(gone, ElasticConfig()), Withdraw)
 
 
 def test_holds_below_the_minimum_and_gives_up_in_the_end() -> None:
@@ -82,3 +129,232 @@ def test_every_decision_keeps_the_promises(
             assert nodes < (minimum or 1) and held <= elastic.hold_timeout
         case Finish():
             assert decision.state != "finished" or kind == "finished"
+
+
+def test_a_pause_is_no_end_and_a_hang_at_the_same_line_is_bounded() -> None:
+    paused = decide(facts(stop_reason="walltime", continues=True), ElasticConfig())
+    assert isinstance(paused, Finish) and paused.state == "paused" and "walltime" in paused.reason
+    hang = Ending("fault", "hang of rank 1: a.py:7 in f", "rank 1 hangs", 1, "hang", "node2")
+    assert isinstance(decide(facts(last=hang, same_error=1), ElasticConfig()), Start)
+    verdict = decide(facts(last=hang, same_error=2), ElasticConfig())
+    assert isinstance(verdict, Finish) and verdict.state == "failed" and "same hang 2 times" in verdict.reason
+
+
+def view(**given: object) -> View:
+    on = frozenset({"a", "b"})
+    return View(**{"on": on, "nodes": {n: Node("ready", 99) for n in on}, "age": 99, "begun": True, **given})  # type: ignore[arg-type]
+
+
+def nodes(**states: str) -> dict[str, Node]:
+    return {name: Node(what, 99 if what == "ready" else 0) for name, what in states.items()}
+
+
+@pytest.mark.parametrize("what", ["lost", "failed", "ended", "starting"])
+def test_a_node_that_went_ends_the_attempt_at_once(what: str) -> None:
+    move = during(view(nodes=nodes(a="ready", b=what)), ElasticConfig())
+    assert (
+        isinstance(move, Abort) and move.cause == "node_lost" and move.nodes == ("b",) and "b is " + what in move.reason
+    )
+    raylet = during(view(nodes=nodes(a="restarting", b="ready")), ElasticConfig())
+    assert isinstance(raylet, Abort) and raylet.cause == "raylet_lost"
+    assert during(view(nodes=nodes(a="ready", b="ready", c=what)), ElasticConfig()) == GoOn()  # not one of ours
+    assert during(view(nodes={}), ElasticConfig()) == GoOn()  # nothing known is nothing lost
+
+
+def test_a_draining_node_is_left_now_and_once() -> None:
+    for seen in (view(nodes=nodes(a="ready", b="draining")), view(draining=frozenset("b"))):
+        move = during(seen, ElasticConfig())
+        assert isinstance(move, Resize) and move.when == NOW and move.why == "drain" and move.nodes == {"b"}
+    assert during(view(nodes=nodes(a="ready", b="draining"), asked=NOW), ElasticConfig()) == GoOn()
+    grown = view(nodes=nodes(a="ready", b="draining", c="ready"), asked=AT_COMMIT, asked_for=frozenset("c"))
+    move = during(grown, ElasticConfig())
+    assert isinstance(move, Resize) and move.when == NOW
+
+
+def test_growth_waits_for_nodes_that_stay_and_is_taken_back_when_they_do_not() -> None:
+    three = nodes(a="ready", b="ready", c="ready")
+    elastic = ElasticConfig(grow_after=10)
+    move = during(view(nodes=three), elastic)
+    assert isinstance(move, Resize) and move.when == AT_COMMIT and move.nodes == {"c"}
+    assert move.setting == "elastic.grow_after=10"
+    for too_early in (
+        view(nodes={**three, "c": Node("ready", 9)}), view(nodes=three, age=9), view(nodes=three, begun=False),
+        view(nodes=three, excluded=frozenset("c")), view(nodes=three, draining=frozenset("c")),
+        view(nodes=three, stopping=True), view(nodes=three, asked=AT_COMMIT, asked_for=frozenset("c")),
+    ):  # fmt: skip
+        assert during(too_early, elastic) == GoOn()
+    gone = view(nodes=nodes(a="ready", b="ready", c="lost"), asked=AT_COMMIT, asked_for=frozenset("c"))
+    assert isinstance(during(gone, elastic), Withdraw)
+
+
+def test_three_losses_on_one_node_or_broken_hardware_are_a_strike() -> None:
+    lost = Ending("fault", "lost rank 1", "t", 1, "worker_lost", "b")
+    tally, strikes = Tally(), []
+    for progress in (False, False, True, False, False, False):
+        tally, strike = tally.count(lost, progress)
+        strikes.append(strike)
+    assert strikes == [None, None, None, None, "b", None]
+    assert Tally().count(Ending("fault", "hardware", "ECC", 1, "hardware", "c"), True)[1] == "c"
+    assert Tally().count(Ending("fault", "x", "x", None, "node_lost", "c"), False)[1] is None  # the head's own count
+
+
+STEPS, COMMIT_EVERY, RETURNS_AFTER = 60, 5, 25
+FATES = ["none", "node", "two nodes", "all nodes", "worker", "error", "other error", "hang", "drain", "flap", "join"]
+
+
+class World:
+    """A cluster and a trainer of one-second steps, driven by the policy alone; time stands still but here."""
+
+    def __init__(self, fates: list[tuple[str, int]], count: int, elastic: ElasticConfig) -> None:
+        self.fates, self.elastic, self.now, self.step, self.committed = deque(fates), elastic, 0.0, 0, 0
+        self.nodes = {f"n{i}": ("ready", -1e3) for i in range(count)}
+        self.tally, self.attempts, self.asked_at = Tally(), 0, -1e9
+
+    def set(self, name: str, what: str) -> None:
+        self.nodes[name] = (what, self.now)
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        for name, (what, since) in list(self.nodes.items()):
+            if what != "ready" and self.now - since >= RETURNS_AFTER:
+                self.set(name, "ready")
+
+    def ready(self) -> frozenset[str]:
+        return frozenset(n for n, (what, _) in self.nodes.items() if what == "ready")
+
+    def run(self) -> Finish:
+        held: float | None = None
+        minimum = self.elastic.min_nodes or 1
+        for _ in range(5000):
+            usable = self.ready()
+            tally = self.tally
+            known = Facts(
+                len(usable), 2, None, tally.last, tally.same_error, tally.idle_attempts,
+                self.now - held if held is not None else 0.0,
+            )  # fmt: skip
+            match decision := decide(known, self.elastic):
+                case Finish():
+                    return decision
+                case Hold():
+                    held = self.now if held is None else held
+                    assert len(usable) < minimum
+                    self.pass_time(1)
+                case Start():
+                    held = None
+                    assert 0 <= decision.delay <= MAX_BACKOFF
+                    assert decision.workers == 2 * len(usable) >= 2 * minimum
+                    self.pass_time(decision.delay)
+                    if self.ready() >= usable:
+                        self.attempt(usable)
+        raise AssertionError("the run neither ends nor goes on")
+
+    def attempt(self, on: frozenset[str]) -> None:
+        self.attempts += 1
+        fate, after = self.fates.popleft() if self.fates else ("none", 0)
+        self.step, before, began = self.committed, self.committed, self.now
+        asked: Resize | None = None
+        ending: Ending | None = None
+        for second in range(10_000):
+            hang = None
+            if second == after:
+                ending, hang = self.befall(fate, on)
+            found = View(
+                on=on, nodes={n: Node(w, self.now - s if w == "ready" else 0) for n, (w, s) in self.nodes.items()},
+                age=self.now - began, begun=self.step > before, asked=asked.when if asked else 0,
+                asked_for=asked.nodes if asked else frozenset(), hang=hang,
+            )  # fmt: skip
+            match move := during(found, self.elastic):
+                case Abort():
+                    fingerprint = f"hang {fate}" if move.cause == "hang" else f"{move.cause} {move.nodes}"
+                    ending = Ending("fault", fingerprint, move.reason, None, move.cause, (*move.nodes, "")[0])
+                case Resize():
+                    assert asked is None or (asked.when, move.when) == (AT_COMMIT, NOW)
+                    if move.why == "grow":
+                        assert self.now - began >= self.elastic.grow_after
+                        assert all(found.nodes[n].ready_for >= self.elastic.grow_after for n in move.nodes)
+                        assert not move.nodes & on
+                    asked = move
+                case Withdraw():
+                    assert asked is not None and not asked.nodes & self.ready()
+                    asked = None
+                case GoOn():
+                    pass
+            if ending is not None:
+                break
+            self.step += 1
+            self.pass_time(1)
+            ends = self.step >= STEPS
+            now = asked is not None and asked.when == NOW
+            if ends or now or self.step % COMMIT_EVERY == 0:
+                self.committed = self.step
+                if ends:
+                    ending = Ending("finished")
+                elif asked is not None:
+                    ending = Ending("resized", text=asked.reason)
+            if ending is not None:
+                break
+        assert ending is not None
+        self.tally, _ = self.tally.count(ending, self.committed > before)
+        for name, (what, _) in list(self.nodes.items()):
+            if what == "draining":
+                self.set(name, "ended")
+        self.pass_time(10)
+
+    def befall(self, fate: str, on: frozenset[str]) -> tuple[Ending | None, Hang | None]:
+        names = sorted(on)
+        match fate:
+            case "node" | "two nodes" | "all nodes":
+                for name in names[: {"node": 1, "two nodes": 2, "all nodes": 99}[fate]]:
+                    self.set(name, "lost")
+            case "worker":
+                return Ending("fault", "lost rank 0", "lost rank 0", 0, "worker_lost", names[0]), None
+            case "error" | "other error":
+                return Ending("error", fate, fate, 0, "error"), None
+            case "hang":
+                return None, Hang((0,), 99, self.step, "step", "nothing moves", "elastic.hang_timeout")
+            case "drain":
+                self.set(names[-1], "draining")
+            case "flap":
+                for name in sorted(set(self.nodes) - on)[:1]:
+                    self.set(name, "lost")
+            case "join":
+                self.set(f"n{len(self.nodes)}", "ready")
+        return None, None
+
+
+HISTORIES = st.lists(st.tuples(st.sampled_from(FATES), st.integers(0, 30)), max_size=25)
+
+
+@settings(max_examples=400, deadline=None)
+@given(fates=HISTORIES, count=st.integers(1, 6), minimum=st.integers(1, 6), grow_after=st.integers(0, 20),
+       same=st.integers(1, 4))  # fmt: skip
+def test_every_history_ends_as_it_must(
+    fates: list[tuple[str, int]], count: int, minimum: int, grow_after: int, same: int
+) -> None:
+    """Nodes come back and the trainer is healthy in the end: the run finishes, unless the code itself fails
+    `max_same_error` times with no commit between. (The minimum is asserted at each start.)"""
+    elastic = ElasticConfig(min_nodes=min(minimum, count), grow_after=grow_after, max_same_error=same)
+    world = World(fates, count, elastic)
+    end = world.run()
+    if end.state == "finished":
+        assert world.committed == STEPS
+    else:
+        own = {"error", "other error", "hang"}
+        assert end.state == "failed" and sum(fate in own for fate, _ in fates) >= same
+        assert end.setting == f"elastic.max_same_error={same}"
+    # A resize costs an attempt: no more of them than there were reasons.
+    assert world.attempts <= 1 + 2 * len(fates) + count
+
+
+@settings(max_examples=200, deadline=None)
+@given(fates=st.lists(st.tuples(st.sampled_from(["node", "two nodes", "all nodes", "worker", "drain"]), st.integers(0, 4)),
+                      max_size=60))  # fmt: skip
+def test_faults_of_the_machines_never_end_a_run(fates: list[tuple[str, int]]) -> None:
+    world = World(fates, 3, ElasticConfig(max_same_error=1))
+    assert world.run().state == "finished"
+
+
+@given(same=st.integers(1, 5))
+def test_the_same_error_again_and_again_ends_the_run_after_that_many(same: int) -> None:
+    world = World([("error", 1)] * 20, 2, ElasticConfig(max_same_error=same))
+    assert world.run().state == "failed" and world.attempts == same

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.config import SlurmConfig
+from raylaunch.config import Config, ElasticConfig, JoinConfig, SlurmConfig
 from raylaunch.errors import UsageError
 from raylaunch.slurm import script
 
 GOLDEN = Path(__file__).parent / "data" / "scripts"
 
-CASES = {
+BASES = {
     "plain": SlurmConfig(nodes="4"),
     "gpu": SlurmConfig(
         nodes="2:8", gpus_per_node="a100:4", cpus_per_task=16, mem="400G", time="2-00:00:00", account="proj",
@@ -24,8 +24,25 @@ CASES = {
 }  # fmt: skip
 
 
+JOINERS = {
+    "joiner": (Config(slurm=BASES["plain"]), 1, ()),
+    "joiner-gpu": (
+        Config(slurm=BASES["gpu"].model_copy(update={"exclude": "bad[1-2]"}),
+               elastic=ElasticConfig(join=JoinConfig(partition="spot", qos="low", time="4:00:00"))),
+        4, ("node1", "node2", "node7")),
+}  # fmt: skip
+DOCTOR = "doctor-gpu"
+CASES = [*BASES, *JOINERS, DOCTOR]
+
+
 def rendered(name: str) -> str:
-    return script.render(CASES[name], "main", Path("/shared/state/clusters/main"), "0123abcd", "/opt/venv/bin/python")
+    where, python = Path("/shared/state/clusters/main"), "/opt/venv/bin/python"
+    if name in JOINERS:
+        config, nodes, exclude = JOINERS[name]
+        return script.render_joiner(config, "main", where, "0123abcd", nodes, exclude, python)
+    if name == DOCTOR:
+        return script.render_doctor(BASES["gpu"], Path("/shared/state/doctor/0123"), "0123abcd", python)
+    return script.render(BASES[name], "main", where, "0123abcd", python, requeue=name == "plain")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,8 +56,51 @@ def test_is_bash_and_survives_a_dead_node(name: str) -> None:
     text = rendered(name)
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     assert "#SBATCH --no-kill\n" in text
-    assert "#SBATCH --signal=B:USR1@120\n" in text
+    assert ("#SBATCH --signal=B:USR1@120\n" in text) is (name != DOCTOR)
     assert "srun --export=ALL --no-kill --kill-on-bad-exit=0 --wait=0" in text
+
+
+def test_requeued_unless_told_otherwise() -> None:
+    def flags(requeue: bool, *extra: str) -> set[str]:
+        lines = script.options(SlurmConfig(extra=list(extra)), "m", Path("/s"), "c", requeue)
+        return {line for line in lines if "requeue" in line}
+
+    assert flags(True) == {"--requeue"} and flags(False) == {"--no-requeue"}
+    assert flags(True, "--no-requeue") == {"--no-requeue"} and flags(False, "--requeue") == {"--requeue"}
+
+
+def test_a_joiner_leaves_out_what_is_the_bases_alone() -> None:
+    extra = [
+        "--dependency",
+        "singleton",
+        "--switches=1",
+        "-d",
+        "after:3",
+        "-H",
+        "--begin=now+1hour",
+        "--nice",
+        "5",
+        "--requeue",
+    ]
+    slurm = SlurmConfig(
+        extra=extra, nodelist="node[1-4]", mail_user="me", mail_type="END", job_name="mine", comment="it's mine"
+    )
+    lines = script.joiner_options(Config(slurm=slurm), "m", Path("/s"), "c", 3, [])
+    assert lines[-4:] == ["--no-kill", "--no-requeue", "--switches=1", "--nice 5"]
+    assert not any(line.startswith(("--nodelist", "--mail", "--exclude")) for line in lines)
+    assert "--job-name=raylaunch-m-join" in lines and "--nodes=1-3" in lines
+    assert '--comment="raylaunch cluster=m life=c nodes=3; it\'s mine"' in lines
+
+
+def test_excluded(tmp_path: Path) -> None:
+    assert script.excluded(SlurmConfig(), []) is None
+    assert script.excluded(SlurmConfig(exclude="a[1-2]"), ["b2", "b1"]) == "a[1-2],b[1-2]"
+    listed = tmp_path / "bad"
+    listed.write_text("x1\nx2\n")
+    assert script.excluded(SlurmConfig(exclude=str(listed)), ["b"]) == "x1,x2,b"
+    assert script.excluded(SlurmConfig(exclude=str(listed)), []) == str(listed)
+    assert script.barred(SlurmConfig(exclude=str(listed))) == {"x1", "x2"}
+    assert script.barred(SlurmConfig(exclude="a[1-2]")) == {"a1", "a2"} and script.barred(SlurmConfig()) == frozenset()
 
 
 def test_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) -> None:

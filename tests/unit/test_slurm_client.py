@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,25 @@ def test_unknown_job() -> None:
         Slurm(Fake(squeue=refused("squeue: error: Invalid job id: abc\n"))).jobs(["abc"])
 
 
+def test_usage() -> None:
+    row = SEP.join(
+        ["9.0", "RUNNING", "60", "8", "2", "1-00:00:01.500", "2.50G", "0", "cpu=8,mem=16G,node=2,gres/gpu=4"]
+    )
+    fake = Fake(sacct=Completed(0, f"{row}\n"))
+    (found,) = Slurm(fake).usage(["9", "10"], datetime(2026, 11, 21, 1, 2, 3)) or []
+    assert fake.commands == [
+        ["sacct", "-D", "-n", "-P", f"--delimiter={SEP}", "-o", parse.USAGE_FORMAT, "-S", "2026-11-21T01:02:03", "-j", "9,10"]
+    ]  # fmt: skip
+    assert (found.job, found.step, found.state, found.gpus, found.gpu_type) == ("9", "0", JobState.RUNNING, 4, "")
+    assert (
+        found.cpu_seconds == 86401.5 and found.max_rss == 5 << 29 and found.memory == 16 << 30 and found.joules is None
+    )
+    assert Slurm(Fake(sacct=refused("Slurm accounting storage is disabled\n"))).usage(["9"], datetime.now()) is None
+    assert Slurm(Fake()).usage([], datetime.now()) == []
+    with pytest.raises(SlurmError):
+        Slurm(Fake(sacct=Completed(0, "what\n"))).usage(["9"], datetime.now())
+
+
 def test_finished() -> None:
     fake = Fake(sacct=Completed(0, (DATA / "sacct.txt").read_text()))
     rows = Slurm(fake).finished(["9", "10"])
@@ -272,3 +292,63 @@ def test_real_runner() -> None:
         client.run(["sleep", "10"], 0.05, None, {"PATH": "/bin:/usr/bin"})
     with pytest.raises(FileNotFoundError):
         client.run(["raylaunch-no-such-command"], 1, None, {})
+
+
+def test_jobs_by_name() -> None:
+    fake = Fake(squeue=SQUEUE)
+    assert list(Slurm(fake).named(["raylaunch-main", "raylaunch-main-join"])) == ["16"]
+    assert fake.commands[0][-2:] == ["--me", "--name=raylaunch-main,raylaunch-main-join"]
+    assert Slurm(fake).named(["we|ird,ü"]).keys() == {"5", "28"} and fake.commands[1][-1] == "--me"
+
+
+def test_nodes() -> None:
+    fake = Fake(sinfo=Completed(0, (DATA / "nodes.txt").read_text()))
+    assert [row.drains for row in Slurm(fake).nodes().values()] == [False, False, True, False]
+    assert fake.commands == [["sinfo", "-h", "-N", "-o", parse.NODE_FORMAT]]
+
+
+def test_requeue_and_updates() -> None:
+    fake = Fake(scontrol=Completed(0))
+    slurm = Slurm(fake)
+    slurm.requeue("7")
+    slurm.start_now("7")
+    slurm.keep_off("8", ["n1", "n2"])
+    assert [" ".join(c) for c in fake.commands] == [
+        "scontrol requeue 7", "scontrol update jobid=7 StartTime=now", "scontrol update jobid=8 ExcNodeList=n1,n2",
+    ]  # fmt: skip
+    with pytest.raises(SlurmError, match="requeue 7"):
+        Slurm(Fake(scontrol=refused("Requested operation is presently disabled for job 7"))).requeue("7")
+
+
+def test_what_a_site_is_like() -> None:
+    fake = Fake(scontrol=Completed(0, (DATA / "scontrol-config.txt").read_text()), sacctmgr=Completed(0, "phys||normal|\n"),
+                sshare=Completed(0, "phys|0.250000\n"), srun=Completed(0, "  --container-image=…\n"))  # fmt: skip
+    slurm = Slurm(fake)
+    assert slurm.settings()["SchedulerType"] == "sched/backfill"
+    rows = slurm.associations("me")
+    assert (
+        rows is not None and rows[0].account == "phys" and slurm.shares() == {"phys": 0.25} and slurm.has_containers()
+    )
+    assert [" ".join(c) for c in fake.commands] == [
+        "scontrol show config",
+        "sacctmgr -n -P show associations user=me format=Account,Partition,QOS,DefaultQOS",
+        "sshare -U -n -P -o Account,FairShare",
+        "srun --help",
+    ]
+
+
+def test_a_site_without_accounting() -> None:
+    words = (
+        "You are not running a supported accounting_storage plugin\nOnly 'accounting_storage/slurmdbd' is supported.\n"
+    )
+    assert Slurm(Fake(sacctmgr=refused(words))).associations("me") is None
+    with pytest.raises(SlurmError, match="something else"):
+        Slurm(Fake(sacctmgr=refused("something else"))).associations("me")
+    with pytest.raises(SlurmUnavailable):
+        Slurm(Fake(sacctmgr=refused("sacctmgr: error: Connection refused"))).associations("me")
+
+
+def test_a_tested_script_says_when_it_would_start() -> None:
+    words = "sbatch: Job 2 to start at 2026-11-22T02:23:53 using 2 processors on nodes node[1-2] in partition main\n"
+    fake = Fake(sbatch=Completed(0, "", words))
+    assert Slurm(fake).check(SCRIPT) == words and fake.commands == [["sbatch", "--test-only"]] and fake.stdin == SCRIPT

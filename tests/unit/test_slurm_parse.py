@@ -43,7 +43,7 @@ def test_waiting_for_ever_is_told_from_waiting(job: str, words: str) -> None:
 
 
 def test_limits_of_account_and_qos_block() -> None:
-    line = SEP.join(["1", "PENDING", "p", "u", "1", "", "N/A", "1:00", "QOSMaxNodePerJobLimit", "n"])
+    line = SEP.join(["1", "PENDING", "p", "u", "1", "", "N/A", "1:00", "", "(null)", "QOSMaxNodePerJobLimit", "n"])
     assert "QOSMaxNodePerJobLimit" in parse.parse_jobs(line)[0].blocked
 
 
@@ -59,8 +59,23 @@ def test_states(job: str, state: str) -> None:
 def test_names_with_separators_and_line_breaks() -> None:
     assert jobs()["28"].name == "we|ird,ü"
     assert jobs()["40"].name == "two\nlines"
-    line = SEP.join(["1", "RUNNING", "p", "u", "1", "n1", "N/A", "1:00", "None", "un", "it"])
+    line = SEP.join(["1", "RUNNING", "p", "u", "1", "n1", "N/A", "1:00", "", "(null)", "None", "un", "it"])
     assert parse.parse_jobs(line)[0].name == f"un{SEP}it"
+
+
+def test_whose_a_joiner_is_and_where_it_must_not_start() -> None:
+    row = jobs()["16"]
+    assert row.exclude == ("node1", "node2") and row.comment.startswith("raylaunch cluster=main life=ab12 nodes=4;")
+    assert jobs()["24"].exclude == () and jobs()["24"].comment == ""
+
+
+def test_nodes() -> None:
+    """Captured, with node3 drained by an administrator while it ran a job; node2 died, node4 reboots."""
+    found = parse.parse_nodes((DATA / "nodes.txt").read_text())
+    assert found["node1"].partitions == ("main", "low", "small") and found["node1"].idle and found["node1"].default
+    assert found["node3"].drains and found["node3"].reason == "bad fan, see ticket"
+    assert found["node2"].down and not found["node2"].idle and not found["node2"].drains
+    assert not found["node4"].idle and found["node4"].flags == "*"
 
 
 def test_a_reason_may_be_a_sentence() -> None:

@@ -1,0 +1,4 @@
+# expect: unknown
+# how: shell
+python shards.py 2 100
+torchrun --nproc_per_node 2 --master_port 29611 pretrain.py --steps 20

@@ -1,0 +1,5 @@
+# expect: network_setup
+# how: shell
+python shards.py 2 100
+export MASTER_ADDR=127.0.0.1 MASTER_PORT=29628 RANK=1 WORLD_SIZE=2
+python pretrain.py --timeout 8
