@@ -131,6 +131,7 @@ class Rules:
                 if str(row.get("how")) in {"fault", "error"}:
                     self._trouble(moment, row.get("error") or row.get("cause") or row["how"])
             case "fault":
+                m.running = False
                 self._trouble(moment, row.get("reason") or row.get("cause") or "a fault")
                 if row.get("cause") == "hardware":
                     node = str(row.get("node") or "")
@@ -197,9 +198,10 @@ class Rules:
             m.trouble, m.cause = moment, _words(cause)
 
     def _recovered(self, moment: float, text: str) -> None:
-        """The first sign of progress since the trouble, if there was any."""
+        """The first sign of progress since the trouble, if there was any. (Rows of the attempt that had it may be read
+        after the trouble itself: they are in another file.)"""
         m = self.memory
-        if m.trouble is None:
+        if m.trouble is None or not m.running:
             return
         seconds = max(0.0, moment - m.trouble)
         self._add(

@@ -203,7 +203,8 @@ def _is_code(line: Line) -> bool:
 
 
 _QUIET = {"SystemExit", "KeyboardInterrupt", "StopIteration", "UserWarning", "DeprecationWarning", "FutureWarning",
-          "RuntimeWarning", "ResourceWarning"}  # fmt: skip
+          "RuntimeWarning", "ResourceWarning", "WorkerGroupError", "TrainingFailedError"}  # fmt: skip
+"""No causes. (Ray Train's two say only that some worker failed.)"""
 
 
 def _meaning(line: Line, text: str, order: int) -> Finding | None:

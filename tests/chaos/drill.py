@@ -199,7 +199,14 @@ class Drill:
     def clean(self) -> None:
         """Take the cluster down: nothing is left of it, anywhere."""
         self.site.run("down", self.cluster).expect(0)
-        self.site.wait_clean(60)
+
+        def shown() -> str:
+            left = self.site.left()
+            logs = self.site.cluster(self.cluster) / "logs"
+            paths = [path for node in sorted({line.split(":")[0] for line in left}) for path in logs.glob(f"{node}*.log")]
+            return "\n".join([*left, *(f"{path.name}:\n{path.read_text()[-3000:]}" for path in paths)])
+
+        wait_for("nothing left", lambda: not self.site.left(), 60, shown)
 
     def ready_nodes(self) -> list[str]:
         return sorted(node for node, now in self.nodes().items() if now == "ready")

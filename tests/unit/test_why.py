@@ -144,6 +144,17 @@ def test_of_a_run_that_hung_the_line_is_named(tmp_path: Path) -> None:
     assert found.evidence[-1].text == "own.py:7 in stuck"
 
 
+RAY_SAYS = """Traceback (most recent call last):
+  File "/w/raylaunch/driver.py", line 221, in _fit
+    group.fit()
+  File "/v/site-packages/ray/train/v2/api/data_parallel_trainer.py", line 195, in fit
+    raise result.error
+ray.train.WorkerGroupError: Training failed due to worker errors:
+[Rank 1 Error Snippet]:
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+"""
+
+
 def test_of_a_run_a_lost_node_and_a_killed_worker(tmp_path: Path) -> None:
     logs = {0: TRACE.format("RuntimeError: Connection reset by peer")}
     lost = {"how": "fault", "cause": "node_lost", "error": "n2 is lost", "rank": None, "node": "n2"}
@@ -152,6 +163,10 @@ def test_of_a_run_a_lost_node_and_a_killed_worker(tmp_path: Path) -> None:
     killed = {"how": "fault", "cause": "worker_lost", "error": "lost rank 1: SIGKILL", "rank": 1, "node": "n1"}
     found = explained(a_run(tmp_path / "b", killed, logs))
     assert (found.kind, found.rank) == ("oom_host", 1) and found.confidence <= 0.5
+    driver = tmp_path / "b/logs/driver.log"
+    driver.parent.mkdir()
+    driver.write_text(RAY_SAYS)
+    assert explained(tmp_path / "b") == found
     gpu = {"how": "error", "cause": "error", "error": "rank 1: OutOfMemoryError", "rank": 1, "node": "n1"}
     found = explained(a_run(tmp_path / "c", gpu, {1: TRACE.format("torch.OutOfMemoryError: CUDA out of memory.")}))
     assert (found.kind, found.rank, found.host) == ("oom_cuda", 1, "n1")
