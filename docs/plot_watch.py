@@ -5,11 +5,11 @@ python docs/plot_watch.py RUN [STATE_DIR]
 
 from __future__ import annotations
 
-import io
 import sys
+import time
 from pathlib import Path
 
-from rich.console import Console
+import shoot
 
 from raylaunch import state
 from raylaunch.live import facts, screen
@@ -18,8 +18,11 @@ WIDTH, HEIGHT = 118, 34
 
 if __name__ == "__main__":
     where = Path(sys.argv[2]) if len(sys.argv) > 2 else state.default_state_dir()
-    picture = facts.Reader(*facts.find(where, sys.argv[1])).look()
-    console = Console(record=True, width=WIDTH, file=io.StringIO())
+    reader = facts.Reader(*facts.find(where, sys.argv[1]))
+    reader.look()
+    time.sleep(20)  # the pace is that of the steps since the first look
+    picture = reader.look()
+    console = shoot.recorder(WIDTH)
     for line in screen.lines(picture, "main", WIDTH, HEIGHT):
         console.print(line, no_wrap=True)
-    console.save_svg(str(Path(__file__).with_name("watch.svg")), title="raylaunch watch")
+    shoot.save(console, "watch")
