@@ -92,8 +92,10 @@ class Loop:
         self._model, self._optimizer, self._others = model, optimizer, others
         self._device = torch.device(session.device)
         self._group = dcp.make_group(config.distributed.comm_timeout)
-        background = config.checkpoint.async_save
-        self._saver = dcp.Saver(session, self._group, keep=runs.keep(config), background=background)
+        self._saver = dcp.Saver(
+            session, self._group, keep=runs.keep(config), background=config.checkpoint.background,
+            timeout=config.distributed.comm_timeout,
+        )  # fmt: skip
         self._facts = {
             "global_batch_size": session.global_batch_size, "seed": config.data.seed, "samples": samples
         }  # fmt: skip

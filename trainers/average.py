@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from raylaunch.checkpoint.dcp import local
+from raylaunch.checkpoint.shared import local
 
 
 class Average:

@@ -89,7 +89,10 @@ def _train(config: Config, session: Session) -> None:
     seconds = {"data": round(data_ready - started, 3), "model": round(model_ready - data_ready, 3)}
     session.event("built", parameters=sum(p.numel() for p in model.parameters()), seconds=seconds)
 
-    saver = dcp.Saver(session, group, keep=runs.keep(config), background=config.checkpoint.async_save)
+    saver = dcp.Saver(
+        session, group, keep=runs.keep(config), background=config.checkpoint.background,
+        timeout=config.distributed.comm_timeout,
+    )  # fmt: skip
     tensors, facts = state_tensors(model, optimizer) | average.tensors, data.facts
 
     def restore() -> int:

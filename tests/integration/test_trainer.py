@@ -12,11 +12,17 @@ from typing import Any
 
 import pytest
 from attempts import GLOBAL_BATCH_SIZE, Run, assert_same_curve
+from helpers import mounted
 
 from raylaunch import state
 from raylaunch.checkpoint import store
 from raylaunch.config import StepSchedulerConfig
 from trainers.optim import learning_rate
+
+
+def saves(run: Run, beside: str | None) -> None:
+    """Where this run's saves are made; None: in the step."""
+    run.config["checkpoint"] |= {"async_save": beside is not None, "async_checkpointer_type": beside or "thread"}
 
 
 def test_a_run_learns_and_says_what_it_did(straight: Run) -> None:
@@ -131,9 +137,9 @@ def test_stop_then_resume_with_another_number_of_workers(run: Run, straight: Run
     assert run.outcome() == {"outcome": "finished", "step": 10}
 
 
-@pytest.mark.parametrize("async_save", [False, True])
-def test_resume_at_the_same_size_is_bitwise_the_same(run: Run, straight: Run, async_save: bool) -> None:
-    run.config["checkpoint"]["async_save"] = async_save
+@pytest.mark.parametrize("beside", [None, "thread", "process"])
+def test_resume_at_the_same_size_is_bitwise_the_same(run: Run, straight: Run, beside: str | None) -> None:
+    saves(run, beside)
     run.train(2, stop_at=5)
     run.train(2)
     assert_same_curve(run, straight, rel=0)
@@ -249,6 +255,51 @@ def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
+
+
+# Saves in a process beside the worker, which the tests' workers cannot be made to fail in: real failures.
+
+
+def test_a_process_saves_what_a_thread_does(run: Run, straight: Run) -> None:
+    """Under another plan than the one that reads it, with experts' and plain tensors' shards."""
+    saves(run, "process")
+    run.config["distributed"] = {"tp_size": 2}
+    run.train(4, stop_at=7)
+    assert run.commits() == [3, 6, 7]
+    store.delete(store.final(run.checkpoints, 7))  # that one was saved while the step waited
+    run.config["distributed"] = {}
+    run.train(3)
+    assert [e["step"] for e in run.events("resumed")] == [6]
+    assert_same_curve(run, straight)
+
+
+def test_a_full_disk_costs_a_process_that_save_only(run: Run, straight: Run) -> None:
+    saves(run, "process")
+    run.config["step_scheduler"]["max_steps"] = 9
+    with mounted(run.checkpoints, "64k"):
+        errors = run.attempt(2, patience=0.2)
+        assert [e["step"] for e in run.events("checkpoint_failed")][:2] == [3, 6]
+        assert all("No space left" in error for error in errors) and max(run.metrics("loss")) == 9
+        assert run.commits() == []
+
+
+def test_a_process_that_is_killed_ends_the_attempt(run: Run, straight: Run) -> None:
+    """On all ranks, whose own processes are told by their connections; the next attempt has new ones."""
+    saves(run, "process")
+    errors = run.attempt(2, kill_saver_at=7)
+    assert "the process that saves beside this worker is gone" in errors[1], errors
+    assert any(words in errors[0] for words in ("is gone", "another rank", "Connection")), errors
+    assert 3 in run.commits() and 9 not in run.commits()
+    run.train(2)
+    assert_same_curve(run, straight, rel=0)
+    assert run.commits() == [3, 6, 9, 10]
+
+
+def test_a_fenced_process_does_not_commit(run: Run) -> None:
+    saves(run, "process")
+    for error in run.attempt(2, fence_at=7):
+        assert error.startswith("Fenced: incarnation 1, attempt 1 may no longer commit") or "another rank" in error
+    assert 3 in run.commits() and 9 not in run.commits()
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "torn commit"])

@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
@@ -89,7 +90,10 @@ def arrange_stops(case: dict[str, Any], session: Session) -> None:
 def arrange_saves(case: dict[str, Any], session: Session) -> None:
     """`kill_in_save` / `full_in_saves`: rank 1 dies, or finds the disk full, while it writes its part of that
     save (or those) of the attempt; `slow_save`: seconds that every write takes longer; `commit_fails`: commits
-    that rank 0's storage refuses; `fence_in_commit`: the commit just before which somebody newer takes over."""
+    that rank 0's storage refuses; `fence_in_commit`: the commit just before which somebody newer takes over.
+
+    Of a process that saves beside the worker: `kill_saver_at`: the step in which rank 1's is killed; `fence_at`: the one
+    in which somebody newer takes over."""
     saves, commits = itertools.count(1), itertools.count(1)
     write_data, commit = FileSystemWriter.write_data, store.commit
 
@@ -110,6 +114,18 @@ def arrange_saves(case: dict[str, Any], session: Session) -> None:
             store.fence(path.parent, session.incarnation + 1, 1)
         return commit(path, **kwargs)
 
+    progress = session.progress
+
+    def eventful(step: int, phase: str = "step") -> None:
+        if phase == "step" and session.rank == 1 and step == case.get("kill_saver_at"):
+            (saver,) = (p for p in psutil.Process().children() if "raylaunch.checkpoint.process" in p.cmdline())
+            saver.kill()
+        if phase == "step" and session.rank == 0 and step == case.get("fence_at"):
+            store.fence(session.checkpoint_dir, session.incarnation + 1, 1)
+        progress(step, phase)
+
+    if {"kill_saver_at", "fence_at"} & case.keys():
+        session.progress = eventful  # type: ignore[method-assign]
     FileSystemWriter.write_data = faulty_write  # type: ignore[method-assign]
     store.commit = faulty_commit  # type: ignore[assignment]
 
