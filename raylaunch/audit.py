@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pwd
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 from raylaunch import configfile, state
 from raylaunch.config import Config
 from raylaunch.errors import StateError
+from raylaunch.words import user
 
 FILE = "audit.jsonl"
 
@@ -51,14 +51,6 @@ def add(
         state.append_line(state_dir / FILE, {key: value for key, value in row.items() if value is not None})
     except StateError as error:
         tell(f"warning: the audit trail has no line of this: {error.message}")
-
-
-def user() -> str:
-    """The user's name by the system, not by the environment; the number where it has none."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())
 
 
 def digest(config: Config) -> str:

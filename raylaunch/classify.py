@@ -16,6 +16,8 @@ _COMMUNICATION = re.compile(
 )
 # Broken hardware is no error of the code, however much it looks like one.
 _HARDWARE = re.compile(r"(\bECC\b|unspecified launch failure|busy or unavailable|\bXid\b|CUDA error: hardware)")
+# Of torch's build: no node will have it at the next attempt.
+_LACKING = re.compile(r"doesn't have \w+ built in|not compiled with", re.IGNORECASE)
 
 
 def classify(error: Exception) -> Ending:
@@ -26,7 +28,7 @@ def classify(error: Exception) -> Ending:
     """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     if not failures:
-        return Ending("fault", fingerprint=type(error).__name__, text=_last_line(error), cause="ray")
+        return _of_controller(error)
     for rank, failure in sorted(failures.items()):
         inner = getattr(failure, "health_check_failure", failure)
         if isinstance(inner, RayActorError):
@@ -45,6 +47,16 @@ def classify(error: Exception) -> Ending:
     rank, failure = min(failures.items())
     text = f"rank {rank}: {_last_line(failure)}"
     return Ending("fault", fingerprint="communication", text=text, rank=rank, cause="communication")
+
+
+def _of_controller(error: Exception) -> Ending:
+    """What no worker's code raised: Ray's own trouble, but for what torch lacks on every node alike."""
+    inner = getattr(error, "controller_failure", error)
+    inner = getattr(inner, "cause", None) or inner  # a RayTaskError's
+    text = f"{type(inner).__name__}: {_last_line(inner)}"
+    if _LACKING.search(str(inner)):
+        return Ending("error", fingerprint=text, text=text, cause="error")
+    return Ending("fault", fingerprint=type(inner).__name__, text=text, cause="ray")
 
 
 def _last_line(error: Exception) -> str:

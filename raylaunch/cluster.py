@@ -9,7 +9,6 @@ node's own error, and the job is given back. Taking down is in `teardown`, looki
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raylaunch import backends, configfile, layout, locks, state, teardown
+from raylaunch import backends, configfile, layout, locks, state, teardown, words
 from raylaunch.alerts import mail
 from raylaunch.backends import Backend, Job
 from raylaunch.config import AlertsConfig, Config
@@ -317,5 +316,5 @@ def tunnel(directory: Path, cluster: Cluster) -> tuple[str, str, str] | None:
     if head is None or head.canary != cluster.canary:
         return None
     port = head.dashboard_port
-    line = f"ssh -N -L {port}:127.0.0.1:{port} {os.environ.get('USER') or os.getuid()}@{head.hostname}"
+    line = f"ssh -N -L {port}:127.0.0.1:{port} {words.user()}@{head.hostname}"
     return f"http://127.0.0.1:{port}", head.node, line

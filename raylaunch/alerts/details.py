@@ -11,6 +11,7 @@ from pathlib import Path
 from raylaunch.alerts.alert import Alert, lasting
 from raylaunch.observe import ledger
 from raylaunch.why import run as why
+from raylaunch.words import plural
 
 
 def complete(alert: Alert, run_dir: Path) -> Alert:
@@ -35,7 +36,7 @@ def _recovery(alert: Alert, run_dir: Path) -> Alert:
     facts = {"seconds": last.total, "steps_lost": last.steps_lost, "node": last.node, "causes": list(last.causes)}
     return replace(
         alert, facts={**alert.facts, **facts},
-        text=f"recovered: {lasting(last.total or 0.0)} and {last.steps_lost} steps lost; went on from step {last.to_step} "
+        text=f"recovered: {lasting(last.total or 0.0)} and {plural(last.steps_lost, 'step')} lost; went on from step {last.to_step} "
         f"{size}\n{', '.join(last.causes)}: {alert.facts.get('cause', '')}",
     )  # fmt: skip
 
@@ -60,7 +61,10 @@ def _result(alert: Alert, run_dir: Path) -> Alert:
     faults = [r for r in whole.recoveries if r.kind != "resize"]
     loss = alert.facts.get("loss")
     parts = [f"loss {loss:.4f}"] if isinstance(loss, float) else []
-    parts += [f"{lasting(whole.wall)} in all", f"{len(faults)} faults and {whole.steps_lost} steps lost"]
+    parts += [
+        f"{lasting(whole.wall)} in all",
+        f"{plural(len(faults), 'fault')} and {plural(whole.steps_lost, 'step')} lost",
+    ]
     parts += [f"goodput {whole.goodput:.0%}"] if whole.steps else []
     facts = {"seconds": round(whole.wall, 1), "faults": len(faults), "goodput": round(whole.goodput, 4)}
     return replace(alert, facts={**alert.facts, **facts}, text=f"{alert.text}\n{', '.join(parts)}")

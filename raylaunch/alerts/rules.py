@@ -276,7 +276,7 @@ class Rules:
         else:
             for node, row in gone.items():
                 what = "is lost" if row["kind"] == "node_lost" else "cannot be used"
-                text = f"node {node} {what}: {_words(row.get('reason') or row.get('error'))}"
+                text = f"{node} {what}: {_words(row.get('reason') or row.get('error'))}"
                 self._add("node_lost", text, row["time"], node, {"node": node, "step": m.step})
         for row in rows:
             match row["kind"]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
 
 from raylaunch import configfile, state
 from raylaunch.alerts import addresses, sinks
@@ -64,7 +66,7 @@ def list_(run: str, as_json: bool, state_dir: Path | None) -> None:
     console = Console(width=table_width(), highlight=False)
     for row in [*rows, *waiting]:
         console.print(f"{clock(row['time'])}  {row['alert']}  {_outcomes(row['sinks'])}", markup=False)
-        console.print(f"  {row['text']}", markup=False, style="dim")
+        console.print(Padding(Text(row["text"], style="dim"), (0, 0, 0, 2), expand=False))
     if not rows and not waiting:
         console.print(f"run {run} has sent no alert; docs/alerts.md says how to be told", markup=False)
     return None

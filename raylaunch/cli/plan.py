@@ -202,16 +202,16 @@ def _verdict(found: Estimate) -> Text:
     if found.fits and not found.tight:
         return Text(f"fits: {against}", style="bold green")
     word = "fits, but tightly" if found.fits else "does not fit"
-    text = Text(f"{word}: {against}", style="bold yellow" if found.fits else "bold red")
+    text = Text().append(f"{word}: {against}", style="bold yellow" if found.fits else "bold red")
     if found.would_fit:
         text.append("; with more room:" if found.fits else "; these would:")
     elif not found.fits:
-        text.append(f"; nothing that was tried would, on up to {SEVERAL[-1]} times the nodes", style="not bold")
+        text.append(f"; nothing that was tried would, on up to {SEVERAL[-1]} times the nodes")
     for fit in found.would_fit:
         changes = [f"{key.split('.')[-1]} {_word(value)}" for key, value in fit.changes.items()]
         changes += [f"{fit.nodes} nodes"] if fit.nodes != found.place.nodes else []
         slower = f", {fit.slower:.0%} slower or so" if fit.slower >= 0.02 else ""
-        text.append(f"\n  {', '.join(changes)} ({_size(fit.total)}{slower})", style="not bold")
+        text.append(f"\n  {', '.join(changes)} ({_size(fit.total)}{slower})")
     return text
 
 

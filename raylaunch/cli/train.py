@@ -186,7 +186,10 @@ def _verdict(news: following.News, run_dir: Path) -> int:
         click.echo(f"run {run.name} is stopped and saved{at} ({run.reason})\n  {run_dir}")
         return 1
     if run.state == "failed":
-        raise RaylaunchError(f"run {run.name} failed{at}: {run.reason}", f"See {run_dir}/logs and {run_dir}/attempts.")
+        raise RaylaunchError(
+            f"run {run.name} failed{at}: {run.reason}",
+            f"`raylaunch why {run.name}` says more; logs and attempts lie in {run_dir}.",
+        )
     raise RaylaunchError(
         f"cluster {run.cluster} ended while run {run.name} was {run.state}{at}",
         "Bring it up again and repeat `raylaunch train`: the run resumes from its last commit.",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from raylaunch import state
@@ -81,17 +82,21 @@ def _print(found: Verdict) -> None:
     console = Console(width=table_width(), highlight=False)
     who = [f"rank {found.rank}"] if found.rank is not None else []
     who += [f"on {found.host}"] if found.host is not None else []
-    title = Text(found.kind, style="bold red").append(f"  {found.cause}", style="bold")
+    title = Text().append(found.kind, style="bold red").append(f"  {found.cause}", style="bold")
     console.print(title)
     sure = "sure" if found.confidence >= 0.9 else "likely" if found.confidence >= 0.6 else "a guess"
     console.print(f"  {', '.join([*who, f'{sure} ({found.confidence:.0%})'])}", style="dim", markup=False)
     console.print()
     for one in found.evidence:
         console.print(f"  {one.file}:{one.line}", style="dim", markup=False, soft_wrap=True)
-        console.print(f"    {one.text}", markup=False)
+        console.print(_indented(one.text, 4))
     if found.cascade:
         console.print("  what only followed:", style="dim")
         for text in found.cascade:
-            console.print(f"    {text}", style="dim", markup=False)
+            console.print(_indented(text, 4, "dim"))
     console.print()
-    console.print(f"  {found.action}", markup=False)
+    console.print(_indented(found.action, 2))
+
+
+def _indented(text: str, by: int, style: str = "") -> Padding:
+    return Padding(Text(text, style=style), (0, 0, 0, by), expand=False)

@@ -181,7 +181,7 @@ class _RunReader:
         path = directory / state.METRICS_FILE
         self._points = [point for row in _thinly(path) if (point := _point(row)) is not None]
         self._metrics = state.LineReader(path, at_end=True)
-        self._recent: deque[Point] = deque(self._points[-1:], 64)
+        self._recent: deque[Point] = deque(self._points[-16:], 64)
         self._ledger_at = -LEDGER_EVERY
         self._ledger: dict[str, Any] = {}
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from raylaunch.live import plot
 from raylaunch.live.facts import Picture
+from raylaunch.words import plural
 
 VIEWS = {"m": "main", "n": "nodes", "e": "events", "l": "logs"}
 TWO_COLUMNS = 100
@@ -106,7 +107,9 @@ def _head(picture: Picture) -> list[Line]:
     if picture.ledger.get("goodput") is not None:
         figures.append(f"goodput {picture.ledger['goodput']:.0%}")
     if picture.ledger.get("recoveries"):
-        figures.append(f"{picture.ledger['recoveries']} recoveries, {picture.ledger['steps_lost']} steps lost")
+        figures.append(
+            f"{plural(picture.ledger['recoveries'], 'recovery')}, {plural(picture.ledger['steps_lost'], 'step')} lost"
+        )
     return [*found, Text("  ".join(figures))]
 
 
@@ -208,7 +211,7 @@ def _trouble(node: dict[str, Any]) -> str:
     found += [load["throttled"]] if load.get("throttled") else []
     found += [f"{load['ecc_errors']} ECC errors"] if load.get("ecc_errors") else []
     found += [f"{load['oom_kills']} killed for memory"] if load.get("oom_kills") else []
-    found += [f"{node['strikes']} strikes"] if node["strikes"] else []
+    found += [plural(node["strikes"], "strike")] if node["strikes"] else []
     return ", ".join(found)
 
 

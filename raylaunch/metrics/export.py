@@ -79,6 +79,7 @@ def _scrape(state_dir: Path, out: Path) -> dict[str, Any]:
     raylaunch = {
         **job("raylaunch", TARGETS),
         "authorization": {"type": "Bearer", "credentials_file": token},
+        "honor_labels": True,  # its own `cluster` is the target's
     }
     return {"global": {"scrape_interval": "15s"}, "scrape_configs": [raylaunch, job("ray", RAY_TARGETS)]}
 

@@ -42,7 +42,7 @@ STEP = {
     "loss": ("raylaunch_run_loss", "Training loss of the last step"),
     "lr": ("raylaunch_run_learning_rate", "Learning rate of the last step"),
     "grad_norm": ("raylaunch_run_gradient_norm", "Norm of the gradient of the last step"),
-    "tokens": ("raylaunch_run_tokens_total", "Tokens that the run was trained on"),
+    "tokens": ("raylaunch_run_tokens", "Tokens that the run was trained on; fewer again where a recovery begins"),
     "tokens_per_s": ("raylaunch_run_tokens_per_second", "Tokens a second over the last step"),
     "data_wait": ("raylaunch_run_data_wait_seconds", "Seconds that the last step waited for data"),
     "world_size": ("raylaunch_run_world_size", "Workers of the last step"),

@@ -36,7 +36,11 @@ def estimate(config: Config, slurm: Slurm, now: datetime) -> Queue:
     if start is None:
         return Queue("unknown", "Slurm gives no estimate")
     wait = max(0.0, (start - now).total_seconds())
-    return Queue("estimated", f"{start:%Y-%m-%d %H:%M}, in {spell(wait)} (sbatch --test-only)", start.isoformat())
+    return Queue(
+        "estimated",
+        f"{start:%Y-%m-%d %H:%M}, {f'in {spell(wait)}' if wait >= 60 else 'at once'} (sbatch --test-only)",
+        start.isoformat(),
+    )
 
 
 def _line(error: RaylaunchError) -> str:

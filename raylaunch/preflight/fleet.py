@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from raylaunch.preflight import gpus, machine, pairs
 from raylaunch.preflight.exchange import Checked, GpuCheck, Hello, Pairs
 from raylaunch.preflight.finding import Finding, few, ok, on, problem, size, warning
+from raylaunch.words import plural
 
 SKEW, FAR = 0.5, 5.0
 """Seconds between clocks: worth a word, and a problem."""
@@ -98,7 +99,7 @@ def _submits(rows: Sequence[Hello]) -> Iterator[Finding]:
 
 
 def _resources(row: Hello) -> str:
-    words = [f"{row.cpus} CPUs", f"{size(row.memory)} of memory"]
+    words = [plural(row.cpus, "CPU"), f"{size(row.memory)} of memory"]
     words += [f"{len(row.gpus)} GPUs"] if row.gpus else []
     return ", ".join([*words, f"{size(row.object_store)} for Ray's objects"])
 

@@ -4,7 +4,6 @@ once, each bounded; whatever does not answer is a finding, not an error."""
 from __future__ import annotations
 
 import os
-import pwd
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import datetime
@@ -17,6 +16,7 @@ from raylaunch.preflight.finding import Finding, ok, problem, unknown
 from raylaunch.slurm import script as slurm_script
 from raylaunch.slurm.client import Slurm
 from raylaunch.slurm.site import parse_estimate
+from raylaunch.words import user
 
 SMI_LIMIT = 10.0
 
@@ -95,11 +95,3 @@ def _questions(config: Config, state_dir: Path, slurm: Slurm) -> dict[str, Calla
         "user.submit": submit,
         "slurm.containers": containers,
     }
-
-
-def user() -> str:
-    """This user's name, as Slurm knows it."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return str(os.getuid())

@@ -89,8 +89,11 @@ def _partition(name: str, rows: Sequence[PartitionRow], is_chosen: bool) -> Find
     words.append("no time limit" if limit is None else f"up to {timedelta(seconds=limit)}".removesuffix(", 0:00:00"))
     text = f"{name}{' (default)' * rows[0].default}: {', '.join(words)}"
     text += "" if rows[0].up else "; it takes no jobs (down)"
-    if is_chosen and (not rows[0].up or away == total):
+    usable = rows[0].up and away < total
+    if is_chosen and not usable:
         return problem("queue.partition", text, "Choose another slurm.partition.")
+    if not usable:
+        return warning("queue.partition", text, "Do without it.")
     return ok("queue.partition", text)
 
 

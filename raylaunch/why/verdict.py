@@ -203,8 +203,9 @@ def _is_code(line: Line) -> bool:
 
 
 _QUIET = {"SystemExit", "KeyboardInterrupt", "StopIteration", "UserWarning", "DeprecationWarning", "FutureWarning",
-          "RuntimeWarning", "ResourceWarning", "WorkerGroupError", "TrainingFailedError"}  # fmt: skip
-"""No causes. (Ray Train's two say only that some worker failed.)"""
+          "RuntimeWarning", "ResourceWarning", "WorkerGroupError", "ControllerError",
+          "TrainingFailedError"}  # fmt: skip
+"""No causes. (Ray Train's say only that some worker failed.)"""
 
 
 def _meaning(line: Line, text: str, order: int) -> Finding | None:
@@ -240,7 +241,8 @@ def _place(frames: list[Line]) -> list[Line]:
 
 def _short(finding: Finding) -> str:
     who = f"rank {finding.line.rank}" if finding.line.rank is not None else finding.line.host or ""
-    text = unprefixed(finding.line.text).strip()[:160]
+    text = unprefixed(finding.line.text).strip()
+    text = text if len(text) <= 160 else f"{text[:159]}…"
     return f"{who}: {text}" if who else text
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
 from raylaunch.checkpoint.store import Fenced
@@ -31,6 +31,8 @@ def group(**failures: Exception) -> WorkerGroupError:
         (group(r1=GLOO, r2=Fenced("a newer attempt may commit")), "fault", 2),
         (group(r1=RuntimeError("CUDA error: uncorrectable ECC error encountered")), "fault", 1),
         (WorkerGroupStartupTimeoutError(4), "fault", None),
+        (ControllerError(RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.3]:4711")), "fault", None),
+        (ControllerError(RuntimeError("Distributed package doesn't have NCCL built in")), "error", None),
     ],
 )
 def test_the_cause_is_not_the_cascade(error: Exception, kind: str, rank: int | None) -> None:

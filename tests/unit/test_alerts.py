@@ -95,9 +95,9 @@ def test_started_once_and_again_in_another_allocation() -> None:
 def test_lost_nodes_by_name_or_many_together() -> None:
     run = Told()
     found = run.cluster(("node_lost", {"node": "gpu7", "reason": "connection\nclosed"}))
-    assert one(found, "node_lost").text == "node gpu7 is lost: connection closed" and found[0].subject == "gpu7"
+    assert one(found, "node_lost").text == "gpu7 is lost: connection closed" and found[0].subject == "gpu7"
     found = run.cluster(("node_failed", {"node": "gpu8", "error": "no GPU"}))
-    assert one(found, "node_lost").text == "node gpu8 cannot be used: no GPU"
+    assert one(found, "node_lost").text == "gpu8 cannot be used: no GPU"
     found = run.cluster(*(("node_lost", {"node": f"gpu{n}", "reason": "silent"}) for n in range(1, 18)))
     assert one(found, "node_lost").text == "17 nodes are lost: gpu[1-17]"
     assert run.cluster(("node_ready", {"node": "gpu7"}), ("node_joined", {"node": "gpu9"})) == []
@@ -475,7 +475,7 @@ def test_details_of_a_recovery(tmp_path: Path) -> None:
     )
     assert made.facts["steps_lost"] == 5 and made.facts["node"] == "b"
     done = details.complete(Alert("finished", "finished", facts={"loss": 1.25}, ask="result"), run)
-    assert "loss 1.2500" in done.text and "1 faults and 5 steps lost" in done.text
+    assert "loss 1.2500" in done.text and "1 fault and 5 steps lost" in done.text
 
 
 # -- secrets -----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from raylaunch.observe.report import cost, curves, data, markdown, page, setting
 from raylaunch.observe.report.axis import WIDTH, Axis
 from raylaunch.observe.report.facts import Facts, gather
 from raylaunch.slurm.client import Completed, Slurm
+from raylaunch.words import plural
 
 SEP = "\x1f"
 SACCT = [
@@ -343,7 +344,7 @@ def test_numbers_as_they_should_look() -> None:
     }
     assert {value: words.duration(value) for value in seconds} == seconds
     assert words.percent(0.9966) == "99.66 %" and words.percent(0.00001) == "< 0.01 %" and words.percent(1.0) == "100 %"
-    assert words.amount(1234567) == "1.23 M" and words.amount(8716) == "8,716" and words.plural(1, "loss") == "1 loss"
+    assert words.amount(1234567) == "1.23 M" and words.amount(8716) == "8,716" and plural(1, "loss") == "1 loss"
     assert [text for _, text in svg.time_ticks(10 * 86400.0)][:3] == ["0", "1 d", "2 d"]
     assert len(svg.time_ticks(1e12)) < 30
 

@@ -7,6 +7,7 @@ from collections import Counter
 from raylaunch.observe.report import settings, words
 from raylaunch.observe.report.facts import Facts
 from raylaunch.observe.report.text import changed, code_rows
+from raylaunch.words import plural
 
 
 def appendix(facts: Facts) -> str:
@@ -43,9 +44,9 @@ def appendix(facts: Facts) -> str:
         listed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in kinds.most_common(6))
         times = sorted(r.total or 0.0 for r in facts.survived)
         found.append(
-            f"It went on after {words.plural(len(facts.survived), 'fault')} ({listed}), each within "
+            f"It went on after {plural(len(facts.survived), 'fault')} ({listed}), each within "
             f"{words.duration(times[-1])} (median {words.duration(times[len(times) // 2])}); "
-            f"{words.plural(book.steps_lost, 'step')} had to be repeated."
+            f"{plural(book.steps_lost, 'step')} had to be repeated."
         )
     else:
         found.append("No fault occurred." if not facts.faults else "")
@@ -72,10 +73,10 @@ def _hardware(facts: Facts) -> str:
     has = []
     gpus = max(facts.gpus.values(), default=0)
     if gpus:
-        has.append(words.plural(gpus, f"{facts.gpu_type} GPU".strip()))
+        has.append(plural(gpus, f"{facts.gpu_type} GPU".strip()))
     if known:
         cpus, memory = max(n.cpus or 0 for n in known), max(n.memory or 0 for n in known)
-        has += [words.plural(cpus, "CPU")] + ([f"{words.memory(memory)} of memory"] if memory else [])
+        has += [plural(cpus, "CPU")] + ([f"{words.memory(memory)} of memory"] if memory else [])
     up_to = "up to " if changed(facts) else ""
     each = f" with {', '.join(has[:-1])}{' and ' if len(has) > 1 else ''}{has[-1]} each" if has else ""
-    return f" on {up_to}{words.plural(facts.most_nodes, 'node')}{each}"
+    return f" on {up_to}{plural(facts.most_nodes, 'node')}{each}"

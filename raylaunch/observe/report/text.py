@@ -6,6 +6,7 @@ from typing import Any
 
 from raylaunch.observe.report import words
 from raylaunch.observe.report.facts import Facts
+from raylaunch.words import plural
 
 Pairs = list[tuple[str, str, str]]
 """(what, value, a remark)."""
@@ -18,8 +19,8 @@ def steps(facts: Facts) -> str:
 
 def size(facts: Facts) -> str:
     """The most it had: `12 nodes, 96 workers`."""
-    parts = [words.plural(facts.most_nodes, "node")] if facts.most_nodes else []
-    parts += [words.plural(facts.most_workers, "worker")] if facts.most_workers else []
+    parts = [plural(facts.most_nodes, "node")] if facts.most_nodes else []
+    parts += [plural(facts.most_workers, "worker")] if facts.most_workers else []
     return ", ".join(parts)
 
 
@@ -35,7 +36,7 @@ def sentence(facts: Facts) -> str:
         found += f" on up to {size(facts)}" if changed(facts) else f" on {size(facts)}"
     found += f". {steps(facts)} steps" if facts.book.steps else ""
     if facts.survived:
-        found += f"; {words.plural(len(facts.survived), 'fault')} survived, {words.plural(facts.book.steps_lost, 'step')} repeated"
+        found += f"; {plural(len(facts.survived), 'fault')} survived, {plural(facts.book.steps_lost, 'step')} repeated"
     return found + "."
 
 
@@ -127,7 +128,7 @@ def code_rows(facts: Facts) -> Pairs:
         dirty, changed = git.get("dirty"), git.get("changed")
         state = "clean" if dirty is False else "its changes are not known"
         if dirty:
-            state = f"with {words.plural(changed if isinstance(changed, int) else 0, 'changed file')}"
+            state = f"with {plural(changed if isinstance(changed, int) else 0, 'changed file')}"
         branch = f"branch {git.get('branch')}, " if git.get("branch") else ""
         rows.append(("code", str(git.get("commit", ""))[:12], f"{branch}{state}, in {git.get('directory')}"))
     commits = list(dict.fromkeys(str(_dict(h.get("git")).get("commit", ""))[:12] for h in facts.hand_overs))

@@ -13,6 +13,7 @@ from raylaunch.observe.report.axis import WIDTH
 from raylaunch.observe.report.curves import Bucket
 from raylaunch.observe.report.facts import Facts
 from raylaunch.observe.report.svg import Mark, Panel
+from raylaunch.words import plural
 
 COLUMNS = 500
 """Of the ribbon."""
@@ -100,7 +101,7 @@ def _marks(facts: Facts) -> list[Mark]:
         x = facts.axis.x(one.began)
         end = facts.axis.x(one.began + one.total) if one.total is not None else x
         kind = "resize" if one.kind == "resize" else "fault"
-        told = f"{number}. {facts.named(one)}: {took(one)}, {words.plural(one.steps_lost, 'step')} lost"
+        told = f"{number}. {facts.named(one)}: {took(one)}, {plural(one.steps_lost, 'step')} lost"
         if found and x - last < 1.0 and found[-1][1].class_ == kind:  # not to be told apart
             first, mark = found[-1]
             label = f"{first}-{number}" if mark.label else ""

@@ -108,10 +108,6 @@ def day(moment: float) -> str:
     return when(moment)[:10]
 
 
-def plural(count: int, word: str) -> str:
-    return f"{count:,} {word}" + ("" if count == 1 else "es" if word.endswith(("s", "h")) else "s")
-
-
 def clip(text: str, most: int) -> str:
     """One line, and no longer than that."""
     text = " ".join(text.split())

@@ -1,0 +1,23 @@
+"""Words that several rooms say to people. Nothing here imports anything of raylaunch's."""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+
+def plural(count: int, word: str) -> str:
+    """ "1 step", "2 steps"; with commas."""
+    if count == 1:
+        return f"{count:,} {word}"
+    if word.endswith("y"):
+        return f"{count:,} {word[:-1]}ies"
+    return f"{count:,} {word}" + ("es" if word.endswith(("s", "h")) else "s")
+
+
+def user() -> str:
+    """The user's name by the system, not by the environment; the number where it has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
