@@ -314,7 +314,7 @@ def _fill(facts: Facts, count: _Count, elastic: ElasticConfig) -> list[Decision]
     setting = f"elastic.replace={str(elastic.replace).lower()}"
     taking = min(facts.ceiling, facts.max_nodes) - count.staying - count.coming
     if missing > 0 and (elastic.replace or elastic.join.partition is not None):
-        n, reason = missing, f"{count.staying} of {count.wanted} nodes are alive, {count.coming} are coming"
+        n, reason = missing, f"{count.staying} of {count.wanted} nodes are alive, {count.coming} coming"
     elif missing <= 0 and taking > 0 and facts.idle > 0 and count.waiting == 0:
         n, reason = min(taking, facts.idle), f"{facts.idle} nodes are idle"
         setting = f"elastic.join.partition={elastic.join.partition}"
@@ -342,8 +342,7 @@ def _stand(facts: Facts, count: _Count, minimum: int, elastic: ElasticConfig) ->
             return Hold(f"{count.staying} of {count.wanted} nodes are alive")
         why = facts.refused or ("" if elastic.replace else "nothing is replaced")
         return Hold(
-            f"{count.staying} of {count.wanted} nodes are alive, {count.coming} are coming"
-            + (f"; {why}" if why else "")
+            f"{count.staying} of {count.wanted} nodes are alive, {count.coming} coming" + (f"; {why}" if why else "")
         )
     stuck = sum(j.count for j in facts.joiners if j.pending and j.blocked)
     if count.coming - stuck <= 0 and not facts.watched and facts.below_min >= elastic.hold_timeout:
@@ -352,4 +351,4 @@ def _stand(facts: Facts, count: _Count, minimum: int, elastic: ElasticConfig) ->
             + (f": {facts.refused}" if facts.refused else ""),
             f"elastic.hold_timeout={elastic.hold_timeout}",
         )
-    return Hold(f"{count.alive} of at least {minimum} nodes, {count.coming} are coming", f"elastic.min_nodes={minimum}")
+    return Hold(f"{count.alive} of at least {minimum} nodes, {count.coming} coming", f"elastic.min_nodes={minimum}")

@@ -88,7 +88,8 @@ class SaveProcess:
         """By the thread that trains: the process ends when the thread does that began it (prctl(2))."""
         self._connection, theirs = Pipe()
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "raylaunch.checkpoint.process"]
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # whose classes a state may hold
+        command = [sys.executable, "-P", "-m", "raylaunch.checkpoint.process"]
         self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=env)
         theirs.close()
 

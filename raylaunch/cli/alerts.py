@@ -49,7 +49,10 @@ def test(path: Path | None, sets: tuple[str, ...]) -> None:
         said = "was taken" if result.ok else f"FAILED: {result.said}"
         click.echo(f"{name:8} {said} ({seconds:.1f} s)" + (f"\n         {result.detail}" if result.detail else ""))
     if not all(result.ok for _, result, _ in found):
-        raise RaylaunchError("an alert would not arrive", "Check that address, or that command, and test again.")
+        raise RaylaunchError(
+            "an alert would not arrive",
+            "Check what it says (the address, the command, mail on this machine), and test again.",
+        )
 
 
 @alerts.command("list")

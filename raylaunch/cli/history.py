@@ -68,10 +68,10 @@ def _print(found: Accounts) -> None:
         return
     _table(found.runs, [
         ("began", 60, "", lambda r: _when(r.began)), ("run", 0, "", lambda r: r.run), ("state", 0, "", lambda r: r.state),
-        ("cluster", 100, "", lambda r: r.cluster), ("account", 100, "", lambda r: r.account),
-        ("took", 60, "right", lambda r: _took(r.took)), ("nodes", 100, "right", lambda r: r.nodes or ""),
+        ("cluster", 112, "", lambda r: r.cluster), ("account", 112, "", lambda r: r.account),
+        ("took", 60, "right", lambda r: _took(r.took)), ("nodes", 112, "right", lambda r: r.nodes or ""),
         ("steps", 80, "right", lambda r: "" if r.steps is None else f"{r.steps:,}"),
-        ("node-hours", 100, "right", lambda r: _hours(r.node_hours)), ("GPU-hours", 0, "right", lambda r: _hours(r.gpu_hours)),
+        ("node-hours", 112, "right", lambda r: _hours(r.node_hours)), ("GPU-hours", 0, "right", lambda r: _hours(r.gpu_hours)),
     ])  # fmt: skip
     for row in found.runs:
         if row.state == "unreadable":
@@ -79,9 +79,9 @@ def _print(found: Accounts) -> None:
     click.echo()
     _table(found.clusters, [
         ("began", 60, "", lambda c: _when(c.began)), ("cluster", 0, "", lambda c: c.cluster), ("state", 0, "", lambda c: c.state),
-        ("jobs", 80, "", lambda c: words.clip(", ".join(c.jobs), 40)), ("account", 100, "", lambda c: c.account),
+        ("jobs", 80, "", lambda c: words.clip(", ".join(c.jobs), 40)), ("account", 112, "", lambda c: c.account),
         ("took", 60, "right", lambda c: _took(c.took)), ("nodes", 80, "right", lambda c: c.nodes or ""),
-        ("node-hours", 100, "right", lambda c: _hours(c.node_hours)), ("GPU-hours", 0, "right", lambda c: _hours(c.gpu_hours)),
+        ("node-hours", 112, "right", lambda c: _hours(c.node_hours)), ("GPU-hours", 0, "right", lambda c: _hours(c.gpu_hours)),
     ])  # fmt: skip
     click.echo()
     _table(found.accounts, [
@@ -136,5 +136,5 @@ def _print_trail(where: Path, after: float, as_json: bool) -> None:
         ("when", 0, "", lambda r: words.when(float(r["time"]), seconds=True)[: 19 if table_width() >= 60 else 10]),
         ("who", 60, "", lambda r: f"{r.get('user')}@{r.get('host')}"), ("what", 0, "", what),
         ("cluster", 80, "", lambda r: r.get("cluster")), ("run", 60, "", lambda r: r.get("run")),
-        ("configuration", 100, "", lambda r: str(r.get("config") or "")[:16]),
+        ("configuration", 112, "", lambda r: str(r.get("config") or "")[:16]),
     ])  # fmt: skip

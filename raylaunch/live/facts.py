@@ -225,7 +225,16 @@ class _Events:
 
 def _words(row: dict[str, Any]) -> str:
     told = {k: v for k, v in row.items() if k not in _HIDDEN and v not in ("", None, [], {})}
-    return " ".join(f"{key}={' '.join(str(value).split())}" for key, value in told.items())[:300]
+    return " ".join(f"{key}={_said(value)}" for key, value in told.items())[:300]
+
+
+def _said(value: Any) -> str:
+    """As people write it: no quotes and brackets of Python's."""
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_said(one)}" for key, one in value.items()) + ")"
+    if isinstance(value, list):
+        return ",".join(_said(one) for one in value)
+    return " ".join(str(value).split())
 
 
 def _point(row: dict[str, Any]) -> Point | None:

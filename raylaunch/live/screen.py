@@ -96,7 +96,10 @@ def _head(picture: Picture) -> list[Line]:
             [Text(f"step {last.step} of {picture.max_steps}"), bar(share, 20), Text(f"{share:.0%}{ends}"), Text(pace)]
         )
     )
-    figures = [f"loss {last.loss:.4g}", f"{count(last.rate)} tokens/s"]
+    figures = [
+        f"loss {last.loss:.4f}" if 0.01 <= abs(last.loss) < 1e4 else f"loss {last.loss:.4g}",
+        f"{count(last.rate)} tokens/s",
+    ]
     if run.state == "running" and picture.step_seconds:
         figures.append(
             f"saves at {picture.next_save}, in {duration((picture.next_save - last.step) * picture.step_seconds)}"
@@ -196,23 +199,25 @@ def _node(node: dict[str, Any]) -> Line:
 
     state = str(node["state"])
     name = f"{node['name']}{'*' if node['role'] == 'head' else ''}"
-    line = Text.assemble(
-        f"{name:<20.20} ", (f"{state:<11}", _COLOURS.get(state, "")),
+    line = Text.assemble(f"{name:<20.20} ", (f"{state:<11}", _COLOURS.get(state, "")))
+    if state in _BAD:
+        return line.append(f"  {_trouble(node)}".rstrip(), "red")
+    line.append(
         f"{share('cpu'):>5}{share('memory'):>6}{share('gpu'):>6}{share('gpu_memory'):>6}"
-        f"{load.get('watts', '-'):>7}{load.get('temperature', '-'):>5}",
-    )  # fmt: skip
+        f"{load.get('watts', '-'):>7}{load.get('temperature', '-'):>5}"
+    )
     return line.append(f"  {_trouble(node)}", "red") if _trouble(node) else line
 
 
 def _trouble(node: dict[str, Any]) -> str:
     load, found = node["load"], []
     if node["state"] in _BAD:
-        found.append(str(node.get("error") or node["state"]))
+        found.append(str(node.get("error") or ""))
     found += [load["throttled"]] if load.get("throttled") else []
     found += [f"{load['ecc_errors']} ECC errors"] if load.get("ecc_errors") else []
     found += [f"{load['oom_kills']} killed for memory"] if load.get("oom_kills") else []
     found += [plural(node["strikes"], "strike")] if node["strikes"] else []
-    return ", ".join(found)
+    return ", ".join(filter(None, found))
 
 
 def ranked(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
