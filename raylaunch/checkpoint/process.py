@@ -10,6 +10,7 @@ listens that did not before. One that ends takes its worker's save with it, and 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -130,6 +131,7 @@ def main() -> int:
     processes.die_with_parent()
     connection: Connection[Any, Any] = Connection(os.dup(0))
     torch.set_num_threads(1)
+    logging.getLogger("torch.distributed.device_mesh").setLevel(logging.ERROR)  # warns that ours has no groups here
     with contextlib.suppress(EOFError, ConnectionResetError):  # the worker has ended
         _join(connection.recv())
         state: Any = None
