@@ -140,6 +140,14 @@ def decide(facts: Facts, elastic: ElasticConfig) -> Decision:
             f"the same {last.cause or 'error'} {facts.same_error} times with no commit between: {last.text}",
             f"elastic.max_same_error={elastic.max_same_error}",
         )
+    # So does a worker that is lost, once a node was excluded for it and it has gone on elsewhere.
+    lost_limit = LOSSES_PER_STRIKE * (elastic.max_strikes + 1)
+    if last is not None and last.cause == "worker_lost" and facts.same_error >= lost_limit:
+        return Finish(
+            "failed",
+            f"{last.fingerprint} {facts.same_error} times with no commit between, on other nodes, too: {last.text}",
+            f"elastic.max_strikes={elastic.max_strikes}",
+        )
     minimum, setting = elastic.min_nodes or 1, f"elastic.min_nodes={elastic.min_nodes or 1}"
     if minimum * facts.workers_per_node < facts.together:
         minimum = -(-facts.together // facts.workers_per_node)

@@ -3,8 +3,8 @@
 The script finds torchrun's variables (env:// rendezvous at a port of rank 0's node, found anew in each attempt).
 The workers keep in step beside it, once a second, over gloo: whether all scripts have ended, and whether the run
 is to stop. To stop, every script gets `trainer.stop_signal` at the same time, and SIGKILL after `stop_timeout`.
-A script that ends by a signal takes its worker with it (a fault of the machines, for all we know); one that ends
-with an exit code is an error, with the last words of its traceback.
+A script that ends by a signal takes its worker with it (a fault of the machines, for all we know); one that crashes
+soon after its start, or ends with an exit code, is an error, with the last words of its traceback.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ EVERY = 1.0
 _ERROR = re.compile(r"^(?:\[rank\d+\]: )?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)", re.MULTILINE)
 """A traceback's last line; torch writes the rank before it once there is a process group."""
 _TAIL = 1 << 16
+_CRASHES = {"SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE"}
+"""Of a program's own making. (Not SIGABRT: NCCL's watchdog ends with it those whose peer is gone.)"""
+SOON = 600.0
+"""Seconds: a crash after more than that may be anything's."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ def run(config: Config, session: Session) -> None:
     log = errors.with_name(f"rank-{session.rank}.log")
     began_at = log.stat().st_size if log.exists() else 0
     become_subreaper()
+    began = time.monotonic()
     child = subprocess.Popen(
         command(trainer), cwd=trainer.chdir, env=environment(session, find_place(session), errors),
         preexec_fn=die_with_parent,
@@ -65,7 +70,10 @@ def run(config: Config, session: Session) -> None:
         end_tree(os.getpid(), keep_root=True)  # also what a script that has ended has left behind
         child.wait()
     if child.returncode < 0 and not stopped:
-        print(f"the script ended by {signal.Signals(-child.returncode).name}", file=sys.stderr, flush=True)
+        name = signal.Signals(-child.returncode).name
+        print(f"the script ended by {name}", file=sys.stderr, flush=True)
+        if name in _CRASHES and time.monotonic() - began < SOON:
+            raise RunError(f"{trainer.script} ended by {name}, a crash of its own")
         os.kill(os.getpid(), -child.returncode)
     if child.returncode and not stopped:
         raise RunError(f"{trainer.script} exited with code {child.returncode}: {last_words(errors, log, began_at)}")

@@ -69,7 +69,7 @@ class Follower:
 
     def _recall(self) -> Memory:
         """Go on where the process before this one was; else from the beginning of this handing over."""
-        readers = self._readers()
+        readers, losses = self._readers(), list[float]()
         try:
             known = state.read_json(self._run_dir / MEMORY) or {}
             if known:
@@ -79,13 +79,15 @@ class Follower:
                 for name, reader in readers.items():
                     reader.offset = int(known["offsets"][name])
                 return Memory.parse(known["memory"])
+            if known:  # handed over anew: what its loss usually is has not changed
+                losses = Memory.parse(known["memory"]).losses
         except (StateError, KeyError, TypeError, ValueError, AttributeError) as error:
             _say(f"{MEMORY} is of no use: {first_line(error)}")
         handed = _last_line(self._events.path, "queued")
         begun = _last_line(self._cluster.path, "run_started", lambda row: row.get("run") == self._run.name)
         self._events.offset = self._events.offset if handed is None else handed
         self._cluster.offset = self._cluster.offset if begun is None else begun
-        return Memory()
+        return Memory(losses=losses)
 
     def _readers(self) -> dict[str, state.LineReader]:
         return {"events": self._events, "metrics": self._metrics, "cluster": self._cluster}
@@ -212,7 +214,8 @@ class Follower:
         """Of an alert that no sink has still to get, the run's events tell; only then it is gone."""
         if not parcel.due:
             sent = parcel.message
-            fields = {"alert": sent["kind"], "text": sent["text"], "id": sent["id"], "count": sent["count"]}
+            fields = {"alert": sent["kind"], "at": sent["time"], "text": sent["text"], "id": sent["id"],
+                      "count": sent["count"]}  # fmt: skip
             try:
                 await asyncio.to_thread(state.append_event, self._run_dir, "alert", **fields, sinks=parcel.done)
             except StateError as error:

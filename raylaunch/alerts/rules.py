@@ -128,6 +128,7 @@ class Rules:
                 self._recovered(moment, f"its script runs again on {m.workers} workers")
             case "attempt_ended":
                 m.running = m.stalled = False
+                m.step = _whole(row.get("step")) or m.step  # its last rows of metrics may not have been read yet
                 if str(row.get("how")) in {"fault", "error"}:
                     self._trouble(moment, row.get("error") or row.get("cause") or row["how"])
             case "fault":

@@ -16,7 +16,7 @@ def curve(xs: Sequence[float], ys: Sequence[float], width: int, height: int) -> 
     if not known or width < 1 or height < 1:
         return [" " * width] * height, math.nan, math.nan
     low, high = min(y for _, y in known), max(y for _, y in known)
-    first, last = known[0][0], known[-1][0]
+    first, last = min(x for x, _ in known), max(x for x, _ in known)  # steps that are done again come back
     sums: dict[int, tuple[float, int]] = {}
     for x, y in known:
         column = int((x - first) / ((last - first) or 1.0) * (2 * width - 1))

@@ -247,6 +247,14 @@ def test_a_script_grows_when_it_may(site: Site, grow: bool) -> None:
     assert ended == (["fault", "resized", "stopped"] if grow else ["fault", "stopped"])
 
 
+def test_a_script_that_crashes_ends_the_run(site: Site) -> None:
+    """Twice on the same instruction is no node's fault: none of them is excluded for it."""
+    script = site.folder / "crash.py"
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    said = site(*site.script("crash", script), code=1)
+    assert "ended by SIGSEGV" in said and len(site.events("crash", "attempt_started")) == 2
+
+
 def test_scripts_that_cannot_start_are_refused_before_anything_is_held(site: Site) -> None:
     said = site(*site.script("none", site.folder / "none.py"), code=2)
     assert "no such file" in said and not (site.state / "runs/none").exists()

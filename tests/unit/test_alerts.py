@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from raylaunch import configfile, layout, runs, state
 from raylaunch.alerts import addresses, details, health, mail, outbox, sinks
 from raylaunch.alerts.alert import Alert, lasting, message, severity
-from raylaunch.alerts.follow import _last_line
+from raylaunch.alerts.follow import Follower, _last_line
 from raylaunch.alerts.limits import Limiter
 from raylaunch.alerts.outbox import Due, Outbox
 from raylaunch.alerts.rules import Memory, Rules
@@ -109,7 +109,8 @@ def test_recovered_at_the_first_step_after_whatever_happened() -> None:
     run.steps(10)
     run.event("fault", cause="node_lost", node="gpu2", reason="gpu2 is lost")
     assert run.steps(2) == []  # its own, from a file that is read later
-    run.event("attempt_ended", how="fault", error="gpu2 is lost", cause="node_lost")
+    run.event("attempt_ended", how="fault", error="gpu2 is lost", cause="node_lost", step=14)
+    assert run.rules.memory.step == 14  # also where its last rows are still to be read
     assert run.steps(2) == []
     run.now += 16
     assert run.start(from_step=5, workers=2) == []
@@ -656,6 +657,18 @@ def test_the_command_line_says_what_came_of_each(here: Path) -> None:
     assert isinstance(shown.exception, UsageError) and "alerts.slack" in shown.exception.hint
 
 
+def test_what_a_loss_usually_is_outlives_a_handing_over(here: Path) -> None:
+    run_dir = here / "runs" / "r"
+    with runs.prepared(run_dir, Config(), "main"):
+        pass
+    run = runs.Run.read(run_dir)
+    assert run is not None
+    memory = asdict(Memory(begun=True, attempt=7, losses=[1.5, 1.4]))
+    limits = Limiter(1.0, 9).memory()
+    state.write_json(run_dir / "alerts.json", {"run": "another", "limits": limits, "outbox": [], "memory": memory})
+    assert Follower(run_dir, Config(), run)._rules.memory == Memory(losses=[1.5, 1.4])
+
+
 def test_the_alerts_of_a_run_are_listed_whatever_lies_there(here: Path) -> None:
     run = here / "runs" / "r"
     with runs.prepared(run, Config(), "main"):
@@ -663,7 +676,8 @@ def test_the_alerts_of_a_run_are_listed_whatever_lies_there(here: Path) -> None:
     words = ["alerts", "list", "r", "--state-dir", str(here)]
     assert "has sent no alert" in CliRunner().invoke(cli, words).output
     done = {"slack": {"outcome": "sent", "tries": 2, "seconds": 1.0}}
-    state.append_event(run, "alert", alert="nan", text="step 7: [red] loss is nan", id="1", count=1, sinks=done)
+    told = {"alert": "nan", "at": 1e9, "text": "step 7: [red] loss is nan", "id": "1", "count": 1}
+    state.append_event(run, "alert", **told, sinks=done)
     box = Outbox()
     box.add(message(Alert("failed", "failed: x", time=1e9), "r", "main"), ["webhook"])
     state.write_json(run / "alerts.json", {"outbox": box.memory()})

@@ -333,7 +333,7 @@ def test_every_history_ends_as_it_must(
 ) -> None:
     """Nodes come back and the trainer is healthy in the end: the run finishes, unless the code itself fails
     `max_same_error` times with no commit between. (The minimum is asserted at each start.)"""
-    elastic = ElasticConfig(min_nodes=min(minimum, count), grow_after=grow_after, max_same_error=same)
+    elastic = ElasticConfig(min_nodes=min(minimum, count), grow_after=grow_after, max_same_error=same, max_strikes=9)
     world = World(fates, count, elastic)
     end = world.run()
     if end.state == "finished":
@@ -350,8 +350,16 @@ def test_every_history_ends_as_it_must(
 @given(fates=st.lists(st.tuples(st.sampled_from(["node", "two nodes", "all nodes", "worker", "drain"]), st.integers(0, 4)),
                       max_size=60))  # fmt: skip
 def test_faults_of_the_machines_never_end_a_run(fates: list[tuple[str, int]]) -> None:
-    world = World(fates, 3, ElasticConfig(max_same_error=1))
+    world = World(fates, 3, ElasticConfig(max_same_error=1, max_strikes=20))
     assert world.run().state == "finished"
+
+
+def test_a_worker_that_is_lost_on_every_node_is_the_code_s() -> None:
+    """Three losses are a strike, three strikes exclude the node; what still happens then is not the node's."""
+    world = World([("worker", 1)] * 60, 3, ElasticConfig(max_strikes=3))
+    end = world.run()
+    assert (end.state, end.setting, world.attempts) == ("failed", "elastic.max_strikes=3", 12)
+    assert "lost rank 0 12 times with no commit between" in end.reason
 
 
 @given(same=st.integers(1, 5))
