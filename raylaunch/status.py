@@ -115,6 +115,13 @@ def _wanted(directory: Path, record: Cluster) -> dict[str, Any]:
     }
 
 
+def state_of(state_dir: Path, run: Run) -> str:
+    """The run's state: "interrupted" where it was alive when its cluster ended."""
+    directory = state.cluster_dir(state_dir, run.cluster)
+    over = not directory.is_dir() or (directory / layout.ENDED_FILE).exists()
+    return "interrupted" if run.state in LIVE_RUNS and over else run.state
+
+
 def _runs(state_dir: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted((state_dir / "runs").glob(f"*/{layout.RUN_FILE}")):

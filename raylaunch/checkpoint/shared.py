@@ -116,7 +116,9 @@ def _piece(memory: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, 
 
 def _like(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
     """The copy as the same part of the same whole. (`from_local` would move it to the mesh's device.)"""
-    return DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
+    if not isinstance(tensor, DTensor):
+        return copy
+    return DTensor(copy, tensor._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def _cuda() -> Any:

@@ -11,15 +11,14 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from raylaunch import state
+from raylaunch import state, status
 from raylaunch.cli import options
 from raylaunch.cli.show import table_width
-from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.errors import UsageError
 from raylaunch.runs import Run
 from raylaunch.slurm.client import Slurm
-from raylaunch.why import reading, run
-from raylaunch.why.reading import Line
-from raylaunch.why.verdict import Verdict, judge
+from raylaunch.why import job, reading, run
+from raylaunch.why.verdict import Verdict, judge, on
 
 
 @click.command()
@@ -34,48 +33,46 @@ def why(what: str, as_json: bool, state_dir: Path | None) -> None:
       raylaunch why my-run
       raylaunch why slurm-4711.out
     """
-    found = _verdict(what, options.state_dir(state_dir))
+    found, survived = _verdict(what, options.state_dir(state_dir))
     if isinstance(found, str):
         click.echo(json.dumps({"kind": None, "cause": found}) if as_json else found)
     elif as_json:
-        click.echo(json.dumps(asdict(found), indent=1))
+        click.echo(json.dumps({**asdict(found), "survived": bool(survived)}, indent=1))
     else:
+        if survived:
+            click.echo(f"{survived}\n")
         _print(found)
 
 
-def _verdict(what: str, where: Path) -> Verdict | str:
-    path = Path(what).expanduser()
-    run_dir = state.run_dir(where, what)
+def _verdict(what: str, where: Path) -> tuple[Verdict | str, str]:
+    """The verdict, or what there is to say instead; and of a run that went on after that failure, how it is now."""
+    path, run_dir = Path(what).expanduser(), state.run_dir(where, what)
     if "/" not in what and (own := Run.read(run_dir)) is not None:
-        failed = run.last_failure(run_dir)
-        return run.describe(own) if failed is None else run.explain(run_dir, failed)
+        failed, now = run.last_failure(run_dir), run.describe(own, status.state_of(where, own))
+        if failed is None:
+            return f"{now}; no attempt of it has failed", ""
+        return run.explain(run_dir, failed), "" if own.state == "failed" else f"{now}. Attempt {failed.attempt} failed:"
     if path.is_dir():
         raise UsageError(f"{what} is a directory", "Give a log file, a run's name or a job's number.")
     if path.exists():
-        return judge(reading.lines(path))
+        return _of_file(path), ""
     if what.isdigit():
-        return _of_job(what)
+        return job.explain(what, Slurm()), ""
     raise UsageError(
         f"{what} is no run in {where}, no file and no job's number", "See `raylaunch status --all`, or give a log file."
     )
 
 
-def _of_job(job: str) -> Verdict:
-    """What Slurm remembers, and the job's own output where it lies here."""
-    said: list[Line] = []
-    slurm = Slurm()
-    rows = slurm.finished([job]) if slurm.available() else None
-    if rows and (row := rows.get(job)) is not None:
-        ended = f"State={row.state} ExitCode={row.exit_code}:{row.signal}"
-        said.append(Line("sacct", 1, ended, host=row.nodes[0] if len(row.nodes) == 1 else None))
-    output = Path(f"slurm-{job}.out")
-    lines = list(reading.lines(output)) if output.exists() else []
-    if not said and not lines:
-        raise RaylaunchError(
-            f"nothing is known of job {job}: no accounting of it, and no {output} here",
-            "Give the job's output as a file: `scontrol show job JOB` names it (StdOut) for some minutes after its end.",
-        )
-    return judge([*lines, *said])
+def _of_file(path: Path) -> Verdict:
+    found = judge(reading.lines(path))
+    if found.kind == "unknown" and not found.evidence:
+        with path.open("rb") as source:
+            start = source.read(4096)
+        if not start.strip():
+            return on(found, cause="the log is empty", action="Look at the other ranks' logs.")
+        if b"\0" in start:
+            return on(found, cause=f"{path} is no text", action="Give what the job has printed.")
+    return found
 
 
 def _print(found: Verdict) -> None:

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 from raylaunch.errors import SlurmError, SlurmUnavailable
@@ -237,6 +238,12 @@ class Slurm:
         done = self._call(["scontrol", "show", "job", "--oneliner", job])
         match = re.search(r" PreemptTime=(\S+)", done.stdout)
         return match is not None and match[1] not in {"None", "Unknown"}
+
+    def output(self, job: str) -> Path | None:
+        """Where the job's standard output goes, for as long as Slurm knows the job (MinJobAge after its end)."""
+        done = self._call(["scontrol", "show", "job", "--oneliner", job])
+        match = re.search(r" StdOut=(/\S+)", done.stdout)
+        return Path(match[1]) if match is not None else None
 
     def preempt_mode(self, job: str) -> str:
         """What Slurm does with the job's partition's jobs when it preempts them: REQUEUE, CANCEL, …; "" if unsaid."""

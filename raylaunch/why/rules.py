@@ -163,6 +163,8 @@ RULES: tuple[Rule, ...] = (
           rf".{{0,120}}?({_LOCAL}/[^\s'\"]*)|({_LOCAL}/[^\s'\"]*).{{0,80}}(?:No such file|does not exist|not a local folder)|"
           r"directory is not shared|not (?:on )?(?:a )?shared (?:file ?system|storage)|does not read .* as rank 0 does",
           "a path is not the same on all nodes", _PATHS, confidence=0.8),
+    _rule("data_error", r"RunError: (data\.\w+: nothing matches .*)", "{0}", "Give files, directories or globs that exist on "
+          "every node, as absolute paths; `raylaunch train --check` finds it before nodes are held."),
     _rule("data_error", r"FileNotFoundError: (.*)", "a file is not there: {0}", "Check the path, and that the step before "
           "wrote it; on another node, that the directory is shared.", Tier.ERROR, 0.7),
     # -- what may be somebody else's doing

@@ -7,6 +7,7 @@ few ranks are read: those that left an error file (the earliest first), the one 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _LOST: dict[str, tuple[Kind, str]] = {
     "driver_lost": ("unknown", "See the end of logs/driver.log in the run directory: was it killed for memory?"),
     "hardware": ("gpu_fault", "Exclude the node (slurm.exclude) and tell the admins."),
 }  # fmt: skip
+_OURS = re.compile(r"raylaunch\.driver|^(?:alerts|tracking): ")
+"""In the driver's log: what it says itself, and what the processes beside it do, whose troubles end no run."""
 _KILLED = (
     "It was killed (SIGKILL), or crashed: for memory, mostly. `sacct -j JOB -o MaxRSS,State` and dmesg on its node say."
 )
@@ -77,9 +80,10 @@ def explain(run_dir: Path, failed: Failed) -> Verdict:
     if failed.cause == "worker_lost":
         kernel = _oom_kill(run_dir, failed)
         text = f"{failed.text}; " + ("the kernel ended it for memory" if kernel else "it left no error")
+        what: Kind = "oom_host" if kernel else "unknown"  # a SIGKILL has no sender: somebody's, chaos's, the kernel's
         evidence = (here, *([kernel] if kernel else []))
         sure = 0.97 if kernel else 0.5
-        return Verdict("oom_host", text, failed.rank, failed.node, sure, evidence, said.cascade, _KILLED)
+        return Verdict(what, text, failed.rank, failed.node, sure, evidence, said.cascade, _KILLED)
     if failed.how == "error":
         own: Kind = said.kind if said.kind != "unknown" else "python_exception"
         return Verdict(own, failed.text, failed.rank, failed.node, 0.8, (here,), said.cascade, "See that rank's log.")
@@ -130,7 +134,7 @@ def _lines(run_dir: Path, failed: Failed) -> Iterator[Line]:
             yield from reading.lines(path, rank, hosts.get(rank))
     driver = run_dir / layout.LOGS / "driver.log"
     if driver.exists():  # Ray's words on workers that it killed
-        yield from (line for line in reading.lines(driver) if "raylaunch.driver" not in line.text)
+        yield from (line for line in reading.lines(driver) if not _OURS.search(line.text))
 
 
 def _events(path: Path, kind: str) -> Iterator[tuple[Line, dict[str, Any]]]:
@@ -149,7 +153,7 @@ def _events(path: Path, kind: str) -> Iterator[tuple[Line, dict[str, Any]]]:
                 yield Line(str(path), number, text.strip()), event
 
 
-def describe(run: Run) -> str:
-    """What became of a run of which no attempt failed."""
-    reason = f": {run.reason}" if run.reason else ""
-    return f"run {run.name} is {run.state}{reason}; no attempt of it has failed"
+def describe(run: Run, now: str) -> str:
+    """What became of a run that did not fail."""
+    reason = f" ({run.reason})" if run.reason else ""
+    return f"run {run.name} is {now}{reason}"

@@ -190,7 +190,7 @@ def _findings(lines: Iterable[Line], hosts: Hosts) -> list[Finding]:
     return found
 
 
-_WARNS = re.compile(r":\d+: \w*Warning: |^\s*warnings\.warn\(")
+_WARNS = re.compile(r"(?::\d+: |^\s*)\w*Warning: |^\s*warnings\.warn\(")
 """Python's warnings, which nothing fails of."""
 _GUESSES = re.compile(r"Some common causes include|There are some potential root causes")
 """What Ray says of any worker that died: every cause there is, by name."""

@@ -151,6 +151,28 @@ def test_accounting(make_sandbox: Make) -> None:
     wait_for("sacct", lambda: "COMPLETED" in slurm(sandbox, "sacct", "-n", "-P", "-o", "state"), 20)
 
 
+def test_why_of_jobs_that_raylaunch_never_saw(make_sandbox: Make) -> None:
+    sandbox = make_sandbox(nodes=1, cpus=4, accounting=True)
+
+    def submit(wrap: str) -> str:
+        where = str(sandbox.layout.state / "job-%j.out")
+        return slurm(sandbox, "sbatch", "--parsable", "-n1", "-c1", "-o", where, "--wrap", wrap).strip()
+
+    def why(job: str) -> tuple[str, str]:
+        words = [sys.executable, "-c", "from raylaunch.cli import main; main()", "why", job, "--json"]
+        told = json.loads(slurm(sandbox, *words, timeout=60))
+        return told["kind"], told["cause"]
+
+    runs, fails, raises = submit("sleep 999"), submit("exit 3"), submit("python3 -c 'import no_such_module'")
+    wait_for("two to end", lambda: slurm(sandbox, "squeue", "-h", "-o", "%i").split() == [runs], 30)
+    wait_for("one to run", lambda: state_of(sandbox, runs) == "RUNNING", 30)
+    assert why(runs) == ("unknown", f"job {runs} is running: it has not ended")
+    slurm(sandbox, "scancel", runs)
+    wait_for("accounting", lambda: why(fails) == ("unknown", f"job {fails} has ended with exit code 3"), 60)
+    assert why(raises)[0] == "import_error"  # its output was found by Slurm's word
+    wait_for("its end", lambda: why(runs) == ("unknown", f"job {runs} was cancelled"), 60)
+
+
 def test_another_user_submits_jobs(sandbox: Sandbox) -> None:
     place = sandbox.layout.state / "nobody"
     slurm(sandbox, *NOBODY, "mkdir", str(place))

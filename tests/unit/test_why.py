@@ -162,10 +162,10 @@ def test_of_a_run_a_lost_node_and_a_killed_worker(tmp_path: Path) -> None:
     assert (found.kind, found.host) == ("node_failure", "n2") and found.evidence[0].text == "n2 is lost"
     killed = {"how": "fault", "cause": "worker_lost", "error": "lost rank 1: SIGKILL", "rank": 1, "node": "n1"}
     found = explained(a_run(tmp_path / "b", killed, logs))
-    assert (found.kind, found.rank) == ("oom_host", 1) and found.confidence <= 0.5
+    assert (found.kind, found.rank) == ("unknown", 1) and found.confidence <= 0.5 and "memory" in found.action
     driver = tmp_path / "b/logs/driver.log"
     driver.parent.mkdir()
-    driver.write_text(RAY_SAYS)
+    driver.write_text(RAY_SAYS + "alerts: webhook: Connection refused\n")
     assert explained(tmp_path / "b") == found
     gpu = {"how": "error", "cause": "error", "error": "rank 1: OutOfMemoryError", "rank": 1, "node": "n1"}
     found = explained(a_run(tmp_path / "c", gpu, {1: TRACE.format("torch.OutOfMemoryError: CUDA out of memory.")}))
