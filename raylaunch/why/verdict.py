@@ -82,7 +82,7 @@ def judge(lines: Iterable[Line]) -> Verdict:
     if not first.final and any(f.tier is Tier.ROOT and f.kind != first.kind for f in others):
         confidence *= 0.85  # another explanation is there
     rank = None if first.final else first.line.rank if first.line.rank is not None else hosts.exited
-    cascade = [_short(f) for f in others if f.order > first.order and f.tier > first.tier]
+    cascade = [_short(f) for f in others if f.order > first.order and (f.tier > first.tier or f.final)]
     return Verdict(
         first.kind, first.cause, rank, first.line.host or hosts.of(rank), round(confidence, 2), first.evidence,
         tuple(dict.fromkeys(cascade))[:SHOWN], first.action,
@@ -99,9 +99,16 @@ def _cause(findings: list[Finding]) -> Finding:
     final = next((f for f in findings if f.final), None)
     if final is not None and final.kind == "node_failure":  # each node's daemon says it; srun says which node it was
         final = next((f for f in findings if f.final and "Node failure on" in f.line.text), final)
+    stuck = next((f for f in findings if f.kind in _STUCK), None)
+    if final is not None and final.kind == "time_limit" and stuck is not None and stuck.order < final.order:
+        return min((f for f in findings if f.order < final.order), key=lambda f: (f.tier, f.order))
     if final is not None and (best.final or best.order > final.order or best.tier >= Tier.SYMPTOM):
         return final
     return best
+
+
+_STUCK = {"nccl_timeout", "hang"}
+"""What a job waits in until its time is over."""
 
 
 class Hosts:
@@ -187,6 +194,20 @@ def _findings(lines: Iterable[Line], hosts: Hosts) -> list[Finding]:
         if exception is not None:
             one.more = _place(frames.pop(who, []))
         found.append(one)
+    if not found and frames:
+        place = _place(next(iter(frames.values())))[0]
+        cause = "a traceback breaks off before its last line"
+        found.append(
+            Finding(
+                "python_exception",
+                Tier.ERROR,
+                cause,
+                "See that line, and the end of that rank's own log.",
+                0.5,
+                place,
+                0,
+            )
+        )
     return found
 
 

@@ -66,6 +66,25 @@ def test_what_followed_is_no_cause() -> None:
     assert found.evidence[0].text.endswith("line 61, in main")  # the user's own line, not torch's
 
 
+def test_a_time_limit_that_a_hang_ran_into_is_the_hang_s() -> None:
+    texts = [
+        "[rank1]:[E1104 11:02:13.1 ProcessGroupNCCL.cpp:616] [Rank 1] Watchdog caught collective operation timeout: "
+        "WorkNCCL(SeqNum=7, OpType=ALLREDUCE, Timeout(ms)=600000) ran for 600012 milliseconds before timing out.",
+        "slurmstepd: error: *** JOB 4711 ON n1 CANCELLED AT 2026-11-04T11:30:00 DUE TO TIME LIMIT ***",
+    ]
+    lines = [Line("f", number, text, 1 if number == 1 else None) for number, text in enumerate(texts, 1)]
+    found = judge(lines)
+    assert found.kind == "nccl_timeout" and "TIME LIMIT" in found.cascade[-1]
+    assert judge(lines[1:]).kind == "time_limit"
+
+
+def test_a_traceback_that_breaks_off_still_has_its_place() -> None:
+    texts = ["Traceback (most recent call last):", '  File "/w/train.py", line 61, in main', "    step(batch)",
+             '  File "/v/site-packages/torch/nn/modules/module.py", line 1, in _call_impl']  # fmt: skip
+    found = judge([Line("f", number, text) for number, text in enumerate(texts, 1)])
+    assert found.kind == "python_exception" and found.evidence[0].text == texts[1].strip() and found.confidence <= 0.5
+
+
 def test_a_long_log_is_read_at_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "HEAD_BYTES", 1000)
     monkeypatch.setattr(reading, "TAIL_BYTES", 2000)
