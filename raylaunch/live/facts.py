@@ -69,6 +69,8 @@ class Picture:
     max_steps: int = 0
     next_save: int = 0
     """The step of the next checkpoint."""
+    unit: str = "tokens"
+    """What a point's rate counts: a loop of one's own knows its samples."""
     points: tuple[Point, ...] = ()
     step_seconds: float = 0.0
     """Median of the last steps."""
@@ -179,7 +181,9 @@ class _RunReader:
         self.events = _Events(directory)
         self._config: Config | None = None
         path = directory / state.METRICS_FILE
-        self._points = [point for row in _thinly(path) if (point := _point(row)) is not None]
+        rows = list(_thinly(path))
+        self._samples = any("samples_per_s" in row for row in rows[-1:])
+        self._points = [point for row in rows if (point := _point(row)) is not None]
         self._metrics = state.LineReader(path, at_end=True)
         self._recent: deque[Point] = deque(self._points[-16:], 64)
         self._ledger_at = -LEDGER_EVERY
@@ -189,6 +193,7 @@ class _RunReader:
         run = Run.read(self.directory)
         self._config = self._config or configfile.load_resolved(self.directory / layout.CONFIG_FILE)
         for row in self._metrics.read():
+            self._samples = self._samples or "samples_per_s" in row
             if (point := _point(row)) is not None:
                 self._points.append(point)
                 self._recent.append(point)
@@ -204,7 +209,7 @@ class _RunReader:
         paces = [(b.time - a.time) / (b.step - a.step) for a, b in pairs if b.step > a.step]
         return {
             "run": run, "max_steps": steps.max_steps, "next_save": min(steps.max_steps, (last // every + 1) * every),
-            "points": tuple(self._points), "step_seconds": statistics.median(paces) if paces else 0.0,
+            "unit": "samples" if self._samples else "tokens", "points": tuple(self._points), "step_seconds": statistics.median(paces) if paces else 0.0,
             "ledger": self._ledger,
         }  # fmt: skip
 
@@ -242,7 +247,7 @@ def _point(row: dict[str, Any]) -> Point | None:
         return None
     try:
         return Point(
-            float(row["time"]), row["step"], float(row["loss"]), float(row.get("tokens_per_s") or 0.0),
+            float(row["time"]), row["step"], float(row["loss"]), float(row.get("tokens_per_s") or row.get("samples_per_s") or 0.0),
             int(row.get("world_size") or 0),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError):

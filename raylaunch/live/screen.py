@@ -98,7 +98,7 @@ def _head(picture: Picture) -> list[Line]:
     )
     figures = [
         f"loss {last.loss:.4f}" if 0.01 <= abs(last.loss) < 1e4 else f"loss {last.loss:.4g}",
-        f"{count(last.rate)} tokens/s",
+        f"{count(last.rate)} {picture.unit}/s",
     ]
     if run.state == "running" and picture.step_seconds:
         figures.append(
@@ -132,7 +132,7 @@ def _curves(picture: Picture, width: int, tall: int) -> list[Line]:
     steps, times = [float(p.step) for p in picture.points], [p.time for p in picture.points]
     asked: list[tuple[str, Sequence[float], Sequence[float], Callable[[float], str], str]] = [
         ("loss by step", steps, [p.loss for p in picture.points], lambda v: f"{v:.4g}", "cyan"),
-        ("tokens/s by time", times, [p.rate for p in picture.points], count, "green"),
+        (f"{picture.unit}/s by time", times, [p.rate for p in picture.points], count, "green"),
     ]
     if len({p.workers for p in picture.points}) > 1:
         asked.append(("workers by time", times, [float(p.workers) for p in picture.points], count, "magenta"))
