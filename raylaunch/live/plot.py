@@ -21,12 +21,14 @@ def curve(xs: Sequence[float], ys: Sequence[float], width: int, height: int) -> 
     for x, y in known:
         column = int((x - first) / ((last - first) or 1.0) * (2 * width - 1))
         total, count = sums.get(column, (0.0, 0))
-        sums[column] = total + y, count + 1
+        sums[column] = total + y / len(known) / 2, count + 1  # so small that no sum or difference overflows
     cells = [[0] * width for _ in range(height)]
     before: int | None = None
     for column in sorted(sums):
         total, count = sums[column]
-        row = round((1 - (total / count - low) / ((high - low) or 1.0)) * (4 * height - 1))
+        mean = total / count * len(known)
+        share = min(1.0, max(0.0, (mean - low / 2) / ((high / 2 - low / 2) or 1.0)))
+        row = round((1 - share) * (4 * height - 1))
         # A steep step is drawn as a line, or the eye loses the curve.
         rows = range(min(row, before + 1), max(row, before - 1) + 1) if before is not None else (row,)
         for dot in rows:

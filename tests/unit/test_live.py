@@ -85,9 +85,10 @@ def test_a_cluster_without_a_run_and_one_without_anything() -> None:
     assert "this window does (login nodes only)" in text(picture(cannot_submit="login nodes only"))
 
 
-@given(st.lists(st.floats(), max_size=50), st.integers(0, 40), st.integers(0, 10))
-def test_any_curve_is_drawn(values: list[float], width: int, height: int) -> None:
-    rows, low, high = plot.curve([float(i) for i in range(len(values))], values, width, height)
+@given(st.lists(st.tuples(st.integers(0, 99), st.floats()), max_size=50), st.integers(0, 40), st.integers(0, 10))
+def test_any_curve_is_drawn(points: list[tuple[int, float]], width: int, height: int) -> None:
+    """Also one that goes back, as steps do that are done again."""
+    rows, low, high = plot.curve([float(x) for x, _ in points], [y for _, y in points], width, height)
     assert len(rows) == height and all(len(row) == width for row in rows)
     assert low <= high or math.isnan(low)
 
