@@ -16,6 +16,7 @@ from raylaunch import audit, backends, cluster, configfile, layout, precheck, ru
 from raylaunch import status as gathering
 from raylaunch.cli import options
 from raylaunch.cli.show import note
+from raylaunch.cli.up import given_back
 from raylaunch.config import check_name, default_run_name
 from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.runs import FINAL
@@ -109,7 +110,8 @@ def submit(
 ) -> None:  # fmt: skip
     """One batch job that brings a cluster up, trains, and gives the allocation back.
 
-    Prints the job id alone. The cluster has the run's name; the job's exit code is the run's.
+    Prints the job id alone. The cluster has the run's name (or --name); `raylaunch down NAME` cancels the job, and saves
+    the run if it trains. The job's exit code is the run's.
     """
     name = _run_name(run_name, path)
     flags |= {"cluster__state_dir": state_dir and str(state_dir), "cluster__name": flags.get("cluster__name") or name}
@@ -121,8 +123,10 @@ def submit(
     _refuse_living(where, run_dir)
     asked = runs.with_absolute_paths(config)
     audit.add(where, "submit", note, cluster=config.cluster.name, run=name, config=asked, fresh=fresh or None)
-    with runs.prepared(run_dir, config, config.cluster.name, fresh):
-        _, record = cluster.submit(config, backend, run=name)
+    with runs.prepared(run_dir, config, config.cluster.name, fresh), options.interruptible():
+        directory, record = cluster.submit(config, backend, run=name)
+        with given_back(directory, record, backend):
+            cluster.look_once_queued(directory, record, backend)
     click.echo(record.jobs[0])
 
 

@@ -1,0 +1,89 @@
+"""What commands say and refuse, where neither a cluster nor a run is needed for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from raylaunch import backends, cluster
+from raylaunch.backends import Job
+from raylaunch.cli import cli
+from raylaunch.errors import BringUpError, RaylaunchError, SlurmUnavailable, UsageError
+from raylaunch.layout import Cluster
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state directory, the default of a user without a configuration."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("RAYLAUNCH_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("{}")
+    return tmp_path / "state"
+
+
+def call(*words: str) -> Result:
+    return CliRunner().invoke(cli, words)
+
+
+def refused(*words: str) -> UsageError:
+    error = call(*words).exception
+    assert isinstance(error, UsageError), error
+    return error
+
+
+class Queue:
+    """A Slurm with one job, which is what `looks` says, one after the other; the last one stays."""
+
+    name = "slurm"
+
+    def __init__(self, *looks: Job | RaylaunchError) -> None:
+        self.looks, self.cancelled = list(looks), False
+
+    def submit(self, directory: Path, cluster: Cluster, script: str) -> str:
+        return "7"
+
+    def states(self, directory: Path, ids: Sequence[str]) -> dict[str, Job]:
+        now = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+        if isinstance(now, RaylaunchError):
+            raise now
+        return {} if self.cancelled else {"7": now}
+
+    def cancel(self, directory: Path, ids: Sequence[str]) -> None:
+        self.cancelled = True
+
+
+def pending(reason: str, blocked: str = "") -> Job:
+    return Job("7", "PENDING", True, reason, blocked=blocked)
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "JOBS_EVERY", (0.0, 0.0))
+    monkeypatch.setattr(cluster, "REASON_LIMIT", 0.2)
+
+
+def test_a_submitted_job_that_waiting_does_not_start_is_given_back(
+    here: Path, quickly: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue(pending(""), pending("PartitionNodeLimit", "lower slurm.nodes"))
+    monkeypatch.setattr(backends, "of", lambda name: queue)
+    done = call("submit", "c.yaml", "--run", "r", "--nodes", "9")
+    assert isinstance(done.exception, BringUpError) and done.exception.exit_code == 1 and not done.stdout
+    assert done.exception.message == "job 7 will not start by waiting (PartitionNodeLimit): lower slurm.nodes"
+    assert queue.cancelled and not (here / "runs" / "r").exists() and not (here / "clusters" / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "looks", [[pending(""), pending("Priority")], [Job("7", "RUNNING", True)], [SlurmUnavailable("it is silent")]]
+)
+def test_a_submitted_job_that_may_start_stays(
+    here: Path, quickly: None, monkeypatch: pytest.MonkeyPatch, looks: list[Job | RaylaunchError]
+) -> None:
+    queue = Queue(*looks)
+    monkeypatch.setattr(backends, "of", lambda name: queue)
+    assert call("submit", "c.yaml", "--run", "r").stdout == "7\n"
+    assert not queue.cancelled and (here / "runs" / "r").exists()
