@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from raylaunch import backends, cluster
+from raylaunch import backends, cluster, configfile, layout, state
 from raylaunch.backends import Job
-from raylaunch.cli import cli
+from raylaunch.cli import cli, options
+from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, SlurmUnavailable, UsageError
 from raylaunch.layout import Cluster
 
@@ -87,3 +88,19 @@ def test_a_submitted_job_that_may_start_stays(
     monkeypatch.setattr(backends, "of", lambda name: queue)
     assert call("submit", "c.yaml", "--run", "r").stdout == "7\n"
     assert not queue.cancelled and (here / "runs" / "r").exists()
+
+
+def made_cluster(here: Path, name: str, config: Config) -> tuple[Path, Cluster]:
+    directory = state.make_dir(state.cluster_dir(here, name))
+    record = Cluster(name, "local", 1, "c", 0.0, 1, config.max_nodes, 1, ("7",))
+    record.write(directory / layout.CLUSTER_FILE)
+    state.write_text(directory / layout.CONFIG_FILE, configfile.dump(config))
+    return directory, record
+
+
+def test_more_nodes_than_the_cluster_was_brought_up_for(here: Path) -> None:
+    made_cluster(here, "main", options.load(None, [], {"slurm__nodes": "3"}))
+    error = refused("scale", "main", "4")
+    assert "above the maximum of 3" in error.message and "raylaunch down main" in error.hint
+    again = error.hint.partition("again with --nodes ")[2].partition(";")[0]
+    assert options.load(None, [], {"slurm__nodes": again}).max_nodes == 4
