@@ -212,6 +212,12 @@ def _tell(event: dict[str, Any]) -> str | None:
     return None
 
 
+def _state(news: following.News) -> str:
+    """The run's, and what it waits for: a cluster trains one run at a time."""
+    behind = f" behind run{'s' * (len(news.behind) > 1)} {', '.join(news.behind)}" if news.behind else ""
+    return news.run.state + behind
+
+
 class _Lines:
     """Plain lines, for a pipe or a log."""
 
@@ -230,9 +236,9 @@ class _Lines:
             text = _tell(event)
             if text:
                 click.echo(text, err=True)
-        if news.run.state != self._state:
-            self._state = news.run.state
-            click.echo(f"run {news.run.name} is {self._state}", err=True)
+        if (now := _state(news)) != self._state:
+            self._state = now
+            click.echo(f"run {news.run.name} is {now}", err=True)
         for row in news.metrics:
             if "loss" in row:
                 click.echo(f"step {row['step']}/{self._total}  {_figures(row)}{self._left(row)}", err=True)
@@ -279,7 +285,7 @@ class _Bar:
             if text:
                 self._progress.console.print(text)
         rows = [row for row in news.metrics if "loss" in row]
-        fields: dict[str, Any] = {"run": news.run.name, "state": news.run.state}
+        fields: dict[str, Any] = {"run": news.run.name, "state": _state(news)}
         if rows:
             last = rows[-1]
             fields["completed"] = last["step"]

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from raylaunch import backends, cluster, configfile, layout, state
+from raylaunch import attach, backends, cluster, configfile, layout, runs, state
 from raylaunch.backends import Job
 from raylaunch.cli import cli, options
+from raylaunch.cli.train import _Lines
 from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, SlurmUnavailable, UsageError
 from raylaunch.layout import Cluster
+from raylaunch.memory import Memory
 
 
 @pytest.fixture
@@ -104,3 +106,20 @@ def test_more_nodes_than_the_cluster_was_brought_up_for(here: Path) -> None:
     assert "above the maximum of 3" in error.message and "raylaunch down main" in error.hint
     again = error.hint.partition("again with --nodes ")[2].partition(";")[0]
     assert options.load(None, [], {"slurm__nodes": again}).max_nodes == 4
+
+
+def test_a_queued_run_says_behind_which_it_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory, record = made_cluster(here, "main", Config())
+    for name in ("first", "second", "third"):
+        with runs.prepared(state.run_dir(here, name), Config(), "main"):
+            pass
+
+    def said(name: str, running: str, *queue: str) -> str:
+        Memory(record.canary, list(queue), running).write(directory)
+        _Lines(1).take(next(attach.follow(state.run_dir(here, name), directory)))
+        return capsys.readouterr().err
+
+    assert said("second", "first", "second") == "run second is queued behind run first\n"
+    assert said("third", "first", "second", "third") == "run third is queued behind runs first, second\n"
+    assert said("third", "first", "second") == "run third is queued behind runs first, second\n"  # not yet taken
+    assert said("first", "first", "second") == said("first", "", "first") == "run first is queued\n"
