@@ -123,3 +123,20 @@ def test_a_queued_run_says_behind_which_it_is(here: Path, capsys: pytest.Capture
     assert said("third", "first", "second", "third") == "run third is queued behind runs first, second\n"
     assert said("third", "first", "second") == "run third is queued behind runs first, second\n"  # not yet taken
     assert said("first", "first", "second") == said("first", "", "first") == "run first is queued\n"
+
+
+def test_the_logs_of_an_earlier_attempt(here: Path) -> None:
+    run = state.run_dir(here, "r")
+    with runs.prepared(run, Config(), "main") as record:
+        record.save(run, attempt=2)
+    for attempt in (1, 2):
+        folder = state.make_dir(state.attempt_dir(run, attempt))
+        (folder / "rank-0.log").write_text(f"of attempt {attempt}\n")
+    (run / layout.LOGS / "driver.log").write_text("of the driver\n")
+    assert call("logs", "r").output == "driver: of the driver\nrank-0: of attempt 2\n"
+    assert call("logs", "r", "--attempt", "1").output == "of attempt 1\n"
+    assert call("logs", "r", "--attempt", "1", "--rank", "0").output == "of attempt 1\n"
+    assert "attempt 3" in refused("logs", "r", "--attempt", "3").message
+    assert refused("logs", "r", "--attempt", "3").hint == "There is: 1, 2."
+    made_cluster(here, "main", Config())
+    assert "--attempt belongs to a run" in refused("logs", "main", "--attempt", "1").message
