@@ -51,6 +51,7 @@ def train(
     flags = {"cluster__name": cluster_name, "cluster__state_dir": state_dir and str(state_dir)}
     config = options.load(path, sets, flags)
     where = cluster.state_dir_of(config)
+    name = _run_name(run_name, path)
     if check:
         for line in precheck.check(config):
             click.echo(line)
@@ -65,7 +66,6 @@ def train(
         )
     if record.run is not None:
         raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Bring up one with `raylaunch up`.")
-    name = _run_name(run_name, path)
     run_dir = state.run_dir(where, name)
     _refuse_living(where, run_dir)
     asked = runs.with_absolute_paths(config)

@@ -140,3 +140,25 @@ def test_the_logs_of_an_earlier_attempt(here: Path) -> None:
     assert refused("logs", "r", "--attempt", "3").hint == "There is: 1, 2."
     made_cluster(here, "main", Config())
     assert "--attempt belongs to a run" in refused("logs", "main", "--attempt", "1").message
+
+
+def test_check_looks_at_the_runs_name(here: Path) -> None:
+    assert "--run a/b" in refused("train", "c.yaml", "--check", "--run", "a/b").message
+
+
+def test_help_needs_no_run(here: Path) -> None:
+    for command in ("ls", "verify", "gc", "export"):
+        shown = call("checkpoints", "nope", command, "--help")
+        assert shown.exit_code == 0 and f"{command} [OPTIONS]" in shown.output
+    assert "no run nope" in refused("checkpoints", "nope", "verify").message
+    assert "no run nope" in refused("checkpoints", "nope").message
+
+
+def test_a_command_that_is_nearly_one() -> None:
+    shown = call("trian", "c.yaml")
+    assert shown.exit_code == 2 and "Did you mean train?" in shown.output
+    assert "Did you mean" not in call("xyz").output
+
+
+def test_watching_what_is_not_there(here: Path) -> None:
+    assert refused("watch", "nope", "--once").message.startswith("no run or cluster nope")
