@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, SlurmUnavailable, UsageError
 from raylaunch.layout import Cluster
 from raylaunch.memory import Memory
+from raylaunch.slurm.client import Completed, Slurm
 
 
 @pytest.fixture
@@ -162,3 +164,20 @@ def test_a_command_that_is_nearly_one() -> None:
 
 def test_watching_what_is_not_there(here: Path) -> None:
     assert refused("watch", "nope", "--once").message.startswith("no run or cluster nope")
+
+
+def test_the_doctor_tells_missing_commands_from_a_missing_configuration(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(self: Slurm, command: Sequence[str], *more: object) -> Completed:
+        raise error
+
+    def finding() -> str:
+        shown = call("doctor", "--json")
+        return next(str(row["text"]) for row in json.loads(shown.stdout) if row["check"] == "slurm.version")
+
+    monkeypatch.setattr(Slurm, "_call", answer)
+    error = SlurmUnavailable("`sbatch --version` cannot reach Slurm: Could not establish a configuration source")
+    assert "are here, but they do not answer" in finding()
+    error.__cause__ = FileNotFoundError(2, "No such file or directory")
+    assert finding() == "Slurm's commands are not here"
