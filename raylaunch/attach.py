@@ -12,6 +12,7 @@ from typing import Any
 from raylaunch import backends, layout, runs, state
 from raylaunch.errors import RunError, SlurmUnavailable
 from raylaunch.layout import Cluster
+from raylaunch.memory import Memory
 from raylaunch.runs import Run
 
 FILES_EVERY = 0.3
@@ -26,6 +27,8 @@ class News:
     metrics: list[dict[str, Any]]
     events: list[dict[str, Any]]
     cluster_alive: bool
+    behind: tuple[str, ...] = ()
+    """The runs that come first, while it is queued."""
 
 
 def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterator[News]:
@@ -42,10 +45,21 @@ def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterat
         if not over and time.monotonic() > ask_again:
             ask_again = time.monotonic() + CLUSTER_EVERY
             alive = _alive(cluster_dir)
-        yield News(run, metrics.read(), events.read(), alive)
+        behind = _ahead_of(run.name, cluster_dir) if run.state == "queued" else ()
+        yield News(run, metrics.read(), events.read(), alive, behind)
         if over or not alive:
             return
         time.sleep(FILES_EVERY)
+
+
+def _ahead_of(run: str, cluster_dir: Path) -> tuple[str, ...]:
+    """All that the cluster has, where its head has not yet taken the request."""
+    cluster = Cluster.read(cluster_dir)
+    if cluster is None:
+        return ()
+    memory = Memory.read(cluster_dir, cluster)
+    line = [name for name in (memory.running, *memory.queue) if name]
+    return tuple(line[: line.index(run)] if run in line else line)
 
 
 def _alive(cluster_dir: Path) -> bool:

@@ -29,6 +29,8 @@ JOBS_EVERY = (0.5, 5.0)
 FILES_EVERY = 0.1
 SILENCE_LIMIT = 180.0
 """Seconds of a controller's failover: no reason to give back what has queued for hours."""
+REASON_LIMIT = 5.0
+"""Seconds that a job which nobody waits for is looked at: until Slurm says why it pends."""
 MORE_NEWS = 5.0
 """Seconds that a hopeless bring-up listens on, to name every node that failed and not the first alone."""
 
@@ -142,6 +144,24 @@ class Progress:
     total: int = 0
 
 
+def look_once_queued(directory: Path, cluster: Cluster, backend: Backend) -> None:
+    """Raise BringUpError if the job is one that waiting does not start; the caller gives it back then."""
+    deadline = time.monotonic() + REASON_LIMIT
+    while time.monotonic() < deadline:
+        with contextlib.suppress(SlurmUnavailable):  # it has the job; what it does not say is no reason to give it back
+            job = backend.states(directory, cluster.jobs).get(cluster.jobs[0])
+            if job is not None:
+                _refuse_blocked(job, "It was given back.")
+                if job.reason or not job.pending:
+                    return
+        time.sleep(JOBS_EVERY[0])
+
+
+def _refuse_blocked(job: Job, hint: str) -> None:
+    if job.blocked:
+        raise BringUpError(f"job {job.id} will not start by waiting ({job.reason}): {job.blocked}", hint)
+
+
 def wait_ready(
     directory: Path, cluster: Cluster, backend: Backend, timeout: float, show: Callable[[Progress], None]
 ) -> list[dict[str, Any]]:
@@ -177,11 +197,7 @@ def wait_ready(
             continue
         if job is None or not job.alive or (directory / layout.ENDED_FILE).exists():
             raise _ended_early(directory, cluster, job, failures)
-        if job.blocked:
-            raise BringUpError(
-                f"job {job.id} will not start by waiting ({job.reason}): {job.blocked}",
-                "It was given back; `--no-wait` leaves such a job in the queue.",
-            )
+        _refuse_blocked(job, "It was given back; `--no-wait` leaves such a job in the queue.")
         total = len(job.nodes) or cluster.max_nodes
         if failures and total - len(failures) < cluster.min_nodes:
             hopeless = hopeless or now

@@ -62,6 +62,8 @@ class Campaign:
         # Numbers go on where an earlier campaign on this run ended: each names one fault of the run.
         earlier = max((int(e.get("seq", 0)) for e in self.faults.victim.look() if e["kind"] == "injected"), default=0)
         try:
+            if not self.faults.victim.is_training:
+                self.say("waits until the run trains: a commit of its newest attempt")
             if not self._until(lambda: self.faults.victim.is_training, self.limit):
                 self.say("the run does not train: no commit within the limit")
                 return False
@@ -72,6 +74,8 @@ class Campaign:
                 due = max(time.monotonic(), due + self.every * planned.pause)
                 if duration is not None and due - began > duration:
                     break
+                if not self.outcomes:
+                    self.say(f"the run trains; the first fault comes in {due - time.monotonic():.0f} s")
                 self._until(lambda: self._over() is not None, due - time.monotonic())
                 if self._over() is not None:
                     break

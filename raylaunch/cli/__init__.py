@@ -3,6 +3,7 @@ that `raylaunch --help` needs nothing but click."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
@@ -53,6 +54,16 @@ class Lazy(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if near := difflib.get_close_matches(args[0], COMMANDS, n=1):
+                raise click.UsageError(f"{error.format_message()} Did you mean {near[0]}?", ctx) from error
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
 from rich.console import Console
@@ -24,6 +25,10 @@ from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.status import find_run
 
 READERS = 4
+P = ParamSpec("P")
+R = TypeVar("R")
+Given = tuple[str, Config, Path]
+"""A run, its config and where its checkpoints lie."""
 
 
 @click.group(invoke_without_command=True)
@@ -32,17 +37,30 @@ READERS = 4
 @click.pass_context
 def checkpoints(ctx: click.Context, run: str, state_dir: Path | None) -> None:
     """The checkpoints of RUN: `ls` (when nothing is said), `verify`, `gc`, `export`."""
-    run_dir, _ = find_run(options.state_dir(state_dir), run)
-    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
-    ctx.obj = run, config, runs.checkpoint_dir(run_dir, config)
+    ctx.obj = functools.partial(_given, run, state_dir)
     if ctx.invoked_subcommand is None:
         ctx.invoke(ls)
 
 
+def _given(run: str, state_dir: Path | None) -> Given:
+    run_dir, _ = find_run(options.state_dir(state_dir), run)
+    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
+    return run, config, runs.checkpoint_dir(run_dir, config)
+
+
+def _of_run(command: Callable[Concatenate[Given, P], R]) -> Callable[P, R]:
+    """The run is looked up by the command itself: its `--help` needs none."""
+
+    def with_run(look: Callable[[], Given], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return command(look(), *args, **kwargs)
+
+    return click.pass_obj(functools.update_wrapper(with_run, command))
+
+
 @checkpoints.command()
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.pass_obj
-def ls(given: tuple[str, Config, Path], as_json: bool = False) -> None:
+@_of_run
+def ls(given: Given, as_json: bool = False) -> None:
     """What is committed, and what cannot be used."""
     _, _, directory = given
     rows = [_row(one) for one in store.walk(directory)]
@@ -66,8 +84,8 @@ def ls(given: tuple[str, Config, Path], as_json: bool = False) -> None:
 
 @checkpoints.command()
 @click.argument("steps", nargs=-1, type=int)
-@click.pass_obj
-def verify(given: tuple[str, Config, Path], steps: tuple[int, ...]) -> None:
+@_of_run
+def verify(given: Given, steps: tuple[int, ...]) -> None:
     """Read all files (or those of STEPS) and compare their checksums; exit code 1 when one is not as written."""
     bad = []
     for one in _chosen(given, steps):
@@ -88,8 +106,8 @@ def verify(given: tuple[str, Config, Path], steps: tuple[int, ...]) -> None:
 )
 @click.option("--bad", is_flag=True, help="Remove those that did not verify and were set aside, too.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
-@click.pass_obj
-def gc(given: tuple[str, Config, Path], keep: int | None, bad: bool, dry_run: bool) -> None:
+@_of_run
+def gc(given: Given, keep: int | None, bad: bool, dry_run: bool) -> None:
     """Remove what nobody needs: old checkpoints, and what killed writers left. Safe beside a run that goes on."""
     _, config, directory = given
     rule = replace(runs.keep(config), last=keep) if keep else runs.keep(config)
@@ -113,8 +131,8 @@ def gc(given: tuple[str, Config, Path], keep: int | None, bad: bool, dry_run: bo
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="A new directory.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--ema", is_flag=True, help="The moving averages (optimizer.ema) instead.")
-@click.pass_obj
-def export(given: tuple[str, Config, Path], step: str, to: Path, dtype: str, ema: bool) -> None:
+@_of_run
+def export(given: Given, step: str, to: Path, dtype: str, ema: bool) -> None:
     """Write one checkpoint's weights as consolidated safetensors in Hugging Face's layout."""
     run, config, directory = given
     if step == "latest":
@@ -136,7 +154,7 @@ def export(given: tuple[str, Config, Path], step: str, to: Path, dtype: str, ema
         click.echo(str(path))
 
 
-def _audit(given: tuple[str, Config, Path], action: str) -> None:
+def _audit(given: Given, action: str) -> None:
     parent = click.get_current_context().parent
     assert parent is not None
     audit.add(options.state_dir(parent.params["state_dir"]), action, note, run=given[0])
@@ -160,7 +178,7 @@ def _first_bad(commit: Commit) -> Bad | None:
         return next((bad for bad in pool.map(lambda names: digests.check(commit, names), shares) if bad), None)
 
 
-def _chosen(given: tuple[str, Config, Path], steps: tuple[int, ...]) -> list[Commit | Bad]:
+def _chosen(given: Given, steps: tuple[int, ...]) -> list[Commit | Bad]:
     run, _, directory = given
     there = {one.step: one for one in store.walk(directory)}
     unknown = [step for step in steps if step not in there]

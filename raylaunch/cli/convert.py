@@ -51,6 +51,11 @@ def _read(name: str) -> str:
         return sys.stdin.read()
     try:
         raw = Path(name).read_bytes()
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{name}: neither a script file nor a torchrun, srun or python command",
+            "Give an sbatch script, or a whole command behind `--`.",
+        ) from error
     except OSError as error:
         raise UsageError(f"{name}: {error.strerror}", "Give an sbatch script, or a command behind `--`.") from error
     try:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from raylaunch.cli.show import note
 from raylaunch.errors import RaylaunchError
+from raylaunch.words import plural
 
 if TYPE_CHECKING:  # pyarrow is for the commands, not for their help
     from raylaunch.data import prepare as preparation
@@ -120,6 +121,8 @@ def inspect(directory: Path, samples: int, seed: int, verify: bool, as_json: boo
         click.echo(json.dumps(facts, indent=1))
     else:
         click.echo(_summary(directory, manifest))
+        if verify and not damaged:
+            click.echo(f"verified: {plural(sum(len(s.sha256) for s in manifest.shards), 'file')}, as written")
         for sample in shown:
             click.echo(f"\n— document {sample.index} of {sample.shard}, {sample.tokens:,} tokens, from {sample.source}")
             click.echo(sample.text)

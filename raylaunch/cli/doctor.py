@@ -56,15 +56,15 @@ def doctor(
 def _look(config: Config, on_nodes: bool, timeout: float) -> list[Finding]:
     slurm, backend = Slurm(), config.cluster.backend
     trouble: list[Finding] = []
-    try:
-        there = backend != "local" and slurm.available()
-    except SlurmUnavailable as error:
-        there, backend = False, "slurm"
-        trouble = [problem("slurm.version", " ".join(error.message.split()), error.hint)]
-    if not there and backend != "local" and not trouble:
-        hint = "On a cluster, run this on a login node. Here `raylaunch up` makes nodes of this machine."
-        wrong = problem if backend == "slurm" else warning
-        trouble = [wrong("slurm.version", "Slurm's commands are not here", hint)]
+    if backend != "local":
+        try:
+            if missing := slurm.missing():
+                hint = "On a cluster, run this on a login node. Here `raylaunch up` makes nodes of this machine."
+                trouble = [(problem if backend == "slurm" else warning)("slurm.version", missing, hint)]
+        except SlurmUnavailable as error:
+            backend = "slurm"
+            trouble = [problem("slurm.version", " ".join(error.message.split()), error.hint)]
+    there = backend != "local" and not trouble
     kind = "slurm" if there else "local"
     with LiveLine() as show:
         show("looking at this machine" + " and Slurm" * there)

@@ -19,25 +19,29 @@ from raylaunch.runs import Run
 @click.option("-f", "--follow", is_flag=True, help="Go on as more is written.")
 @click.option("--node", help="Only this node (of a cluster, or the ranks of a run on it).")
 @click.option("--rank", type=int, help="Only this rank of a run.")
+@click.option(
+    "--attempt", type=int, help="The ranks of this attempt of a run. Default: the last one's, and the driver."
+)
 @click.option("-n", "--lines", default=200, show_default=True, help="Last lines of each file.")
 @options.state_dir_option
 def logs(
-    name: str | None, follow: bool, node: str | None, rank: int | None, lines: int, state_dir: Path | None
-) -> None:
+    name: str | None, follow: bool, node: str | None, rank: int | None, attempt: int | None, lines: int,
+    state_dir: Path | None,
+) -> None:  # fmt: skip
     """Print what a RUN's workers and driver, or a CLUSTER's nodes, have written.
 
     Without a name: the run that was touched last.
     """
     where = options.state_dir(state_dir)
-    files = _files(where, name, node, rank)
+    files = _files(where, name, node, rank, attempt)
     if not files:
-        asked = f"node {node}" if node is not None else f"rank {rank}"
-        there = ", ".join(sorted(path.stem for path in _files(where, name, None, None)))
+        asked = f"node {node}" if node is not None else f"rank {rank}" if rank is not None else f"attempt {attempt}"
+        there = ", ".join(sorted(path.stem for path in _files(where, name, None, None, attempt)))
         raise UsageError(f"no log of {asked}", f"There is: {there or 'nothing yet'}.")
     _print(files, lines, follow)
 
 
-def _files(where: Path, name: str | None, node: str | None, rank: int | None) -> list[Path]:
+def _files(where: Path, name: str | None, node: str | None, rank: int | None, attempt: int | None) -> list[Path]:
     if name is None:
         newest = sorted((where / "runs").glob(f"*/{layout.RUN_FILE}"), key=lambda p: p.stat().st_mtime)
         if not newest:
@@ -46,25 +50,28 @@ def _files(where: Path, name: str | None, node: str | None, rank: int | None) ->
     run_dir = state.run_dir(where, name)
     run = Run.read(run_dir)
     if run is not None:
-        return _run_files(run_dir, run, node, rank)
+        return _run_files(run_dir, run, node, rank, attempt)
     if name not in cluster.names(where):
         raise UsageError(f"neither a run nor a cluster is called {name}", "See `raylaunch status --all`.")
-    if rank is not None:
-        raise UsageError("--rank belongs to a run, and this is a cluster", "Give --node, or a run's name.")
+    if rank is not None or attempt is not None:
+        option = "--attempt" if rank is None else "--rank"
+        raise UsageError(f"{option} belongs to a run, and this is a cluster", "Give --node, or a run's name.")
     found = sorted((state.cluster_dir(where, name) / layout.LOGS).glob("*"))
     return [path for path in found if node is None or path.stem in {node, f"{node}-ray"}]
 
 
-def _run_files(run_dir: Path, run: Run, node: str | None, rank: int | None) -> list[Path]:
-    """The last attempt's ranks, and the driver unless one place is asked for."""
-    ranks = sorted(
-        state.attempt_dir(run_dir, run.attempt).glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-"))
-    )
+def _run_files(run_dir: Path, run: Run, node: str | None, rank: int | None, attempt: int | None) -> list[Path]:
+    """An attempt's ranks, by default the last one's, and the driver unless one place or attempt is asked for."""
+    folder = state.attempt_dir(run_dir, run.attempt if attempt is None else attempt)
+    if attempt is not None and not folder.is_dir():
+        there = ", ".join(str(int(path.name)) for path in sorted(folder.parent.glob("[0-9][0-9][0-9][0-9]")))
+        raise UsageError(f"run {run.name} has no attempt {attempt}", f"There is: {there or 'none yet'}.")
+    ranks = sorted(folder.glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-")))
     if rank is not None:
         return [path for path in ranks if path.stem == f"rank-{rank}"]
     if node is not None:
         return [path for path in ranks if re.search(rf"\bnode={re.escape(node)}\b", _first_line(path))]
-    return [run_dir / layout.LOGS / "driver.log", *ranks]
+    return ranks if attempt is not None else [run_dir / layout.LOGS / "driver.log", *ranks]
 
 
 def _first_line(path: Path) -> str:

@@ -26,12 +26,15 @@ _EVERY, _JOBS_EVERY = 0.2, 3.0
 def scale(name: str, nodes: int, no_wait: bool, timeout: float, state_dir: Path | None) -> None:
     """Give cluster NAME this many NODES: further ones join it, those too many leave. No step is lost.
 
+    It takes as many as it was brought up for, which is the MAX of `raylaunch up --nodes MIN:MAX`:
+
     \b
+      raylaunch up --nodes 3:8
       raylaunch scale main 6
     """
     directory, record = cluster.find(options.state_dir(state_dir), name)
     config = configfile.load_resolved(directory / layout.CONFIG_FILE)
-    _check(config, nodes)
+    _check(name, config, nodes)
     cluster.require_alive(options.state_dir(state_dir), name)
     refusal = submits.head_refusal(directory, record)
     if refusal and not submits.is_watched(directory) and nodes > _ready(directory, record):
@@ -49,7 +52,7 @@ def scale(name: str, nodes: int, no_wait: bool, timeout: float, state_dir: Path 
     click.echo(f"cluster {name} has {nodes} nodes")
 
 
-def _check(config: Config, nodes: int) -> None:
+def _check(name: str, config: Config, nodes: int) -> None:
     least, most = config.elastic.min_nodes or 1, config.max_nodes
     if nodes < least:
         raise UsageError(
@@ -59,8 +62,8 @@ def _check(config: Config, nodes: int) -> None:
     if nodes > most:
         raise UsageError(
             f"{nodes} nodes are above the maximum of {most}",
-            "The maximum is elastic.max_nodes, by default slurm.nodes, as the cluster was brought up: "
-            f"`raylaunch up --set elastic.max_nodes={nodes}`.",
+            f"It is the MAX of `up --nodes MIN:MAX` (or elastic.max_nodes): `raylaunch down {name}`, and bring it up "
+            f"again with --nodes {config.slurm.min_nodes}:{nodes}; `raylaunch train` then resumes its run.",
         )
 
 

@@ -16,6 +16,7 @@ from raylaunch import audit, backends, cluster, configfile, layout, precheck, ru
 from raylaunch import status as gathering
 from raylaunch.cli import options
 from raylaunch.cli.show import note
+from raylaunch.cli.up import given_back
 from raylaunch.config import check_name, default_run_name
 from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.runs import FINAL
@@ -50,6 +51,7 @@ def train(
     flags = {"cluster__name": cluster_name, "cluster__state_dir": state_dir and str(state_dir)}
     config = options.load(path, sets, flags)
     where = cluster.state_dir_of(config)
+    name = _run_name(run_name, path)
     if check:
         for line in precheck.check(config):
             click.echo(line)
@@ -64,7 +66,6 @@ def train(
         )
     if record.run is not None:
         raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Bring up one with `raylaunch up`.")
-    name = _run_name(run_name, path)
     run_dir = state.run_dir(where, name)
     _refuse_living(where, run_dir)
     asked = runs.with_absolute_paths(config)
@@ -109,7 +110,8 @@ def submit(
 ) -> None:  # fmt: skip
     """One batch job that brings a cluster up, trains, and gives the allocation back.
 
-    Prints the job id alone. The cluster has the run's name; the job's exit code is the run's.
+    Prints the job id alone. The cluster has the run's name (or --name); `raylaunch down NAME` cancels the job, and saves
+    the run if it trains. The job's exit code is the run's.
     """
     name = _run_name(run_name, path)
     flags |= {"cluster__state_dir": state_dir and str(state_dir), "cluster__name": flags.get("cluster__name") or name}
@@ -121,8 +123,10 @@ def submit(
     _refuse_living(where, run_dir)
     asked = runs.with_absolute_paths(config)
     audit.add(where, "submit", note, cluster=config.cluster.name, run=name, config=asked, fresh=fresh or None)
-    with runs.prepared(run_dir, config, config.cluster.name, fresh):
-        _, record = cluster.submit(config, backend, run=name)
+    with runs.prepared(run_dir, config, config.cluster.name, fresh), options.interruptible():
+        directory, record = cluster.submit(config, backend, run=name)
+        with given_back(directory, record, backend):
+            cluster.look_once_queued(directory, record, backend)
     click.echo(record.jobs[0])
 
 
@@ -208,6 +212,12 @@ def _tell(event: dict[str, Any]) -> str | None:
     return None
 
 
+def _state(news: following.News) -> str:
+    """The run's, and what it waits for: a cluster trains one run at a time."""
+    behind = f" behind run{'s' * (len(news.behind) > 1)} {', '.join(news.behind)}" if news.behind else ""
+    return news.run.state + behind
+
+
 class _Lines:
     """Plain lines, for a pipe or a log."""
 
@@ -226,9 +236,9 @@ class _Lines:
             text = _tell(event)
             if text:
                 click.echo(text, err=True)
-        if news.run.state != self._state:
-            self._state = news.run.state
-            click.echo(f"run {news.run.name} is {self._state}", err=True)
+        if (now := _state(news)) != self._state:
+            self._state = now
+            click.echo(f"run {news.run.name} is {now}", err=True)
         for row in news.metrics:
             if "loss" in row:
                 click.echo(f"step {row['step']}/{self._total}  {_figures(row)}{self._left(row)}", err=True)
@@ -275,7 +285,7 @@ class _Bar:
             if text:
                 self._progress.console.print(text)
         rows = [row for row in news.metrics if "loss" in row]
-        fields: dict[str, Any] = {"run": news.run.name, "state": news.run.state}
+        fields: dict[str, Any] = {"run": news.run.name, "state": _state(news)}
         if rows:
             last = rows[-1]
             fields["completed"] = last["step"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ def up(
         if no_wait:
             note(f"cluster {record.name}: job {record.jobs[0]} is submitted; `raylaunch status` shows where it stands")
             return
-        bring_up(directory, record, backend, timeout)
+        with given_back(directory, record, backend), LiveLine() as line:
+            cluster.wait_ready(directory, record, backend, timeout, lambda p: line(p.text))
     _print_ready(directory, record)
     if watch:
         until_it_ends(directory, record)
@@ -81,11 +84,11 @@ def _print_script(config: Config) -> None:
     click.echo(cluster.render(config, config.cluster.name, directory), nl=False)
 
 
-def bring_up(directory: Path, record: Cluster, backend: Backend, timeout: float) -> None:
-    """Wait until ready, showing where it stands; give the job back when that fails or is interrupted."""
+@contextlib.contextmanager
+def given_back(directory: Path, record: Cluster, backend: Backend) -> Iterator[None]:
+    """What was submitted, when what is done inside fails or is interrupted."""
     try:
-        with LiveLine() as line:
-            cluster.wait_ready(directory, record, backend, timeout, lambda p: line(p.text))
+        yield
     except (RaylaunchError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
             note(f"interrupted: giving job {record.jobs[0]} back")

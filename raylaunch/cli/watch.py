@@ -12,12 +12,13 @@ import click
 from rich.console import Console, Group
 from rich.live import Live
 
-from raylaunch import backends, configfile, layout, loginloop, submits
+from raylaunch import backends, cluster, configfile, layout, loginloop, state, submits
 from raylaunch.cli import options
 from raylaunch.cli.show import note
 from raylaunch.errors import UsageError
 from raylaunch.layout import Cluster
 from raylaunch.live import facts, keyboard, screen
+from raylaunch.runs import Run
 
 ENOUGH = 40, 8
 """Columns and lines, below which a terminal is taken for as large as this."""
@@ -40,7 +41,10 @@ def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: P
     Where the cluster's nodes may not submit jobs (or with --submit) this command does it for them as long as it runs:
     it replaces lost nodes, and goes on in another job when the cluster's own is taken away.
     """
-    cluster_dir, run_dir = facts.find(options.state_dir(state_dir), name)
+    where = options.state_dir(state_dir)
+    if name is not None and name not in cluster.names(where) and Run.read(state.run_dir(where, name)) is None:
+        raise UsageError(f"no run or cluster {name} in {where}", "`raylaunch status --all` lists what there is.")
+    cluster_dir, run_dir = facts.find(where, name)
     record = Cluster.read(cluster_dir)
     if record is None:
         raise UsageError(f"no cluster {cluster_dir.name} any more", "`raylaunch status --all` lists what there is.")

@@ -37,7 +37,9 @@ def arrived(found: Mapping[int, Hello], names: Sequence[str], failures: Mapping[
             hint = "Look at that node: `raylaunch up` would fail on it as well. slurm.exclude keeps it out."
             yield problem("nodes.start", error, hint, name)
     if well:
-        yield ok("nodes.shared", f"{_nodes(well)} see what the login node wrote into the state directory")
+        yield ok(
+            "nodes.shared", f"{_nodes(well)} see{'s' * (well == 1)} what the login node wrote into the state directory"
+        )
 
 
 def proved(findings: Sequence[Finding]) -> list[Finding]:

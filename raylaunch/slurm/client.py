@@ -160,7 +160,11 @@ class Slurm:
         self._timeout = timeout
 
     def available(self) -> bool:
-        """Whether there is a Slurm here: sbatch is installed and has a configuration.
+        """Whether there is a Slurm here; as `missing`."""
+        return not self.missing()
+
+    def missing(self) -> str:
+        """Why there is no Slurm here, "" where there is: sbatch is installed and has a configuration.
 
         Raises SlurmUnavailable where it has one that cannot be read: that is a broken Slurm, and
         going on without it would surprise.
@@ -168,10 +172,12 @@ class Slurm:
         try:
             done = self._call(["sbatch", "--version"])
         except SlurmUnavailable as error:
-            if isinstance(error.__cause__, OSError) or "configuration source" in error.message:
-                return False
+            if isinstance(error.__cause__, OSError):
+                return "Slurm's commands are not here"
+            if "configuration source" in error.message:
+                return "Slurm's commands are here, but they do not answer: they find no configuration (SLURM_CONF)"
             raise
-        return done.returncode == 0
+        return "" if done.returncode == 0 else f"`sbatch --version` failed (exit {done.returncode})"
 
     def submit(self, script: str, options: Sequence[str] = (), env: Mapping[str, str] | None = None) -> str:
         """Submit a batch script, given on stdin; the job id. `env` in place of our own environment.

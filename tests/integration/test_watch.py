@@ -82,4 +82,4 @@ def test_without_a_terminal_it_is_printed_once(state_dir: Path) -> None:
     refused = subprocess.run(
         [BINARY, "watch", "x", "--state-dir", str(state_dir)], capture_output=True, text=True, timeout=60
     )
-    assert refused.returncode == 2 and "no cluster x" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.returncode == 2 and "no run or cluster x" in refused.stderr and "Traceback" not in refused.stderr

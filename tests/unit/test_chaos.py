@@ -210,6 +210,17 @@ def test_faults_come_and_are_recovered(fake: FakeRun) -> None:
     assert fake.mended == fake.broken  # each, and before the next
 
 
+def test_what_is_waited_for_is_said(fake: FakeRun) -> None:
+    said: list[str] = []
+    made = make(fake, ["worker"])
+    made.say = said.append
+    fake.is_training = False
+    fake.clock.after(7.0, lambda: setattr(fake, "is_training", True))
+    assert made.go(None, 2)
+    assert said[0].startswith("waits until the run trains") and said[1].startswith("the run trains; the first fault")
+    assert sum("first fault" in line for line in said) == 1
+
+
 def test_the_time_is_up(fake: FakeRun) -> None:
     made = make(fake, ["worker"])
     assert made.go(60.0, None)

@@ -202,7 +202,7 @@ def test_file_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "\n", "# nothing\n", "---\n", "null", "{}", "slurm:\nmodel:\n", "\ufeffslurm: {}"]
+    "text", ["", "\n", "# nothing\n", "---\n", "null", "{}", "slurm:\nmodel:\n", "model: null", "\ufeffslurm: {}"]
 )
 def test_empty_file_is_the_defaults(text: str) -> None:
     assert load(text) == Config() == configfile.load(None)

@@ -262,3 +262,5 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert config.trainer.script == "train.py" and config.slurm.ntasks_per_node == 8 and config.slurm.max_nodes == 4
     shown = CliRunner().invoke(command, ["--", "torchrun", "a.py", "--lr", "1"])
     assert yaml.safe_load(shown.stdout) == {"trainer": {"script": "a.py", "args": ["--lr", "1"]}}
+    neither = CliRunner().invoke(command, ["--", "ls"]).exception
+    assert str(neither).startswith("ls: neither a script file nor a torchrun, srun or python command\n")

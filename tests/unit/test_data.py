@@ -11,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raylaunch.cli.data import inspect
 from raylaunch.data import dataset, looking, prepare, sources, tokenize
 from raylaunch.data.dataset import Manifest, Writer
 from raylaunch.data.prepare import Progress, Request
@@ -162,6 +164,7 @@ def test_a_directory_with_other_things_is_left_alone(tmp_path: Path) -> None:
 
 def test_damage_is_found(tmp_path: Path) -> None:
     manifest = make(tmp_path / "out", lines(tmp_path / "a.jsonl", [{"text": "hello"}]))
+    assert "verified: 2 files, as written\n" in CliRunner().invoke(inspect, [str(tmp_path / "out"), "--verify"]).output
     file = tmp_path / "out" / "shard-00000.arrow"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

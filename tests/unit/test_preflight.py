@@ -399,6 +399,12 @@ def test_who_said_hello() -> None:
     }  # fmt: skip
 
 
+def test_one_node_sees_and_two_see() -> None:
+    for count, words in ((1, "1 node sees what"), (2, "2 nodes see what")):
+        (said,) = fleet.arrived({i: a_hello(i) for i in range(count)}, [f"n{i}" for i in range(count)], {})
+        assert said.text.startswith(words)
+
+
 def test_what_the_nodes_have_proved_is_no_doubt_any_more() -> None:
     doubts = [warning("storage.type", "ext4: it looks node-local", "?"), warning("storage.free", "1 GiB free", "?")]
     shared = ok("nodes.shared", "2 nodes see it")
