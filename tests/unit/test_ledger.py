@@ -165,6 +165,37 @@ def test_a_run_that_holds_and_one_that_was_continued() -> None:
     assert len(book.recoveries) == 1
 
 
+def the_same_error_twice() -> tuple[Rows, Rows]:
+    """Each attempt does the steps up to 31, of which 20 are saved, and fails; then the run has failed."""
+    events = [
+        event(100, "queued"),
+        *beginning(1, 100),
+        event(124, "commit", attempt=1, step=20, seconds=0.0),
+        event(135, "attempt_ended", attempt=1, how="error", error="KeyError: 1", step=31, committed=20),
+        *beginning(2, 135, from_step=20),
+        event(151, "attempt_ended", attempt=2, how="error", error="KeyError: 1", step=31, committed=20),
+        event(151, "decision", decision="finish", attempt=2, state="failed"),
+        event(151, "failed", attempt=2),
+    ]
+    return events, [*steps(1, 1, 31, 103.5), *steps(2, 21, 31, 139.5)]
+
+
+def test_what_a_run_ended_with_is_no_recovery(tmp_path: Path) -> None:
+    events, metrics = the_same_error_twice()
+    survived, last = compute(events, metrics).recoveries
+    assert (survived.steps_lost, survived.final) == (11, False) and survived.total is not None
+    assert (last.steps_lost, last.final, last.total) == (0, True, None)
+    run = tmp_path / "runs" / "bug"
+    run.mkdir(parents=True)
+    for name, rows in (("events.jsonl", events), ("metrics.jsonl", metrics)):
+        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = ledger.summary(run)
+    assert (told["recoveries"], told["steps_lost"]) == (1, 11) and told["last_recovery"]["total"] == survived.total
+    # Before its end was decided, and when it is taken up again, it may yet recover.
+    for more in (events[:-1], [*events, event(200, "queued", continued=True)]):
+        assert compute(more, metrics).recoveries[-1].final is False
+
+
 def test_one_that_goes_on() -> None:
     events, metrics = one_fault()
     alive = [e for e in events if e["time"] < 127]

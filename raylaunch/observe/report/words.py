@@ -15,7 +15,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "build": ("build", "start", "data and model were made"),
     "restore": ("restore", "start", "a checkpoint was read"),
     "first_step": ("first step", "start", "what a first step takes longer than the others"),
-    "redone": ("repeated", "lost", "steps that were lost and done again"),
+    "redone": ("lost steps", "lost", "steps done again, cut short by a fault, or not saved at the end"),
     "detect": ("detect", "lost", "until a fault was known"),
     "stop": ("stop", "lost", "the old workers ended"),
     "decide": ("decide", "lost", "the next size was chosen"),
