@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch.observe import history, ledger
+from raylaunch.chaos.plan import KINDS
+from raylaunch.observe import history, ledger, picture
 from raylaunch.observe.exact import verify_steps
 
 Rows = list[dict[str, Any]]
@@ -350,8 +351,6 @@ def test_of_many_attempts_the_older_ones_are_known_by_their_events(
 
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from raylaunch.observe import picture
-
     events, metrics = one_fault()
     faulted, smooth = tmp_path / "runs" / "faulted", tmp_path / "runs" / "smooth"
     without = [{**row, "attempt": 1, "loss": 1.0 + 1e-5} for row in [*metrics[:8], *metrics[10:]]]
@@ -362,5 +361,10 @@ def test_pictures(tmp_path: Path) -> None:
     picture.run(faulted, tmp_path / "run.png")
     assert picture.curves(smooth, faulted, tmp_path / "curves.png") == pytest.approx(1e-5, rel=1e-3)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("run.png", "curves.png"))
-    (recovery,) = compute(events, metrics).recoveries
-    assert picture.named(recovery, {5: "node"}) == "node" and picture.named(recovery, {}) == "node lost (n2)"
+
+
+def test_a_fault_has_a_name_and_says_when_chaos_brought_it() -> None:
+    (recovery,) = compute(*one_fault()).recoveries
+    assert picture.named(recovery, {}) == "node lost (n2)"
+    assert picture.named(recovery, {5: "node"}) == "node killed (chaos)"
+    assert all(" " in picture.named(recovery, {5: kind}).removesuffix(" (chaos)") for kind in KINDS)
