@@ -27,9 +27,10 @@ from raylaunch.cli import cli
 from raylaunch.config import CostConfig
 from raylaunch.errors import SlurmUnavailable, UsageError
 from raylaunch.observe import ledger
-from raylaunch.observe.report import cost, curves, data, markdown, page, paper, settings, svg, text, words
+from raylaunch.observe.report import cost, curves, data, markdown, page, paper, settings, svg, words
 from raylaunch.observe.report.axis import WIDTH, Axis
 from raylaunch.observe.report.facts import Facts, gather
+from raylaunch.observe.report.text import cost_rows
 from raylaunch.slurm.client import Completed, Slurm
 from raylaunch.words import plural
 
@@ -107,7 +108,7 @@ def test_a_job_that_goes_on_has_no_efficiency_yet(made: Path) -> None:
     """What sacct says of a running job: no time, no memory."""
     row = ["4711", "RUNNING", "3000", "200", "2", "00:00:00", "", "", "cpu=200,mem=100G,node=2"]
     found = gather(made, slurm(Completed(0, SEP.join(row) + "\n")), NOW + 100)
-    assert ("efficiency", "not known here", "not before its job has ended") in text.cost_rows(found)
+    assert ("efficiency", "not known here", "not before its job has ended") in cost_rows(found)
 
 
 def test_the_mean_rate_is_what_was_done_over_the_time_it_took(made: Path, facts: Facts) -> None:
