@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
 import click
 
 from raylaunch import __version__
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import RaylaunchError, UsageError
 
 # name → (module:attribute, what it does); the help page is made from this table alone.
 COMMANDS = {
@@ -53,6 +54,15 @@ class Lazy(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RaylaunchError as error:
+            from raylaunch import audit
+
+            audit.add_outcome(ctx.meta.get(audit.ASKED, []), "refused" if isinstance(error, UsageError) else "failed")
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -346,6 +346,10 @@ def test_pictures_are_sound_xml() -> None:
     assert svg.scale([0.01, 3.0, 1000.0], 10, may_log=True).log and not svg.scale([-1.0, 1000.0], 10, may_log=True).log
 
 
+def test_what_is_shorter_than_a_clock_can_tell_took_no_time() -> None:
+    assert [words.duration(seconds) for seconds in (0, 1.1e-05, 0.001, 0.25)] == ["0 s", "0 s", "0.001 s", "0.25 s"]
+
+
 @given(st.floats(0, 1e12))
 def test_numbers_for_people(value: float) -> None:
     for text in (

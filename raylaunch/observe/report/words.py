@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
     if not math.isfinite(seconds) or seconds < 0:
         return "?"
     if seconds < 9.95:
-        return f"{seconds:.2g} s" if seconds else "0 s"
+        return f"{seconds:.2g} s" if seconds >= 0.001 else "0 s"
     whole, minutes, hours = round(seconds), round(seconds / 60), round(seconds / 3600)
     if whole < 60:
         return f"{whole} s"
