@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from made_runs import Made
 
+from raylaunch.backends import SlurmBackend
 from raylaunch.cli import cli
-from raylaunch.slurm.client import Completed
 
 REASON = "the same error 2 times: rank 1: KeyError: [red]\n" + "far " * 100
 
@@ -20,7 +20,7 @@ def shown(run: Path, state: str, monkeypatch: pytest.MonkeyPatch) -> str:
     (run.parents[1] / "clusters" / run.name / "ended.json").write_text("{}")
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"state": state, "reason": REASON}))
-    monkeypatch.setattr("raylaunch.slurm.client.run", lambda *_: Completed(0, ""))
+    monkeypatch.setattr(SlurmBackend, "states", lambda *_: {})
     done = CliRunner().invoke(cli, ["status", "--all", "--state-dir", str(run.parents[1])])
     assert done.exit_code == 0, done.output
     return done.output
