@@ -1,19 +1,23 @@
 """The audit trail: STATE/audit.jsonl, who asked for what, when, on which cluster or run, with which configuration.
 
-The command line adds one line at the moment something is asked, before it is done; whether it then succeeded is in the
-events of the cluster or the run. A line has names, numbers and a sha256 of the resolved configuration: never arguments
+The command line adds one line at the moment something is asked, before it is done, and one more when the command then
+ends with an error (`outcome`: refused or failed; `of`: the time of the first line), which `read` puts together. What else
+came of it is in the events of the cluster or the run. A line has names, numbers and a sha256 of the resolved configuration: never arguments
 or values, which may be secret. A trail that cannot be written is a warning, and stops nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import click
 
 from raylaunch import configfile, state
 from raylaunch.config import Config
@@ -21,6 +25,8 @@ from raylaunch.errors import StateError
 from raylaunch.words import user
 
 FILE = "audit.jsonl"
+ASKED = __name__
+"""Where a command's context has what it asked for."""
 
 
 def add(
@@ -49,8 +55,21 @@ def add(
     try:
         state.make_dir(state_dir)
         state.append_line(state_dir / FILE, {key: value for key, value in row.items() if value is not None})
+        if (command := click.get_current_context(silent=True)) is not None:
+            command.meta.setdefault(ASKED, []).append((state_dir, row))
     except StateError as error:
         tell(f"warning: the audit trail has no line of this: {error.message}")
+
+
+def add_outcome(asked: Sequence[tuple[Path, dict[str, Any]]], outcome: str) -> None:
+    """That a command ended with an error. Of several things that it asked for, which one it was is not known."""
+    if len(asked) == 1:
+        state_dir, row = asked[0]
+        own = {key: row[key] for key in ("user", "uid", "host", "action")}
+        with contextlib.suppress(StateError):  # the error itself is what the user must see
+            state.append_line(
+                state_dir / FILE, {"time": round(time.time(), 3), **own, "outcome": outcome, "of": row["time"]}
+            )
 
 
 def digest(config: Config) -> str:
@@ -59,9 +78,16 @@ def digest(config: Config) -> str:
 
 
 def read(state_dir: Path) -> list[dict[str, Any]]:
-    """The lines, oldest first; those that are torn are left out."""
+    """What was asked, oldest first, with its outcome where that was an error; lines that are torn are left out."""
     try:
         rows = state.read_lines(state_dir / FILE)
     except OSError as error:
         raise StateError(f"cannot read {state_dir / FILE}: {error.strerror or error}") from error
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("time"), (int, float))]
+    sound = [row for row in rows if isinstance(row, dict) and isinstance(row.get("time"), (int, float))]
+    outcomes = {_key(row, "of"): row.get("outcome") for row in sound if "of" in row}
+    asked = [row for row in sound if "of" not in row]
+    return [row | {"outcome": outcomes[key]} if (key := _key(row, "time")) in outcomes else row for row in asked]
+
+
+def _key(row: dict[str, Any], moment: str) -> str:
+    return f"{row.get('host')} {row.get('uid')} {row.get('action')} {row.get(moment)}"

@@ -6,11 +6,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from typing import Any
 
 import click
 
 from raylaunch import __version__
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import RaylaunchError, UsageError
 
 # name → (module:attribute, what it does); the help page is made from this table alone.
 COMMANDS = {
@@ -63,6 +64,15 @@ class Lazy(click.Group):
         except click.UsageError as error:
             if near := difflib.get_close_matches(args[0], COMMANDS, n=1):
                 raise click.UsageError(f"{error.format_message()} Did you mean {near[0]}?", ctx) from error
+            raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RaylaunchError as error:
+            from raylaunch import audit
+
+            audit.add_outcome(ctx.meta.get(audit.ASKED, []), "refused" if isinstance(error, UsageError) else "failed")
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

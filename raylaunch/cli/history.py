@@ -126,10 +126,11 @@ def _print_trail(where: Path, after: float, as_json: bool) -> None:
     if not rows:
         click.echo("nothing was asked yet")
         return
-    known = {"time", "user", "uid", "host", "action", "cluster", "run", "config"}
+    known = {"time", "user", "uid", "host", "action", "cluster", "run", "config", "outcome"}
 
     def what(row: dict[str, Any]) -> str:
         more = [f"{key}={value}" for key, value in row.items() if key not in known]
+        more += [f"({row['outcome']})"] if "outcome" in row else []
         return " ".join([str(row.get("action")), *more])
 
     _table(rows, [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylaunch import cluster, hosts, state
+from raylaunch import cluster, state
 from raylaunch.cli import options
 from raylaunch.cli.options import F
 from raylaunch.cli.show import table_width
 from raylaunch.config import Config
 from raylaunch.errors import UsageError
-from raylaunch.plan import estimate, gpus, like, memory, queue, saving
+from raylaunch.plan import estimate, gpus, like, memory, queue, room, saving
 from raylaunch.plan.estimate import Estimate, Given
 from raylaunch.plan.gpus import CPU, GIB, Gpu
 from raylaunch.plan.queue import Queue, spell
@@ -37,7 +36,13 @@ def _positive(context: click.Context, parameter: click.Parameter, value: float |
     return value
 
 
-WIDTH = 80
+def _share_of_one(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if (_positive(context, parameter, value) or 0.0) > 1:
+        raise UsageError(f"--{parameter.name} {value}: must be a share, at most 1", "Write 0.4 for 40%.")
+    return value
+
+
+WIDTH, TITLE = 80, len("checkpoint")
 
 
 def _rate(flag: str, text: str) -> Callable[[F], F]:
@@ -51,7 +56,10 @@ def _rate(flag: str, text: str) -> Callable[[F], F]:
 @click.option("--gpus-per-node", type=click.IntRange(min=1), help="As many workers a node. Default: the config's.")
 @click.option("--like", "like_run", metavar="RUN", help="Take pace, start and saves from an earlier run.")
 @_rate("--tokens-per-second", "The pace of all GPUs together.")
-@_rate("--mfu", "The share of the GPU's peak that is reached (0.4, say), where no pace is known.")
+@click.option(
+    "--mfu", type=float, callback=_share_of_one,
+    help="The share of the GPU's peak that is reached (0.4, say), where no pace is known.",
+)  # fmt: skip
 @_rate("--bandwidth", f"GB/s that the file system takes of a save. Default: {saving.BANDWIDTH / 1e9:g}.")
 @_rate("--failures", f"Per node and hour. Default: {saving.FAILURES:.2g} (Kokolis et al., 2025).")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
@@ -72,12 +80,14 @@ def plan(
     if gpus_per_node is not None:
         config = _with_workers(config, gpus_per_node)
     measured = like.read(state.run_dir(cluster.state_dir_of(config), like_run)) if like_run is not None else None
+    slurm = Slurm()
+    has = room.of_worker(which, config, slurm)
     given = Given(
-        which, config.slurm.max_nodes, script.workers_per_node(config.slurm), _available(which, config),
+        which, config.slurm.max_nodes, script.workers_per_node(config.slurm), has.size, has.why,
         tokens_per_second, mfu, measured, bandwidth and bandwidth * 1e9, failures or saving.FAILURES,
     )  # fmt: skip
     found = estimate.estimate(config, given)
-    asked = queue.estimate(config, Slurm(), datetime.now().astimezone())
+    asked = queue.estimate(config, slurm, datetime.now().astimezone())
     if as_json:
         click.echo(json.dumps(estimate.as_dict(found, config) | {"queue": asdict(asked)}, indent=1))
     else:
@@ -103,18 +113,6 @@ def _with_workers(config: Config, count: int) -> Config:
     return config.model_copy(update={"slurm": changed})
 
 
-def _available(gpu: Gpu, config: Config) -> int | None:
-    """Bytes of a worker: the GPU's; on a CPU its part of slurm.mem, or of this machine's where the run is to be here."""
-    workers = script.workers_per_node(config.slurm)
-    if gpu is not CPU:
-        return gpu.memory
-    if match := re.fullmatch(r"(\d+)([KMGT]?)B?", str(config.slurm.mem or "").upper()):
-        return (int(match[1]) << 10 * " KMGT".index(match[2] or "M")) // workers or None
-    if config.cluster.backend == "slurm" or config.slurm.max_nodes > 1:
-        return None
-    return hosts.memory(os.environ) // workers
-
-
 # -- for people --------------------------------------------------------------------------------------------
 
 
@@ -129,15 +127,23 @@ def _print(console: Console, found: Estimate, config: Config, asked: Queue) -> N
     if found.peak is not None:
         console.print()
         _print_memory(console, found, config)
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for title, text in [*_times(found), *_saves(found, config), ("queue", asked.text)]:
-        table.add_row(title, Text(text))
     console.print()
-    console.print(table)
+    rows = [*_times(found), *_saves(found, config)]
+    if found.fits is False and rows:
+        console.print(Text("if it fitted:", style="dim"))
+    _print_rows(console, rows)
+    _print_rows(console, [("queue", asked.text)])
     for text in found.missing + found.notes:
         console.print(Text(f"! {text}", style="yellow"))
+
+
+def _print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True, min_width=TITLE)
+    table.add_column()
+    for title, text in rows:
+        table.add_row(title, Text(text))
+    console.print(table)
 
 
 def _name(found: Estimate) -> str:
@@ -198,7 +204,7 @@ def _verdict(found: Estimate) -> Text:
     used = _size(found.peak.total)
     if found.available is None:
         return Text(f"{used} a worker; how much a node has is not known here", style="bold")
-    against = f"{used.removesuffix(' GiB')} of {_size(found.available)}"
+    against = f"{used.removesuffix(' GiB')} of {_size(found.available)}" + (f" ({found.room})" if found.room else "")
     if found.fits and not found.tight:
         return Text(f"fits: {against}", style="bold green")
     word = "fits, but tightly" if found.fits else "does not fit"

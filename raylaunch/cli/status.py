@@ -9,6 +9,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from raylaunch import cluster as clusters
 from raylaunch import layout
@@ -16,6 +17,8 @@ from raylaunch import status as gathering
 from raylaunch.cli import options
 from raylaunch.cli.show import table_width
 from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.observe.report import words
+from raylaunch.words import plural
 
 _COLOURS = {"ready": "green", "running": "green", "finished": "green", "RUNNING": "green", "pending": "yellow",
             "starting": "yellow", "queued": "yellow", "holding": "yellow", "restarting": "yellow", "degraded": "yellow", "resuming": "yellow", "draining": "yellow",
@@ -75,24 +78,29 @@ def _print_cluster(console: Console, cluster: dict[str, Any]) -> None:
                           str(run["attempt"]), str(run["world_size"]), run["directory"])  # fmt: skip
         console.print(table)
         for run in cluster["runs"]:
-            _print_recovery(console, run)
+            _print_tale(console, run)
     if cluster["dashboard"]:
         console.print(
             f"  dashboard {cluster['dashboard']['url']} on {cluster['dashboard']['node']}: {cluster['dashboard']['tunnel']}"
         )
 
 
-def _print_recovery(console: Console, run: dict[str, Any]) -> None:
-    """Goodput and the last recovery of a run that had one."""
+def _print_tale(console: Console, run: dict[str, Any]) -> None:
+    """Why it failed; goodput and the last recovery of a run that had one."""
+    if run["state"] == "failed" and run["reason"]:
+        text = words.clip(f"{run['name']}: {run['reason']}", table_width() - 2)
+        console.print(Text(f"  {text}", style="red"))
     found = run["ledger"]
     last = found and found["last_recovery"]
     if not last:
         return
     phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in last["phases"].items() if seconds >= 0.05)
-    took = "under way" if last["total"] is None else f"{last['total']:.1f} s ({phases})"
+    under_way = "under way" if run["state"] in gathering.LIVE_RUNS else "cut short"
+    took = under_way if last["total"] is None else f"{last['total']:.1f} s ({phases})"
     goodput = f"; goodput {found['goodput']:.0%}" if found["goodput"] is not None else ""
     cause = " ".join(filter(None, [*last["causes"], last["node"]]))
-    console.print(f"  {run['name']}: last recovery: {cause}, {took}, {last['steps_lost'] or 0} steps lost{goodput}")
+    lost = plural(last["steps_lost"] or 0, "step")
+    console.print(f"  {run['name']}: last recovery: {cause}, {took}, {lost} lost{goodput}", markup=False)
 
 
 def _print_wanted(console: Console, cluster: dict[str, Any]) -> None:

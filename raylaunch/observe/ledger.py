@@ -290,11 +290,12 @@ def summary(run_dir: Path) -> dict[str, Any]:
     way), phases, steps_lost, workers.
     """
     ledger = of_run(run_dir, whole=False)
-    faults = [r for r in ledger.recoveries if r.kind != "resize"]
+    counted = [r for r in ledger.recoveries if not r.final]
+    faults = [r for r in counted if r.kind != "resize"]
     return {
         "goodput": round(ledger.goodput, 4) if ledger.steps else None,
         "recoveries": len(faults),
-        "resizes": len(ledger.recoveries) - len(faults),
+        "resizes": len(counted) - len(faults),
         "steps_lost": ledger.steps_lost,
         "last_recovery": asdict(faults[-1]) if faults else None,
     }

@@ -16,6 +16,11 @@ from raylaunch.observe.recoveries import Recovery
 
 _WORDS = {"node_lost": "node lost", "worker_lost": "worker lost", "head_lost": "head lost", "driver_lost": "driver lost",
           "raylet_lost": "raylet lost", "drain": "drained", "grow": "grows"}  # fmt: skip
+_INJECTED = {"worker": "worker killed", "hang": "worker frozen", "raylet": "raylet killed", "agent": "agent killed",
+             "driver": "driver killed", "gcs": "GCS killed", "dashboard": "dashboard killed", "node": "node killed",
+             "head": "head killed", "freeze": "node frozen", "cut": "node cut off", "drain": "node drained",
+             "slurmd": "slurmd killed", "slurmctld": "slurmctld away"}  # fmt: skip
+"""What `raylaunch chaos` did, by its kind."""
 
 
 def pyplot() -> Any:
@@ -35,9 +40,11 @@ def named(recovery: Recovery, injected: dict[int, str]) -> str:
     if recovery.kind == "resize":
         before, after = recovery.workers
         return f"{_WORDS.get(recovery.causes[0], recovery.causes[0])}: {before} → {after}"
-    told = [injected[seq] for seq in recovery.injected if seq in injected]
-    text = " + ".join(dict.fromkeys(told)) or ", ".join(_WORDS.get(c, c.replace("_", " ")) for c in recovery.causes)
-    return f"{text} ({recovery.node})" if recovery.node and not told else text
+    told = [_INJECTED.get(injected[seq], injected[seq]) for seq in recovery.injected if seq in injected]
+    if told:
+        return f"{' + '.join(dict.fromkeys(told))} (chaos)"
+    text = ", ".join(_WORDS.get(c, c.replace("_", " ")) for c in recovery.causes)
+    return f"{text} ({recovery.node})" if recovery.node else text
 
 
 def run(run_dir: Path, out: Path, title: str = "") -> None:

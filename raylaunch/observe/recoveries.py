@@ -3,7 +3,8 @@
     attempts that ended + the one that reached a step → milestones in order → phases that add up
 
 A fault while a recovery is under way is part of it: it ends with the first step of whichever attempt
-gets there. A phase whose own event is missing is part of the next one. Pure.
+gets there. One that the run ended with is none to count: nothing came after it, no step was done again
+(`final`). A phase whose own event is missing is part of the next one. Pure.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raylaunch.observe.history import Attempt, History, Row
+from raylaunch.observe.history import FINAL, Attempt, History, Row
 
 PHASES = ("detect", "elect", "bring_up", "stop", "retry", "decide", "start", "connect", "build", "restore",
           "first_step")  # fmt: skip
@@ -41,6 +42,8 @@ class Recovery:
     """Before and after."""
     to_step: int
     """The step from which the run went on."""
+    final: bool = False
+    """The run ended before there was a step again."""
 
     @property
     def detect(self) -> float | None:
@@ -66,6 +69,12 @@ def recoveries(history: History) -> list[Recovery]:
     if ended:
         found.append(_recovery(history, ended, None, claimed))
     return found
+
+
+def _is_over(history: History, last: Attempt) -> bool:
+    """Whether the run has ended since, and nobody has taken it up again."""
+    since = [row["kind"] for row in history.events if row["time"] >= last.started and row["kind"] in {*FINAL, "queued"}]
+    return bool(since) and since[-1] in FINAL
 
 
 def _recovery(history: History, ended: Sequence[Attempt], fresh: Attempt | None, claimed: set[int]) -> Recovery:
@@ -104,6 +113,7 @@ def _recovery(history: History, ended: Sequence[Attempt], fresh: Attempt | None,
             phases[name] = round(max(0.0, moment - at), 3)
             at = max(at, moment)
     done = max([a.steps[-1].step for a in ended if a.steps] + [first.from_step])
+    final = fresh is None and _is_over(history, last)
     back = fresh.from_step if fresh is not None else max((a.committed or 0 for a in ended), default=0)
     causes = [str(f.get("cause") or f["kind"]) for a in ended for f in a.faults if f["kind"] == "fault"]
     kind = "resize" if all(a.how == "resized" for a in ended) else "error" if first.how == "error" else "fault"
@@ -118,10 +128,11 @@ def _recovery(history: History, ended: Sequence[Attempt], fresh: Attempt | None,
         injected=tuple(int(row.get("seq", 0)) for row in injected),
         phases=phases,
         total=round(max(0.0, reached - began), 3) if reached is not None else None,
-        steps_lost=max(0, done - back),
+        steps_lost=0 if final else max(0, done - back),
         attempts=len(ended),
         workers=(first.workers, fresh.workers if fresh is not None else 0),
         to_step=back,
+        final=final,
     )
 
 

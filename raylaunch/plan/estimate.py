@@ -35,6 +35,8 @@ class Given:
     workers_per_node: int
     available: int | None
     """Bytes of memory a worker has; None: unknown."""
+    room: str = ""
+    """Where `available` is from, for people."""
     tokens_per_s: float | None = None
     mfu: float | None = None
     like: Measured | None = None
@@ -49,6 +51,7 @@ class Estimate:
     place: Place
     gpu: Gpu
     available: int | None
+    room: str = ""
     shape: Shape | None = None
     peak: Peak | None = None
     would_fit: list[Fit] = field(default_factory=list)
@@ -77,7 +80,7 @@ class Estimate:
 def estimate(config: Config, given: Given) -> Estimate:
     """UsageError for nodes that the plan cannot use; all else that is wrong is among `missing`."""
     where = shards.place(config, given.nodes, given.workers_per_node)
-    found = Estimate(where, given.gpu, given.available)
+    found = Estimate(where, given.gpu, given.available, given.room)
     if where.spare:
         found.notes.append(f"{where.spare} of {where.nodes} nodes are spares: the plan cannot share them")
     try:
@@ -183,7 +186,7 @@ def as_dict(found: Estimate, config: Config) -> dict[str, Any]:
         "gpu": asdict(found.gpu),
         "model": None if found.shape is None else found.shape.parameters,
         "memory": None if peak is None else {
-            "total": peak.total, "available": found.available, "fits": found.fits, "tight": found.tight,
+            "total": peak.total, "available": found.available, "room": found.room, "fits": found.fits, "tight": found.tight,
             "moment": peak.moment, "stage": peak.stage, "bytes": dict(peak.bytes),
             "host_per_node": peak.host * where.workers_per_node,
         },

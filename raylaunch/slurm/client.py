@@ -324,6 +324,12 @@ class Slurm:
         """The site's configuration, by Slurm's names."""
         return site.parse_settings(self._said("scontrol", "show", "config"))
 
+    def default_memory(self, partition: str | None) -> dict[str, int]:
+        """MiB that a job gets which asks for none, under Slurm's name (DefMemPerCPU, DefMemPerNode): the partition's
+        (None: the default one's), else the site's. {}: the whole node's."""
+        said = self._said("scontrol", "show", "partition", "--oneliner")
+        return site.parse_default_memory(said, partition, self.settings())
+
     def associations(self, user: str) -> list[Association] | None:
         """The accounts of a user; None where there is no accounting."""
         try:

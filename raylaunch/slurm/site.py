@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -29,6 +30,17 @@ def parse_settings(text: str) -> dict[str, str]:
     """`scontrol show config`: `Name = value` lines; what else it prints is passed over."""
     pairs = (line.split("=", 1) for line in text.splitlines() if re.match(r"[A-Za-z_]\w*\s*=", line))
     return {name.strip(): value.strip() for name, value in pairs}
+
+
+def parse_default_memory(text: str, partition: str | None, settings: Mapping[str, str]) -> dict[str, int]:
+    """`scontrol show partition --oneliner` and the site's settings → MiB by DefMemPerCPU or DefMemPerNode; {}: no limit."""
+    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
+    own = [r for r in rows if (r.get("PartitionName") == partition if partition else r.get("Default") == "YES")]
+    for said in (*own, settings):
+        for name in ("DefMemPerCPU", "DefMemPerNode"):
+            if (value := said.get(name, "")).isdigit() and int(value):
+                return {name: int(value)}
+    return {}
 
 
 def parse_associations(text: str) -> list[Association]:

@@ -226,6 +226,21 @@ def test_commands_leave_their_line(where: Path, monkeypatch: pytest.MonkeyPatch,
     )
 
 
+def test_what_was_refused_does_not_look_like_what_was_done(
+    where: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setattr(backends, "of", lambda name: Knows("4711"))
+    up = ["up", "--name", "going", "--no-wait", "--state-dir", str(where)]
+    assert isinstance(CliRunner().invoke(cli, up).exception, UsageError)  # one of that name lives
+    going = where / "clusters" / "going"
+    monkeypatch.setattr("raylaunch.cluster.submit", lambda *_: (going, layout.Cluster.read(going)))
+    assert CliRunner().invoke(cli, [*up, "--name", "other"]).exit_code == 0
+    assert [row.get("outcome") for row in audit.read(where)] == ["refused", None]
+    shown = CliRunner().invoke(cli, ["history", "--audit", "--state-dir", str(where)]).output
+    assert shown.count("up (refused)") == 1 and len(shown.splitlines()) == 3
+
+
 # -- the state of the code ----------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch.observe import history, ledger
+from raylaunch.chaos.plan import KINDS
+from raylaunch.observe import history, ledger, picture
 from raylaunch.observe.exact import verify_steps
 
 Rows = list[dict[str, Any]]
@@ -163,6 +164,37 @@ def test_a_run_that_holds_and_one_that_was_continued() -> None:
     book = compute([*events, *later], [*metrics, *steps(3, 17, 18, 1004.5)])
     assert book.wall == pytest.approx(28 + 6.5)  # the days in between are nobody's
     assert len(book.recoveries) == 1
+
+
+def the_same_error_twice() -> tuple[Rows, Rows]:
+    """Each attempt does the steps up to 31, of which 20 are saved, and fails; then the run has failed."""
+    events = [
+        event(100, "queued"),
+        *beginning(1, 100),
+        event(124, "commit", attempt=1, step=20, seconds=0.0),
+        event(135, "attempt_ended", attempt=1, how="error", error="KeyError: 1", step=31, committed=20),
+        *beginning(2, 135, from_step=20),
+        event(151, "attempt_ended", attempt=2, how="error", error="KeyError: 1", step=31, committed=20),
+        event(151, "decision", decision="finish", attempt=2, state="failed"),
+        event(151, "failed", attempt=2),
+    ]
+    return events, [*steps(1, 1, 31, 103.5), *steps(2, 21, 31, 139.5)]
+
+
+def test_what_a_run_ended_with_is_no_recovery(tmp_path: Path) -> None:
+    events, metrics = the_same_error_twice()
+    survived, last = compute(events, metrics).recoveries
+    assert (survived.steps_lost, survived.final) == (11, False) and survived.total is not None
+    assert (last.steps_lost, last.final, last.total) == (0, True, None)
+    run = tmp_path / "runs" / "bug"
+    run.mkdir(parents=True)
+    for name, rows in (("events.jsonl", events), ("metrics.jsonl", metrics)):
+        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = ledger.summary(run)
+    assert (told["recoveries"], told["steps_lost"]) == (1, 11) and told["last_recovery"]["total"] == survived.total
+    # Before its end was decided, and when it is taken up again, it may yet recover.
+    for more in (events[:-1], [*events, event(200, "queued", continued=True)]):
+        assert compute(more, metrics).recoveries[-1].final is False
 
 
 def test_one_that_goes_on() -> None:
@@ -319,8 +351,6 @@ def test_of_many_attempts_the_older_ones_are_known_by_their_events(
 
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from raylaunch.observe import picture
-
     events, metrics = one_fault()
     faulted, smooth = tmp_path / "runs" / "faulted", tmp_path / "runs" / "smooth"
     without = [{**row, "attempt": 1, "loss": 1.0 + 1e-5} for row in [*metrics[:8], *metrics[10:]]]
@@ -331,5 +361,10 @@ def test_pictures(tmp_path: Path) -> None:
     picture.run(faulted, tmp_path / "run.png")
     assert picture.curves(smooth, faulted, tmp_path / "curves.png") == pytest.approx(1e-5, rel=1e-3)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("run.png", "curves.png"))
-    (recovery,) = compute(events, metrics).recoveries
-    assert picture.named(recovery, {5: "node"}) == "node" and picture.named(recovery, {}) == "node lost (n2)"
+
+
+def test_a_fault_has_a_name_and_says_when_chaos_brought_it() -> None:
+    (recovery,) = compute(*one_fault()).recoveries
+    assert picture.named(recovery, {}) == "node lost (n2)"
+    assert picture.named(recovery, {5: "node"}) == "node killed (chaos)"
+    assert all(" " in picture.named(recovery, {5: kind}).removesuffix(" (chaos)") for kind in KINDS)

@@ -17,7 +17,7 @@ from test_slurm_client import SINFO, Fake, refused
 from raylaunch.cli import cli
 from raylaunch.config import Config
 from raylaunch.errors import RaylaunchError, RunError, UsageError
-from raylaunch.plan import estimate, gpus, like, memory, pace, queue, saving, search, shape, shards
+from raylaunch.plan import estimate, gpus, like, memory, pace, queue, room, saving, search, shape, shards
 from raylaunch.plan.estimate import Given
 from raylaunch.slurm.client import Completed, Slurm
 
@@ -297,6 +297,45 @@ def test_an_earlier_run_that_is_damaged(earlier: Path) -> None:
         like.read(earlier.with_name("other"))
 
 
+# -- the room -------------------------------------------------------------------------------------------------
+
+PARTITIONS = """PartitionName=main AllocNodes=ALL Default=YES DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED
+PartitionName=fat AllocNodes=ALL Default=NO DefMemPerCPU=2048 MaxMemPerNode=UNLIMITED
+PartitionName=thin AllocNodes=ALL Default=NO DefMemPerNode=1000 MaxMemPerNode=UNLIMITED
+"""
+SITE = "DefMemPerCPU            = 6026\n"
+
+
+@pytest.mark.parametrize(
+    ("slurm", "site", "mib", "why"),
+    [
+        ({}, SITE, 6026, "Slurm's DefMemPerCPU for 1 CPU a node"),
+        ({"ntasks_per_node": 2, "cpus_per_task": 3}, SITE, 3 * 6026, "Slurm's DefMemPerCPU for 6 CPUs a node"),
+        ({"partition": "fat", "nodes": "4"}, SITE, 2048, "Slurm's DefMemPerCPU for 1 CPU a node"),
+        ({"partition": "thin"}, SITE, 1000, "Slurm's DefMemPerNode"),
+        ({"exclusive": True}, SITE, 24105, "if the job has the whole node"),
+        ({}, "", 24105, "if the job has the whole node"),
+        ({"mem": "0"}, SITE, 24105, "if the job has the whole node"),
+        ({"mem": "3G"}, SITE, 3072, "slurm.mem"),
+        ({"extra": ["--mem-per-cpu", "1G"], "cpus_per_task": 2}, SITE, 2048, "--mem-per-cpu for 2 CPUs a node"),
+        ({"partition": "none"}, "", None, ""),
+    ],
+)
+def test_a_worker_has_what_slurm_gives_the_job(slurm: dict[str, Any], site: str, mib: int | None, why: str) -> None:
+    fake = Fake(sbatch=Completed(0), sinfo=SINFO, scontrol=Completed(0, PARTITIONS + site))
+    found = room.of_worker(gpus.CPU, config(slurm=slurm), Slurm(fake))
+    assert found == room.Room(mib and mib << 20, why)
+
+
+def test_where_slurm_does_not_say() -> None:
+    """None here: this machine is the node. One that does not answer: nobody knows."""
+    found = room.of_worker(gpus.CPU, config(), Slurm(Fake(sbatch=FileNotFoundError(2, "no"))))
+    assert found.size and found.why == "this machine's"
+    silent = Fake(sbatch=Completed(0), scontrol=refused("slurm_load_partitions: Unable to contact slurm controller\n"))
+    assert room.of_worker(gpus.CPU, config(), Slurm(silent)) == room.Room(None)
+    assert room.of_worker(H100, config(), Slurm(silent)) == room.Room(H100.memory)
+
+
 # -- the queue -----------------------------------------------------------------------------------------------
 
 NOW = datetime(2026, 11, 21, 12, 0).astimezone()
@@ -356,6 +395,7 @@ def test_what_it_says(run: Run) -> None:
     assert max(map(len, shown.output.splitlines())) <= 80
     shown = run(EIGHT, "--gpu", "h100-80gb", "--set", "step_scheduler.local_batch_size=2")
     assert shown.return_value == 1 and "does not fit: 116.6 of 79.1 GiB; these would:" in shown.output
+    assert "\nif it fitted:\npace " in shown.output
     typed = EIGHT.replace("gpus_per_node: 8", "gpus_per_node: 'h100:8'")
     assert "on h100-80gb" in run(typed, "--nodes", "8", "--gpus-per-node", "4").output
 
@@ -402,6 +442,7 @@ def test_no_pace_of_a_cpu_but_memory_and_checkpoints(run: Run) -> None:
         ),
         (["--gpu", "h100", "--tokens-per-second", "-3"], "must be a number above 0"),
         (["--gpu", "h100", "--mfu", "nan"], "must be a number above 0"),
+        (["--gpu", "h100", "--mfu", "5"], "--mfu 5.0: must be a share"),
         (["--gpu", "h100", "--nodes", "0"], "at least 1"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -9,6 +10,7 @@ import random
 import re
 import shutil
 import stat
+import statistics
 import xml.etree.ElementTree as xml
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,9 +27,10 @@ from raylaunch.cli import cli
 from raylaunch.config import CostConfig
 from raylaunch.errors import SlurmUnavailable, UsageError
 from raylaunch.observe import ledger
-from raylaunch.observe.report import cost, curves, data, markdown, page, settings, svg, words
+from raylaunch.observe.report import cost, curves, data, markdown, page, paper, settings, svg, words
 from raylaunch.observe.report.axis import WIDTH, Axis
 from raylaunch.observe.report.facts import Facts, gather
+from raylaunch.observe.report.text import cost_rows
 from raylaunch.slurm.client import Completed, Slurm
 from raylaunch.words import plural
 
@@ -99,6 +102,30 @@ def test_the_accounting_is_asked_once_and_read(made: Path) -> None:
         assert again.cost.cpu_efficiency is None and again.cost.unknown
         assert any("accounting" in line for line in again.unknown)
         assert "not known here" in page.render(again)
+
+
+def test_a_job_that_goes_on_has_no_efficiency_yet(made: Path) -> None:
+    """What sacct says of a running job: no time, no memory."""
+    row = ["4711", "RUNNING", "3000", "200", "2", "00:00:00", "", "", "cpu=200,mem=100G,node=2"]
+    found = gather(made, slurm(Completed(0, SEP.join(row) + "\n")), NOW + 100)
+    assert ("efficiency", "not known here", "not before its job has ended") in cost_rows(found)
+
+
+def test_the_mean_rate_is_what_was_done_over_the_time_it_took(made: Path, facts: Facts) -> None:
+    """A step of 1 s at 4,000 tokens a second and one of 4 s at 1,000: 8,000 tokens in 5 s."""
+    series = curves.Series()
+    for second, rate in ((1, 4000.0), (5, 1000.0)):
+        series.add(second, second, rate)
+    assert series.mean_rate == pytest.approx(1600) and curves.Series().mean_rate is None
+    rows = [json.loads(line) for line in (made / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["tokens_per_s"] for row in rows if "loss" in row]
+    assert facts.rate == ("tokens", pytest.approx(statistics.harmonic_mean(rates)))
+
+
+def test_the_median_of_two_recoveries_lies_between_them(facts: Facts) -> None:
+    two = [dataclasses.replace(facts.survived[0], total=total) for total in (30.0, 40.0)]
+    told = dataclasses.replace(facts, book=dataclasses.replace(facts.book, recoveries=two))
+    assert "each within 40 s (median 35 s)" in paper.appendix(told)
 
 
 def test_a_long_run_is_thinned_and_keeps_its_extremes(
@@ -317,6 +344,10 @@ def test_pictures_are_sound_xml() -> None:
     xml.fromstring(svg.bar([(1.0, "queue", "a<b"), (0.0, "stop", "")], 10, "x"))
     assert svg.scale([], 10).ticks() and svg.scale([5.0, 5.0], 10).y(5.0) == 5.0
     assert svg.scale([0.01, 3.0, 1000.0], 10, may_log=True).log and not svg.scale([-1.0, 1000.0], 10, may_log=True).log
+
+
+def test_what_is_shorter_than_a_clock_can_tell_took_no_time() -> None:
+    assert [words.duration(seconds) for seconds in (0, 1.1e-05, 0.001, 0.25)] == ["0 s", "0 s", "0.001 s", "0.25 s"]
 
 
 @given(st.floats(0, 1e12))

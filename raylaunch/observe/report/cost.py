@@ -18,7 +18,7 @@ from raylaunch.errors import SlurmError, SlurmUnavailable
 from raylaunch.observe.history import Attempt
 from raylaunch.observe.usage import Hold, Interval, gpu_seconds, node_seconds
 from raylaunch.slurm.client import Slurm
-from raylaunch.slurm.parse import UsageRow
+from raylaunch.slurm.parse import TERMINAL, UsageRow
 
 
 @dataclass
@@ -97,6 +97,9 @@ def ask_accounting(found: Cost, jobs: Sequence[str], since: float, slurm: Slurm)
     found.gpu_type = next((row.gpu_type for row in rows if row.gpu_type), "")
     if joules:
         found.joules, found.energy_from = joules, "accounting"
+    if found.cpu_efficiency is None and found.memory_efficiency is None:
+        ended = all(row.state in TERMINAL for row in rows if not row.step)
+        found.unknown = "the accounting has no usage of its jobs" if ended else "not before its job has ended"
 
 
 def efficiency(rows: Sequence[UsageRow]) -> tuple[float | None, float | None, float | None]:

@@ -47,6 +47,8 @@ class Bucket:
     high: float
     count: int = 1
     total: float = 0.0
+    inverse: float = 0.0
+    """The sum of one over each value."""
     step: int = 0
     """The last one's."""
 
@@ -66,13 +68,15 @@ class Series:
     ) -> None:
         """`is_extreme`: chosen because it is one, so that it says nothing of the mean."""
         key = int(x * BUCKETS / WIDTH)
+        inverse = 1 / value if value > 0 else 0.0
         one = self.buckets.get(key)
         if one is None:
-            self.buckets[key] = Bucket(x, time, attempt, value, value, value, total=value, step=step)
+            self.buckets[key] = Bucket(x, time, attempt, value, value, value, total=value, inverse=inverse, step=step)
             return
         if not is_extreme:
             one.count += 1
             one.total += value
+            one.inverse += inverse
             one.last, one.step, one.attempt = value, step, attempt
         one.low, one.high = min(one.low, value), max(one.high, value)
 
@@ -84,6 +88,12 @@ class Series:
         """Of all that was added."""
         count = sum(b.count for b in self.buckets.values())
         return sum(b.total for b in self.buckets.values()) / count if count else None
+
+    @property
+    def mean_rate(self) -> float | None:
+        """Of rates of steps, which do the same each: what all did over the time that all took (the harmonic mean)."""
+        count, inverse = (sum(getattr(b, name) for b in self.buckets.values()) for name in ("count", "inverse"))
+        return count / inverse if inverse else None
 
     @property
     def most(self) -> float | None:

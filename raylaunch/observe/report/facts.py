@@ -102,9 +102,9 @@ class Facts:
 
     @property
     def rate(self) -> tuple[str, float] | None:
-        """(tokens or samples, mean per second while it trained)."""
+        """(tokens or samples, per second of the time that its steps took)."""
         for name in curves.RATES:
-            mean = self.curves.series[name].mean
+            mean = self.curves.series[name].mean_rate
             if mean is not None:
                 return name.removesuffix("_per_s"), mean
         return None

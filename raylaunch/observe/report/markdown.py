@@ -6,6 +6,7 @@ from raylaunch.observe.report import words
 from raylaunch.observe.report.facts import Facts
 from raylaunch.observe.report.paper import appendix
 from raylaunch.observe.report.text import cards, code_rows, cost_rows, sentence
+from raylaunch.observe.report.timeline import took
 
 MOST = 200
 """Rows of a table."""
@@ -37,11 +38,11 @@ def markdown(facts: Facts) -> str:
         rows = [
             [
                 str(number), words.when(r.began, seconds=True), facts.named(r), f"{r.workers[0]} → {r.workers[1]}",
-                str(r.steps_lost), words.duration(r.total) if r.total is not None else "no step since",
+                str(r.steps_lost), took(r),
             ]
             for number, r in enumerate(book.recoveries, 1)
         ]  # fmt: skip
-        out += _table(["#", "when", "what", "workers", "steps lost", "took"], rows[:MOST])
+        out += _table(["#", "when", "what", "workers", "steps repeated", "took"], rows[:MOST])
         out += [f"and {len(rows) - MOST} more", ""] if len(rows) > MOST else []
     told = [n for n in facts.nodes if any(n.trouble)]
     if told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 
 from raylaunch.observe.report import settings, words
@@ -42,10 +43,10 @@ def appendix(facts: Facts) -> str:
     if facts.survived:
         kinds = Counter(r.causes[0] if r.causes else r.kind for r in facts.survived)
         listed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in kinds.most_common(6))
-        times = sorted(r.total or 0.0 for r in facts.survived)
+        times = [r.total or 0.0 for r in facts.survived]
         found.append(
             f"It went on after {plural(len(facts.survived), 'fault')} ({listed}), each within "
-            f"{words.duration(times[-1])} (median {words.duration(times[len(times) // 2])}); "
+            f"{words.duration(max(times))} (median {words.duration(statistics.median(times))}); "
             f"{plural(book.steps_lost, 'step')} had to be repeated."
         )
     else:

@@ -101,7 +101,7 @@ def _marks(facts: Facts) -> list[Mark]:
         x = facts.axis.x(one.began)
         end = facts.axis.x(one.began + one.total) if one.total is not None else x
         kind = "resize" if one.kind == "resize" else "fault"
-        told = f"{number}. {facts.named(one)}: {took(one)}, {plural(one.steps_lost, 'step')} lost"
+        told = f"{number}. {facts.named(one)}: {took(one)}, {plural(one.steps_lost, 'step')} repeated"
         if found and x - last < 1.0 and found[-1][1].class_ == kind:  # not to be told apart
             first, mark = found[-1]
             label = f"{first}-{number}" if mark.label else ""
@@ -120,7 +120,9 @@ def _joined(before: str, text: str) -> str:
 
 
 def took(one: Recovery) -> str:
-    return words.duration(one.total) if one.total is not None else "no step since"
+    if one.total is not None:
+        return words.duration(one.total)
+    return "the run ended" if one.final else "no step since"
 
 
 def _hits(facts: Facts, loss: Sequence[Bucket]) -> list[tuple[float, float, str]]:

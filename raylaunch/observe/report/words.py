@@ -15,7 +15,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "build": ("build", "start", "data and model were made"),
     "restore": ("restore", "start", "a checkpoint was read"),
     "first_step": ("first step", "start", "what a first step takes longer than the others"),
-    "redone": ("repeated", "lost", "steps that were lost and done again"),
+    "redone": ("lost steps", "lost", "steps done again, cut short by a fault, or not saved at the end"),
     "detect": ("detect", "lost", "until a fault was known"),
     "stop": ("stop", "lost", "the old workers ended"),
     "decide": ("decide", "lost", "the next size was chosen"),
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
     if not math.isfinite(seconds) or seconds < 0:
         return "?"
     if seconds < 9.95:
-        return f"{seconds:.2g} s" if seconds else "0 s"
+        return f"{seconds:.2g} s" if seconds >= 0.001 else "0 s"
     whole, minutes, hours = round(seconds), round(seconds / 60), round(seconds / 3600)
     if whole < 60:
         return f"{whole} s"
