@@ -28,18 +28,23 @@ def test_two_leases_never_meet() -> None:
 
 
 def test_the_last_block_is_not_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "PORTS_TO", hosts.PORTS_FROM + 2 * hosts.PORT_BLOCK)
     last = hosts.lease_ports()
     last.close()
+
+    def that_one_first(blocks: range, _: int) -> list[int]:
+        return sorted(blocks, key=lambda base: base != last.ports.base)
+
+    monkeypatch.setattr(hosts.random, "sample", that_one_first)
     again = hosts.lease_ports(last.ports)
     again.close()
     assert again.ports.base != last.ports.base
 
 
 def test_a_block_with_a_port_that_somebody_holds_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hosts, "PORTS_TO", hosts.PORTS_FROM + hosts.PORT_BLOCK)
     lease = hosts.lease_ports()
     lease.close()
+    monkeypatch.setattr(hosts, "PORTS_FROM", lease.ports.base)  # that one alone: others may be somebody's
+    monkeypatch.setattr(hosts, "PORTS_TO", lease.ports.base + hosts.PORT_BLOCK)
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", lease.ports.gcs))
         holder.listen()
