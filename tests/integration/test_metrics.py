@@ -108,7 +108,7 @@ def test_what_is_told(cluster: Path, served: str) -> None:
         'raylaunch_cluster_incarnation{cluster="c"}': 3, 'raylaunch_node_strikes{cluster="c",node="n2"}': 1,
         'raylaunch_node_gpu_ratio{cluster="c",node="n1"}': 0.9, 'raylaunch_node_cpu_ratio{cluster="c",node="n2"}': 0.1,
         'raylaunch_node_oom_kills_total{cluster="c",node="n1"}': 2, 'raylaunch_run_step{cluster="c",run="r"}': 7,
-        'raylaunch_run_loss{cluster="c",run="r"}': -2, 'raylaunch_run_tokens_total{cluster="c",run="r"}': 700,
+        'raylaunch_run_loss{cluster="c",run="r"}': -2, 'raylaunch_run_tokens{cluster="c",run="r"}': 700,
         'raylaunch_run_last_commit_step{cluster="c",run="r"}': 5, 'raylaunch_run_attempts_total{cluster="c",run="r"}': 2,
         'raylaunch_run_events_total{cluster="c",kind="commit",run="r"}': 1, 'raylaunch_run_up{cluster="c",run="r"}': 1,
         'raylaunch_cluster_events_total{cluster="c",kind="node_lost"}': 1,
