@@ -1,9 +1,10 @@
 """The audit trail: STATE/audit.jsonl, who asked for what, when, on which cluster or run, with which configuration.
 
 The command line adds one line at the moment something is asked, before it is done, and one more when the command then
-ends with an error (`outcome`: refused or failed; `of`: the time of the first line), which `read` puts together. What else
-came of it is in the events of the cluster or the run. A line has names, numbers and a sha256 of the resolved configuration: never arguments
-or values, which may be secret. A trail that cannot be written is a warning, and stops nothing.
+ends with an error (`outcome`: refused or failed; `of`: the time of the first line), which `read` puts together. What
+else came of it is in the events of the cluster or the run. A line has names, numbers and a sha256 of the resolved
+configuration: never arguments or values, which may be secret. A trail that cannot be written is a warning, and stops
+nothing.
 """
 
 from __future__ import annotations
