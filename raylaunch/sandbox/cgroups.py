@@ -92,12 +92,17 @@ def set_frozen(path: Path, frozen: bool) -> None:
 def kill(path: Path) -> None:
     """SIGKILL every process of the group, frozen ones too, and wait until they are gone."""
     members = processes(path)
-    with contextlib.suppress(FileNotFoundError):
-        (path / "cgroup.kill").write_text("1")
+
+    def gone() -> bool:
+        # Again and again: an orphan of an `up` that was killed may enter the group after the first time.
+        with contextlib.suppress(FileNotFoundError):
+            (path / "cgroup.kill").write_text("1")
+        # The group counts as empty a little before its last process has ended.
+        return not populated(path) and not any(proc.alive() for proc in members)
+
     wait_for(
         f"processes of {path.name} gone",
-        # The group counts as empty a little before its last process has ended.
-        lambda: not populated(path) and not any(proc.alive() for proc in members),
+        gone,
         20,
         lambda: f"still there: {processes(path)}",
     )
