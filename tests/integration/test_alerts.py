@@ -130,7 +130,7 @@ def told(run: Path) -> list[dict[str, Any]]:
 
 
 def lost(*nodes: int) -> list[str]:
-    return [f"node n{node} is lost: silent" for node in nodes]
+    return [f"n{node} is lost: silent" for node in nodes]
 
 
 def test_a_server_that_fails_and_recovers_gets_every_alert_once_and_in_order(run: Path, site: Site) -> None:
