@@ -469,8 +469,8 @@ class Agent:
         if self.duties is not None:
             try:
                 await (self.duties.abandon() if self.again else self.duties.close(self.reason))
-            except (RaylaunchError, OSError) as error:  # a full disk must not keep processes alive
-                log.error("the head could not end in order error=%r", str(error))
+            except Exception:  # a full disk, or a fault of ours, must leave no process and no directory
+                log.exception("the head could not end in order")
         left = await asyncio.to_thread(processes.end_tree, os.getpid(), True)
         left += self.temp.remove()
         if self.link is not None:

@@ -21,6 +21,7 @@ LONG_LIFE = 300.0
 MAX_TRIES = 8
 """Ends by a signal, one soon after the other, until this node counts as broken."""
 MAX_PAUSE = 30.0
+_HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Keeper:
@@ -32,7 +33,7 @@ class Keeper:
 
     def keep(self) -> int:
         """Run agents until one ends for good; its exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in _HANDED_ON:
             signal.signal(number, self._hand_on)
         tries = 0
         while True:
@@ -50,15 +51,18 @@ class Keeper:
             until = time.monotonic() + pause
             while time.monotonic() < until and not self._told_to_end:
                 time.sleep(0.05)
-            if self._told_to_end:  # while there was no agent to hear it
-                return 128 + signal.SIGTERM
 
     def _one_life(self) -> int:
         """Fork an agent and wait for its end; the exit code, negative for a signal."""
+        # A signal during the fork would find no child to hand it on to, and in the child a keeper's handler.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDED_ON)
+        if self._told_to_end:  # while there was no agent to hear it
+            return -signal.SIGTERM
         self._child = os.fork()
         if self._child == 0:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in _HANDED_ON:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
             code = 1
             try:
                 processes.die_with_parent()
@@ -67,6 +71,7 @@ class Keeper:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)  # the keeper's own way out is not the agent's
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDED_ON)
         while True:
             pid, status = os.wait()  # orphans of a dead agent come to us, too
             if pid == self._child:

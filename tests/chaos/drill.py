@@ -207,14 +207,7 @@ class Drill:
         def left() -> list[str]:
             return [line for line in self.site.left() if not self._abandoned(line, lost)]
 
-        def shown() -> str:
-            logs = self.site.cluster(self.cluster) / "logs"
-            paths = [
-                path for node in sorted({line.split(":")[0] for line in left()}) for path in logs.glob(f"{node}*.log")
-            ]
-            return "\n".join([*left(), *(f"{path.name}:\n{path.read_text()[-3000:]}" for path in paths)])
-
-        wait_for("nothing left", lambda: not left(), 60, shown)
+        wait_for("nothing left", lambda: not left(), 60, lambda: self.site.with_logs(left()))
 
     def _abandoned(self, line: str, lost: set[str]) -> bool:
         node, _, path = line.partition(": ")

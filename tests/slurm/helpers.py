@@ -237,15 +237,11 @@ class Site:
         found += [f"command {c.line}" for c in self._commands if c.process.poll() is None]
         for node in nodes or [n.name for n in self.sandbox.status().nodes if n.running]:
             found += [f"{node}: process {line}" for line in self.processes(node)]
-            listing = self.inside(
-                node, "find", "/tmp", "/dev/shm", "-mindepth", "1", "-ignore_readdir_race", "-uid", str(self.uid)
-            )
-            found += [f"{node}: {path}" for path in listing.split() if self._counts(path)]
+            # Of what goes while it looks, find complains. The top of it is telling enough.
+            look = f"find /tmp /dev/shm -mindepth 1 -maxdepth 2 -uid {self.uid} || true"
+            listing = self.inside(node, "sh", "-c", look)
+            found += [f"{node}: {path}" for path in listing.split()]
         return found
-
-    @staticmethod
-    def _counts(path: str) -> bool:
-        return path.count("/") < 4  # the top of it is telling enough
 
     def processes(self, node: str) -> list[str]:
         """This user's processes in a node, but for the sandbox's own and Slurm's, as `pid args`."""
@@ -260,7 +256,14 @@ class Site:
 
     def wait_clean(self, limit: float = 15.0) -> None:
         """Nothing is left, after the moment that Slurm needs to notice the end of a job."""
-        wait_for("nothing left", lambda: not self.left(), limit, lambda: "\n  ".join(self.left()))
+        wait_for("nothing left", lambda: not self.left(), limit, lambda: self.with_logs(self.left()))
+
+    def with_logs(self, left: list[str]) -> str:
+        """What is left, and what the newest cluster's logs say last: on these nodes, and in its jobs' output."""
+        newest = max(self.state.glob("clusters/*/logs"), key=lambda logs: logs.stat().st_mtime, default=self.state)
+        names = sorted({line.partition(":")[0] for line in left} | {"slurm-"})
+        paths = [path for name in names for path in sorted(newest.glob(f"{name}*"))]
+        return "\n".join([*left, *(f"{path}:\n{path.read_text(errors='replace')[-3000:]}" for path in paths)])
 
     def inside(self, node: str, *argv: str) -> str:
         """Output of a command in a node, as root."""
