@@ -71,17 +71,18 @@ def test_orders_reach_rank_0_also_when_it_comes_late_and_can_be_taken_back(serve
 def test_stacks_are_dumped_on_order(server: Server, tmp_path: Path) -> None:
     one = pulse(server, 1, tmp_path)
     until(lambda: server.beats())
-    done: list[bool] = []
+    running, done = threading.Event(), list[bool]()
 
     def ask() -> None:
+        assert running.wait(10)
         server.dump()
         until(lambda: 1 in server.dumped())
         done.append(True)
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
-    training = compile("while not done and asking.is_alive():\n    pause(0.01)", "training.py", "exec")
-    exec(training, {"done": done, "asking": asking, "pause": time.sleep})
+    training = compile("running.set()\nwhile not done and asking.is_alive():\n    pause(0.01)", "training.py", "exec")
+    exec(training, {"running": running, "done": done, "asking": asking, "pause": time.sleep})
     text = Path(server.dumped()[1]).read_text()
     assert "rank 1 on node1" in text and "test_stacks_are_dumped_on_order" in text
     assert where_it_stands(Path(server.dumped()[1]), entry="training.py").startswith("training.py:")
