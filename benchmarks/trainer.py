@@ -2,7 +2,8 @@
 
     python -m benchmarks.trainer [--rounds 5] [loop data prepare saves]
 
-loop     tokens/s of `trainers.fsdp` under raylaunch, under torchrun, and of a minimal hand-written FSDP2 loop
+loop     tokens/s of `trainers.fsdp` under raylaunch, under torchrun, and of a minimal hand-written FSDP2 loop; on
+         a worker a core, and on one worker with a core to spare
 data     tokens/s of the loader against a plain memory-mapped numpy reader
 prepare  tokens/s of `data prepare` with 1 and 2 workers against a loop over `tokenizers` in one process
 saves    seconds that a step is held up by an asynchronous save, against a synchronous one
@@ -77,12 +78,21 @@ def take_turns(ways: dict[str, Callable[[], float]], rounds: int, unit: str) -> 
 
 
 def loop(directory: Path, rounds: int) -> None:
+    """Workers on all of this machine's two cores, and on one of them: daemons have the other one to themselves."""
+    tokens = [path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+    np.frombuffer(b"".join(tokens), np.uint8).astype(np.uint16).tofile(directory / "tokens.bin")
+    for workers in (2, 1):
+        print(f"  {workers} workers" if workers > 1 else "  one worker, and a core to spare")
+        part = directory / str(workers)
+        part.mkdir()
+        _loop(part, workers, rounds, directory / "tokens.bin")
+
+
+def _loop(directory: Path, workers: int, rounds: int, data: Path) -> None:
     env = {**os.environ, "RAYLAUNCH_STATE_DIR": str(directory), "OMP_NUM_THREADS": "1"}
     config = directory / "train.yaml"
     config.write_text(json.dumps(CONFIG))  # JSON is YAML
-    tokens = [path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py"))]
-    np.frombuffer(b"".join(tokens), np.uint8).astype(np.uint16).tofile(directory / "tokens.bin")
-    up = ["up", "--name", "bench", "--backend", "local", "--nodes", "2"]
+    up = ["up", "--name", "bench", "--backend", "local", "--nodes", str(workers)]
     subprocess.run([BIN / "raylaunch", *up], env=env, check=True, capture_output=True, timeout=LIMIT)
     count = iter(range(1000))
 
@@ -97,8 +107,8 @@ def loop(directory: Path, rounds: int) -> None:
             run = directory / f"{module.rpartition('.')[2]}-{next(count)}"
             run.mkdir()
             (run / "config.json").write_text(json.dumps(CONFIG))
-            (run / "tokens.bin").symlink_to(directory / "tokens.bin")
-            command = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "-m", module, str(run)]
+            (run / "tokens.bin").symlink_to(data)
+            command = [BIN / "torchrun", "--standalone", "--nproc-per-node", str(workers), "-m", module, str(run)]
             subprocess.run(command, env=env, check=True, capture_output=True, timeout=LIMIT)
             return speed(run)
 
@@ -110,7 +120,11 @@ def loop(directory: Path, rounds: int) -> None:
             "trainers.fsdp under torchrun": torchrun("benchmarks.recovery_worker"),
             "trainers.fsdp under raylaunch": ours,
         }
-        take_turns(ways, rounds, "tokens/s")
+        found = take_turns(ways, rounds, "tokens/s")
+        _, plain, under = found.values()
+        ratios = [a / b for a, b in zip(under, plain, strict=True)]
+        shown = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+        print(f"  the same loop, under raylaunch / under torchrun: {shown}", flush=True)
     finally:
         subprocess.run([BIN / "raylaunch", "down", "bench"], env=env, check=True, capture_output=True, timeout=LIMIT)
 
