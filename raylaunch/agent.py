@@ -469,8 +469,11 @@ class Agent:
         if self.duties is not None:
             try:
                 await (self.duties.abandon() if self.again else self.duties.close(self.reason))
-            except Exception:  # a full disk, or a fault of ours, must leave no process and no directory
+            except (RaylaunchError, OSError) as error:  # a full disk must not keep processes alive
+                log.error("the head could not end in order error=%r", str(error))
+            except Exception:  # nor must a fault of ours, which stays one
                 log.exception("the head could not end in order")
+                self.duties.exit_code = 1
         left = await asyncio.to_thread(processes.end_tree, os.getpid(), True)
         left += self.temp.remove()
         if self.link is not None:

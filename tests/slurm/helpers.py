@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -237,11 +238,29 @@ class Site:
         found += [f"command {c.line}" for c in self._commands if c.process.poll() is None]
         for node in nodes or [n.name for n in self.sandbox.status().nodes if n.running]:
             found += [f"{node}: process {line}" for line in self.processes(node)]
-            # Of what goes while it looks, find complains. The top of it is telling enough.
-            look = f"find /tmp /dev/shm -mindepth 1 -maxdepth 2 -uid {self.uid} || true"
-            listing = self.inside(node, "sh", "-c", look)
-            found += [f"{node}: {path}" for path in listing.split()]
+            found += [f"{node}: {path}" for path in self._files(node)]
         return found
+
+    def _files(self, node: str) -> list[str]:
+        """This user's files in a node; the top of them is telling enough. Of what goes while it looks, find complains."""
+        look = [
+            "env",
+            "LC_ALL=C",
+            "find",
+            "/tmp",
+            "/dev/shm",
+            "-mindepth",
+            "1",
+            "-maxdepth",
+            "2",
+            "-uid",
+            str(self.uid),
+        ]
+        done = self.sandbox.exec(node, look, cwd="/", capture_output=True, text=True, timeout=60)
+        went = re.compile(r"find: .*: No such file or directory")
+        assert all(went.fullmatch(line) for line in done.stderr.splitlines()), done.stderr
+        assert done.returncode == 0 or done.stderr, done
+        return str(done.stdout).split()
 
     def processes(self, node: str) -> list[str]:
         """This user's processes in a node, but for the sandbox's own and Slurm's, as `pid args`."""
