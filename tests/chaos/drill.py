@@ -40,15 +40,20 @@ class Drill:
         with own_sandbox(name, nodes=nodes, cpus=cpus) as machine:
             site = Site.make(machine, "alice")
             write_texts(site.state / "text")
+            drill = cls(site)
             try:
-                yield cls(site)
+                yield drill
             finally:
-                for node in machine.status().nodes:
-                    if node.frozen:
-                        machine.thaw(node.name)
-                    if node.cut:
-                        machine.heal(node.name)
-                site.end()
+                drill.abandon()
+
+    def abandon(self) -> None:
+        """End whatever a failed test may have left running, frozen or cut."""
+        for node in self.site.sandbox.status().nodes:
+            if node.frozen:
+                self.site.sandbox.thaw(node.name)
+            if node.cut:
+                self.site.sandbox.heal(node.name)
+        self.site.end()
 
     # -- starting -----------------------------------------------------------------------------------
 
