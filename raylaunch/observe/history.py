@@ -123,6 +123,12 @@ def _longest_in_order(times: Sequence[float]) -> set[int]:
     return kept
 
 
+def latest(times: Sequence[float], until: float) -> float | None:
+    """The last of the ordered times that is not after `until`."""
+    index = bisect.bisect_right(times, until)
+    return times[index - 1] if index else None
+
+
 def read(events: Iterable[Row], metrics: Iterable[Row], cluster: Iterable[Row] = ()) -> History:
     """The history of a run from its rows; `cluster`: the events of the cluster that it ran on."""
     ordered = settled(row for row in events if isinstance(row.get("kind"), str))

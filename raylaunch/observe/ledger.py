@@ -11,6 +11,7 @@ whose own event is not there is part of the next one. Pure, but for `summary` an
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch import state
-from raylaunch.observe.history import FINAL, Attempt, History, Row, Step, is_step, read
+from raylaunch.observe.history import FINAL, Attempt, History, Row, Step, is_step, latest, read
 from raylaunch.observe.recoveries import Recovery, recoveries
 from raylaunch.runs import Run
 
@@ -131,6 +132,16 @@ class _Timeline:
         self._bounds = _kept_up_to(history.attempts)
         self._usual = _step_seconds([a.steps for a in history.attempts])
         self._usual_of = {a.key: _step_seconds([a.steps]) or self._usual for a in history.attempts}
+        # Looked up for every fault and every step, of which a run of weeks has many: by bisection.
+        self._finals = [row["time"] for row in history.events if row["kind"] in FINAL]
+        self._queued = [row["time"] for row in history.events if row["kind"] == "queued"]
+        self._begun = sorted(history.attempts, key=lambda a: a.started)
+        self._newest: list[Attempt] = []
+        for attempt in self._begun:
+            self._newest.append(max([*self._newest[-1:], attempt], key=lambda a: a.key))
+        self._saves = {
+            a.key: sorted((c["step"], float(c.get("seconds") or 0.0)) for c in a.commits) for a in history.attempts
+        }
 
     def stretches(self) -> list[Stretch]:
         marks = sorted(self._marks(), key=lambda m: (m.time, m.order))
@@ -200,22 +211,24 @@ class _Timeline:
     def _nothing_runs(self, moment: float) -> bool:
         if not self._history.events or moment < self._history.events[0]["time"]:
             return False
-        before = [a for a in self._history.attempts if a.started <= moment]
-        finals = [r["time"] for r in self._history.events if r["kind"] in FINAL and r["time"] <= moment]
-        back = [r["time"] for r in self._history.events if r["kind"] == "queued" and r["time"] <= moment]
-        if finals and (not back or back[-1] < finals[-1]):
+        final, queued = latest(self._finals, moment), latest(self._queued, moment)
+        if final is not None and (queued is None or queued < final):
             return False
-        return not before or not before[-1].steps or before[-1].steps[-1].time <= moment
+        newest = self._newest_at(moment)
+        return newest is None or not newest.steps or newest.steps[-1].time <= moment
+
+    def _newest_at(self, moment: float) -> Attempt | None:
+        """The newest of the attempts that had begun then."""
+        index = bisect.bisect_right(self._begun, moment, key=lambda a: a.started)
+        return self._newest[index - 1] if index else None
 
     def _hits(self, moment: float) -> bool:
         """Whether what was injected then is what ended the attempt: no step of it came after."""
-        before = [a for a in self._history.attempts if a.started <= moment]
-        if not before or (before[-1].ended or math.inf) < moment:
+        newest = self._newest_at(moment)
+        if newest is None or (newest.ended or math.inf) < moment:
             return False
-        last = before[-1]
-        known = last.known
-        after = known is not None and moment <= known
-        return after and (not last.steps or last.steps[-1].time <= moment)
+        after = newest.known is not None and moment <= newest.known
+        return after and (not newest.steps or newest.steps[-1].time <= moment)
 
     def _of_step(self, start: float, mark: _Mark, before: Step | None, attempt: Attempt) -> Iterable[Stretch]:
         """The time before a step: its own work, a save in between, and at first what it took to warm up."""
@@ -228,8 +241,9 @@ class _Timeline:
         if before is None:
             other = ("first_step", excess)
         else:
-            saves = [c for c in attempt.commits if from_step <= c["step"] < mark.step.step]
-            other = ("checkpoint", min(excess, sum(float(c.get("seconds") or 0.0) for c in saves)))
+            saves = self._saves[attempt.key]
+            between = slice(*(bisect.bisect_left(saves, (step,)) for step in (from_step, mark.step.step)))
+            other = ("checkpoint", min(excess, sum(seconds for _, seconds in saves[between])))
         yield Stretch(start, start + other[1], other[0])
         bound = self._bounds[attempt.key]
         kept = min(max(bound - (mark.step.step - count), 0), count) / count

@@ -9,11 +9,12 @@ gets there. One that the run ended with is none to count: nothing came after it,
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from raylaunch.observe.history import FINAL, Attempt, History, Row
+from raylaunch.observe.history import FINAL, Attempt, History, Row, latest
 
 PHASES = ("detect", "elect", "bring_up", "stop", "retry", "decide", "start", "connect", "build", "restore",
           "first_step")  # fmt: skip
@@ -51,14 +52,32 @@ class Recovery:
         return self.phases.get("detect") if self.injected else None
 
 
+class _Marks:
+    """What recoveries look for among a history's rows, whose times never go back: found by bisection, since a run
+    of weeks has thousands of both."""
+
+    def __init__(self, history: History) -> None:
+        self.elections = [row["time"] for row in history.cluster if row["kind"] == "election"]
+        self.heads = [row["time"] for row in history.cluster if row["kind"] == "head"]
+        self.starts = [r["time"] for r in history.events if r["kind"] == "decision" and r.get("decision") == "start"]
+        self.injected = [row for row in history.events if row["kind"] == "injected"]
+        self.claimed: set[int] = set()
+        """Indexes of the injections that a recovery answers already."""
+
+
+def _first(times: Sequence[float], since: float, until: float = math.inf) -> float | None:
+    index = bisect.bisect_left(times, since)
+    return times[index] if index < len(times) and times[index] <= until else None
+
+
 def recoveries(history: History) -> list[Recovery]:
     """Every loss of an attempt, up to the first step of one that got there; the last may be unfinished."""
     found: list[Recovery] = []
     ended: list[Attempt] = []
-    claimed: set[int] = set()
+    marks = _Marks(history)
     for attempt in history.attempts:
         if ended and attempt.steps:
-            found.append(_recovery(history, ended, attempt, claimed))
+            found.append(_recovery(history, marks, ended, attempt))
             ended = []
         if attempt is history.attempts[-1] and attempt.ended is None and not attempt.faults:
             break  # it goes on
@@ -67,7 +86,7 @@ def recoveries(history: History) -> list[Recovery]:
         elif ended or attempt.steps or attempt.from_step:
             ended.append(attempt)
     if ended:
-        found.append(_recovery(history, ended, None, claimed))
+        found.append(_recovery(history, marks, ended, None))
     return found
 
 
@@ -77,31 +96,29 @@ def _is_over(history: History, last: Attempt) -> bool:
     return bool(since) and since[-1] in FINAL
 
 
-def _recovery(history: History, ended: Sequence[Attempt], fresh: Attempt | None, claimed: set[int]) -> Recovery:
+def _recovery(history: History, marks: _Marks, ended: Sequence[Attempt], fresh: Attempt | None) -> Recovery:
     first, last = ended[0], ended[-1]
     reached = fresh.steps[0].time if fresh is not None else None
     if fresh is not None and fresh.first_step is not None:
         reached = fresh.first_step
     quiet = first.steps[-1].time if first.steps else first.started
-    elections = [r["time"] for r in history.cluster if r["kind"] == "election" and quiet <= r["time"]
-                 and (reached is None or r["time"] <= reached)]  # fmt: skip
-    known = min([t for t in (first.known, *elections[:1]) if t is not None], default=None)
+    end = math.inf if reached is None else reached
+    election = _first(marks.elections, quiet, end)
+    known = min([t for t in (first.known, election) if t is not None], default=None)
     if known is None:
         known = fresh.started if fresh is not None else first.last_sign
-    injected = _answered(history, known, quiet, reached, claimed)
+    injected = _answered(marks, known, quiet, end)
     if first.how == "resized" and not injected:
         known = quiet  # until then it trained: a wish to resize costs nothing
     began = min([known, *(row["time"] for row in injected)])
-    decided = [r["time"] for r in history.events if r["kind"] == "decision" and r.get("decision") == "start"
-               and fresh is not None and r["time"] <= fresh.started]  # fmt: skip
-    heads = [r["time"] for r in history.cluster if r["kind"] == "head" and elections and r["time"] >= elections[0]]
+    head = _first(marks.heads, election) if election is not None else None
     milestones: list[tuple[str, float | None]] = [
         ("detect", known),
-        ("elect", heads[0] if heads else None),
-        ("bring_up", first.ended if heads else None),
-        ("stop", None if heads else first.ended),
+        ("elect", head),
+        ("bring_up", first.ended if head is not None else None),
+        ("stop", first.ended if head is None else None),
         ("retry", last.ended if len(ended) > 1 else None),
-        ("decide", decided[-1] if decided else None),
+        ("decide", latest(marks.starts, fresh.started) if fresh is not None else None),
     ]
     if fresh is not None:
         milestones += [("start", fresh.started), ("connect", fresh.connected), ("build", fresh.built),
@@ -109,7 +126,7 @@ def _recovery(history: History, ended: Sequence[Attempt], fresh: Attempt | None,
     phases: dict[str, float] = {}
     at = began
     for name, moment in milestones:
-        if moment is not None and (reached is None or moment <= reached):
+        if moment is not None and moment <= end:
             phases[name] = round(max(0.0, moment - at), 3)
             at = max(at, moment)
     done = max([a.steps[-1].step for a in ended if a.steps] + [first.from_step])
@@ -136,16 +153,17 @@ def _recovery(history: History, ended: Sequence[Attempt], fresh: Attempt | None,
     )
 
 
-def _answered(history: History, known: float, quiet: float, reached: float | None, claimed: set[int]) -> list[Row]:
+def _answered(marks: _Marks, known: float, quiet: float, end: float) -> list[Row]:
     """The injections behind a recovery: the last one before it was known, and those that came during it."""
-    end = math.inf if reached is None else reached
     found: list[Row] = []
-    for index, row in enumerate(history.events):
-        if row["kind"] != "injected" or index in claimed:
-            continue
-        # A worker's last steps may still be written while the fault is on its way.
-        if quiet - MAX_DETECTION <= row["time"] < end:
+    # A worker's last steps may still be written while the fault is on its way.
+    index = bisect.bisect_left(marks.injected, quiet - MAX_DETECTION, key=lambda row: float(row["time"]))
+    for row in marks.injected[index:]:
+        if row["time"] >= end:
+            break
+        if index not in marks.claimed:
             found.append(row)
-            claimed.add(index)
+            marks.claimed.add(index)
+        index += 1
     early = [row for row in found if row["time"] <= known]
     return [*early[-1:], *(row for row in found if row["time"] > known)]
