@@ -177,6 +177,23 @@ class Drill:
 
         wait_for(what, ready, limit, shown)
 
+    def thaw_too_late(self, host: str, job: str) -> bool:
+        """Thaw a job's batch host that Slurm holds for down; whether the job goes on without it.
+
+        Slurm kills what the job has there, which mostly tells the job's end. But if slurmd registers in that very
+        moment, slurmctld aborts the steps as "on wrong node", no end is told, and the job loses its batch script alone.
+        """
+        self.wait("Slurm's verdict", lambda: host not in self.site.job_nodes(job))
+        self.site.sandbox.thaw(host)
+        steps = ["sh", "-c", "pgrep -x slurmstepd || true"]
+        self.wait(f"the end of all steps on {host}", lambda: not self.site.inside(host, *steps))
+        return f"{job} RUNNING" in self.site.jobs()
+
+    def reboot(self, node: str) -> None:
+        """Where Slurm killed all at once, the agent's temp directory goes with the node only."""
+        self.site.sandbox.kill(node)
+        self.site.sandbox.start(node)
+
     # -- what must hold -----------------------------------------------------------------------------
 
     def finished(self, command: Command, run: str, reference: dict[int, float], relative: float = OTHER_SIZE) -> None:
