@@ -269,7 +269,12 @@ class Agent:
             self.here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
             nodes=self.cluster.max_nodes if self.here.local else len(self.here.peers),
         )  # fmt: skip
-        await self.duties.open(why)
+        try:
+            await self.duties.open(why)
+        except (RaylaunchError, OSError) as error:
+            if why:  # the cluster does not end with a head that could not begin
+                self.resign(f"this node cannot lead: {error}")
+            raise
         return head
 
     def _missing(self) -> frozenset[str]:

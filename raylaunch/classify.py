@@ -16,6 +16,12 @@ _COMMUNICATION = re.compile(
 )
 # Broken hardware is no error of the code, however much it looks like one.
 _HARDWARE = re.compile(r"(\bECC\b|unspecified launch failure|busy or unavailable|\bXid\b|CUDA error: hardware)")
+# So is storage that a node cannot reach, in strerror's words: at the next attempt, or on another node, it may be there.
+# Not what a person has to mend (full, a quota, permissions).
+_STORAGE = re.compile(
+    r"(Input/output error|Stale file handle|Transport endpoint is not connected|Remote I/O error|Host is down|"
+    r"Cannot send after transport endpoint shutdown|Required key not available)"
+)
 # Of torch's build: no node will have it at the next attempt.
 _LACKING = re.compile(r"doesn't have \w+ built in|not compiled with", re.IGNORECASE)
 
@@ -40,6 +46,8 @@ def classify(error: Exception) -> Ending:
             return Ending("fault", fingerprint="fenced", text=text, rank=rank, cause="fenced")
         if _HARDWARE.search(str(failure)):
             return Ending("fault", fingerprint=f"hardware of rank {rank}", text=text, rank=rank, cause="hardware")
+        if _STORAGE.search(str(failure)):
+            return Ending("fault", fingerprint="the storage cannot be reached", text=text, rank=rank, cause="storage")
         if not _COMMUNICATION.search(str(failure)):
             line = f"{type(failure).__name__}: {_last_line(failure)}"
             print_ = re.sub(r"0x[0-9a-f]+|\d+", "#", line)

@@ -78,6 +78,8 @@ class Driver:
 
     def __post_init__(self) -> None:
         self.checkpoints = runs.checkpoint_dir(self.run_dir, self.config)
+        self.term = self.run.base + self.incarnation
+        """The incarnation as the run's checkpoints and events know it."""
         self.roster = Roster(self.cluster_dir, self.incarnation)
         self.nodes = attempt.Nodes()
         script = self.config.trainer.script is not None
@@ -88,10 +90,10 @@ class Driver:
 
     def drive(self) -> str:
         """Run attempts until the policy says that it is over; the run's last state."""
-        self._take_over()
+        self._insist(self._take_over)
         while True:
-            chosen = self.usable_nodes()
-            facts = self.facts(len(chosen))
+            chosen = self._insist(self.usable_nodes)
+            facts = self._insist(lambda: self.facts(len(chosen)))  # noqa: B023
             decision = policy.decide(facts, self.config.elastic)
             match decision:
                 case Finish():
@@ -113,9 +115,9 @@ class Driver:
                     self._decided("start", decision, workers=decision.workers, delay=decision.delay)
                     if decision.delay:
                         self._pause(decision.delay)
-                        chosen = self.usable_nodes()  # some may have come or gone meanwhile
+                        chosen = self._insist(self.usable_nodes)  # some may have come or gone meanwhile
                     enough = len(chosen) >= (self.config.elastic.min_nodes or 1)
-                    if runs.stop_reason(self.run_dir) is None and enough:
+                    if enough and self._insist(lambda: runs.stop_reason(self.run_dir)) is None:
                         self.attempt(chosen)
 
     def facts(self, nodes: int) -> Facts:
@@ -170,18 +172,18 @@ class Driver:
         workers = len(chosen) * self.cluster.workers_per_node
         number = self._claim()
         self._fence(number)
-        before = store.latest(self.checkpoints)
+        before = self._insist(lambda: store.latest(self.checkpoints))
         from_step = before.step if before else 0
         self._pin_global_batch(workers)
         self._save(state="running", attempt=number, world_size=workers, nodes=len(chosen), reason="")
         names = [node.name for node in chosen]
         self._event(
             "attempt_started", workers=workers, nodes=len(chosen), on=names, from_step=from_step,
-            incarnation=self.incarnation,
+            incarnation=self.term,
         )  # fmt: skip
         began = time.monotonic()
         ending, step = self._fit(number, chosen, from_step)
-        after = store.latest(self.checkpoints)
+        after = self._insist(lambda: store.latest(self.checkpoints))
         committed = after.step if after else 0
         unseen = self.config.trainer.script is not None and ending.kind == "fault" and ending.cause != "hang"
         progress = committed > from_step or (unseen and time.monotonic() - began > LONG_ATTEMPT)
@@ -202,7 +204,7 @@ class Driver:
         spec = {
             "run_dir": str(self.run_dir),
             "attempt": number,
-            "incarnation": self.incarnation,
+            "incarnation": self.term,
             "global_batch_size": self.config.step_scheduler.global_batch_size or 0,
             "pulse": {**pulse.spec(), "stuck": max(30.0, self.config.elastic.hang_timeout / 2)},
         }
@@ -223,8 +225,9 @@ class Driver:
             found = classify(error)
         try:
             # The survivors' broken connections come first, the news of whose they were a moment later.
-            watch.end(NEWS_LIMIT if found is not None and found.cause in {"communication", "ray"} else 0.0)
-            ending = self._ending(number, found, watch)
+            patience = NEWS_LIMIT if found is not None and found.cause in {"communication", "ray"} else 0.0
+            self._insist(lambda: watch.end(patience))
+            ending = self._insist(lambda: self._ending(number, found, watch))
             if ending.kind in {"fault", "error"}:
                 if watch.verdict is None and ending.kind == "fault":
                     ending = replace(ending, node=pulse.node(ending.rank), step=pace.step)
@@ -232,11 +235,11 @@ class Driver:
                         "fault", cause=ending.cause, node=ending.node, rank=ending.rank, step=pace.step,
                         reason=ending.text,
                     )  # fmt: skip
-                watch.stop_workers()
+                self._insist(watch.stop_workers)
         finally:
             pulse.close()
         self.longest_save = pace.longest_save
-        last = runs.last_metrics(self.run_dir)
+        last = self._insist(lambda: runs.last_metrics(self.run_dir))
         return ending, max(pace.step, int(last["step"]) if last.get("attempt") == number else 0)
 
     def _ending(self, number: int, found: Ending | None, watch: Watch) -> Ending:
@@ -272,7 +275,7 @@ class Driver:
                 stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env,
             )  # fmt: skip
         while process.poll() is None:
-            self._check_fence()
+            self._insist(self._check_fence)
             time.sleep(0.2)
         if process.returncode:
             self._event("export_failed", log=str(self.run_dir / "export.log"))
@@ -288,7 +291,7 @@ class Driver:
         if "attempt_started" not in kinds or "attempt_ended" in kinds:
             return
         started = events[kinds.index("attempt_started")]
-        cause = "head_lost" if started.get("incarnation", 0) < self.incarnation else "driver_lost"
+        cause = "head_lost" if started.get("incarnation", 0) < self.term else "driver_lost"
         last, commit = runs.last_metrics(self.run_dir), store.latest(self.checkpoints)
         committed = commit.step if commit else 0
         step = max(committed, int(last["step"]) if last.get("attempt") == self.run.attempt else 0)
@@ -311,7 +314,7 @@ class Driver:
 
         def fence() -> None:
             state.make_dir(self.checkpoints)
-            store.fence(self.checkpoints, self.incarnation, number)
+            store.fence(self.checkpoints, self.term, number)
 
         try:
             self._insist(fence)
@@ -320,15 +323,15 @@ class Driver:
             os._exit(runs.DRIVER_FENCED)
 
     def _insist(self, work: Callable[[], T]) -> T:
-        """Storage that is full or gone is waited for, not the end of a run."""
+        """Storage that is full or gone, or cannot be read, is waited for: it is not the end of a run."""
         pause = 1.0
         while True:
-            self._check_fence()
             try:
+                self._check_fence()
                 return work()
             except store.Fenced:
                 raise
-            except StateError as error:
+            except (StateError, OSError) as error:
                 log.error("waiting for the storage error=%r", str(error))
             time.sleep(pause)
             pause = min(30.0, 2 * pause)
@@ -362,8 +365,7 @@ class Driver:
     def _pause(self, seconds: float) -> None:
         """Wait, unless the run is asked to stop."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until and runs.stop_reason(self.run_dir) is None:
-            self._check_fence()
+        while time.monotonic() < until and self._insist(lambda: runs.stop_reason(self.run_dir)) is None:
             time.sleep(0.2)
 
     def _decided(self, what: str, decision: policy.Decision, **fields: Any) -> None:

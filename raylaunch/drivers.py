@@ -20,6 +20,8 @@ TRIES = 3
 """Drivers that may be lost one after the other without a step between them,"""
 LONG = 600.0
 """or, where no steps are told, without one that lived so many seconds."""
+BROKEN_PAUSE = 2.0
+"""Seconds, after the first driver that broke; more after the next."""
 TELL_LIMIT = 25.0
 
 
@@ -54,11 +56,15 @@ class Drivers:
             began = time.monotonic()
             status = await self._one(directory)
             now = await self._off_loop(Run.read, directory)
-            if status >= 0 or self._ending() or now is None or now.id != record.id or now.state in runs.FINAL:
+            if status in {0, runs.DRIVER_FENCED} or self._ending():
+                break
+            if now is None or now.id != record.id or now.state in runs.FINAL:
                 break
             self._event("driver_lost", run=name, status=status)
             before, last = last, await self._off_loop(runs.last_metrics, directory)
             tries = tries + 1 if last == before and time.monotonic() - began < LONG else 1
+            if status > 0:  # it broke, as one that cannot read its storage does: the next may be luckier a moment later
+                await asyncio.sleep(BROKEN_PAUSE * tries)
         if status == runs.DRIVER_FENCED or await self._off_loop(self._fenced):
             return "fenced"
         outcome = str(await self._off_loop(runs.settle, directory, status, record.id))

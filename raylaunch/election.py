@@ -24,8 +24,9 @@ LONELY = 1.0
 """Seconds that the only other node waits for the head's word, even if the connection was closed."""
 TURN = 1.5
 """Seconds that each candidate waits for the one before it."""
-PATIENCE = 60.0
-"""Seconds without a head after which a node gives up."""
+PATIENCE = 600.0
+"""Seconds without a head after which a node gives up: longer than a switch reboots, and than Slurm takes to call dead
+nodes down (SlurmdTimeout: 300), without which a smaller half has no majority."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from raylaunch import allocation, backends, layout, nodepolicy, runs, state, submits
 from raylaunch.config import Config
 from raylaunch.drivers import Drivers
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import RaylaunchError, StateError
 from raylaunch.hosts import Ports
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Member, Members
@@ -108,6 +108,8 @@ class HeadDuties:
         if why:
             self._inherit(await self._off_loop(state.read_json, self.directory / layout.MEMBERS_FILE))
         self.members.lead(self.head.incarnation, self._member_changed, self._collector.take)
+        if await self._off_loop(self._is_fenced):
+            raise StateError("a newer incarnation has begun")
         await self._off_loop(self.head.write, self.directory / layout.HEAD_FILE)
         if why:
             self._event("election", incarnation=self.head.incarnation, node=self.head.node, why=why)
@@ -150,7 +152,7 @@ class HeadDuties:
         for member in list(self.members.table.values()):
             if self._state_of(member) == "lost":
                 self._event("node_lost", node=member.node, reason="it did not follow to the new head")
-                await self._blame(member.node, "it did not follow to the new head", after=0.0)
+                await self._blame(member, "it did not follow to the new head", after=0.0)
 
     async def _off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
         """File work in its own thread; in order."""
@@ -190,7 +192,7 @@ class HeadDuties:
             self._event(f"node_{member.info['state']}", node=member.node, error=member.info.get("error"))
         elif not self._ending and member.info.get("state") not in {"ended", "failed"}:
             self._event("node_lost", node=member.node, reason=what)
-            self._spawn(self._blame(member.node, what))
+            self._spawn(self._blame(member, what))
 
     def _alive(self) -> list[str]:
         return [m.node for m in self.members.table.values() if m.alive]
@@ -216,9 +218,14 @@ class HeadDuties:
             return "lost"
         return "draining" if member.node in self._draining else now
 
-    async def _blame(self, node: str, reason: str, after: float = BLAME_AFTER) -> None:
-        """A strike for a lost node; none when most are lost at once, for then this node's network is at fault."""
+    async def _blame(self, member: Member, reason: str, after: float = BLAME_AFTER) -> None:
+        """A strike for a lost node; none when most are lost at once, for then this node's network is at fault, nor
+        when the same agent is back: the network had a hiccup."""
+        node, pid = member.node, member.info.get("pid")
         await asyncio.sleep(after)
+        now = self.members.table.get(node)
+        if now is not None and now.alive and now.info.get("pid") == pid:
+            return
         lost = sum(self._state_of(m) == "lost" for m in self.members.table.values())
         if 2 * lost <= len(self.members.table) and not await self._off_loop(self._is_fenced):
             self._strike(node, reason)
@@ -294,7 +301,17 @@ class HeadDuties:
                     self._event("fenced", node=self.head.node, incarnation=self.head.incarnation)
                     self._resign("a newer incarnation has begun")
                     return
+                if await self._off_loop(self._is_overwritten):
+                    self._table_changed.set()
             await asyncio.sleep(FENCE_EVERY)
+
+    def _is_overwritten(self) -> bool:
+        """Whether an older head's last words came late, over ours; head.json is ours again then."""
+        head = Head.read(self.directory)
+        if head is None or head.incarnation >= self.head.incarnation:
+            return False
+        self.head.write(self.directory / layout.HEAD_FILE)
+        return True
 
     async def abandon(self) -> None:
         """Stop being the head, at once and without orders to anybody: they follow, or have, another."""
@@ -418,7 +435,7 @@ class HeadDuties:
     async def _run_queue(self) -> None:
         """One run after the other, the whole cluster for each."""
         await self._ready.wait()
-        if self.cluster.run is not None:
+        if self.cluster.run is not None and not self._elected:  # else it trains already, on whoever is there
             await self._all_aboard()
         while True:
             await self._queued.wait()
@@ -432,6 +449,8 @@ class HeadDuties:
             except _TROUBLE as error:  # of this run; the cluster lives on
                 outcome = "failed"
                 log.error("run failed run=%s", name, exc_info=error)
+            if outcome == "fenced":  # the newer head has the run, and what is to be remembered of it
+                return self._resign("a newer incarnation has begun")
             self._memory.running = ""
             if outcome == "queued":  # it goes on in another allocation
                 self._memory.queue.insert(0, name)
@@ -562,7 +581,8 @@ class HeadDuties:
         running = self._memory.running
         if running:
             run = runs.directory(self.directory, running)
-            await self._off_loop(functools.partial(runs.request_stop, run, reason, bool(self._goes_on)))
+            # Where that cannot be written nothing can be saved; what is committed goes on elsewhere all the same.
+            await self._off_loop(_tried, runs.request_stop, run, reason, bool(self._goes_on))
             try:
                 await asyncio.wait_for(self._drivers.ended(), save_limit)
             except TimeoutError:
@@ -607,9 +627,10 @@ class HeadDuties:
         self._files.shutdown()
         base = self.head.job
         if self._goes_on:
-            self._memory.write(self.directory)
+            # A full disk is no reason not to go on: the last commit is good.
+            _tried(self._memory.write, self.directory)
             for kind, fields in allocation.go_on(self.directory, base, self._goes_on, self._onward):
-                state.append_event(self.directory, kind, **fields)
+                _tried(functools.partial(state.append_event, self.directory, kind, **fields))
             return
         if self.cluster.run is not None and self.exit_code == 0:
             run = Run.read(runs.directory(self.directory, self.cluster.run))
@@ -631,6 +652,14 @@ class HeadDuties:
     def _event(self, kind: str, **fields: Any) -> None:
         """One line of the cluster's events, written off the loop."""
         self._files.submit(functools.partial(state.append_event, self.directory, kind, **fields))
+
+
+def _tried(work: Callable[..., Any], *arguments: Any) -> None:
+    """File work without which the rest goes on."""
+    try:
+        work(*arguments)
+    except _TROUBLE as error:
+        log.error("left undone work=%s error=%r", getattr(work, "__name__", work), str(error))
 
 
 def _collect(folder: Path) -> list[dict[str, Any]]:

@@ -143,9 +143,11 @@ def write_end(
     `unclean`: node → how much is left there, -1 for a node without a last word. `lost`: nodes that
     were gone before the end began.
     """
-    (cluster / TOKEN_FILE).unlink(missing_ok=True)
-    state.write_text(cluster / EXIT_CODE_FILE, f"{exit_code}\n")
-    state.write_json(
-        cluster / ENDED_FILE,
-        {"canary": canary, "reason": reason, "unclean": unclean, "lost": lost, "time": time.time()},
-    )
+    try:
+        state.write_text(cluster / EXIT_CODE_FILE, f"{exit_code}\n")
+        state.write_json(
+            cluster / ENDED_FILE,
+            {"canary": canary, "reason": reason, "unclean": unclean, "lost": lost, "time": time.time()},
+        )
+    finally:
+        (cluster / TOKEN_FILE).unlink(missing_ok=True)

@@ -58,7 +58,7 @@ class Tally:
         idle = self.idle_attempts + (ending.kind in {"fault", "error"})
         losses = ("", 0) if progress else self.losses
         strike = None
-        if ending.node is not None and ending.cause in {"hardware", "worker_lost"}:
+        if ending.node is not None and ending.cause in {"hardware", "worker_lost", "storage"}:
             losses = (ending.node, losses[1] + 1 if losses[0] == ending.node else 1)
             if ending.cause == "hardware" or losses[1] >= LOSSES_PER_STRIKE:
                 strike, losses = ending.node, ("", 0)
@@ -140,9 +140,9 @@ def decide(facts: Facts, elastic: ElasticConfig) -> Decision:
             f"the same {last.cause or 'error'} {facts.same_error} times with no commit between: {last.text}",
             f"elastic.max_same_error={elastic.max_same_error}",
         )
-    # So does a worker that is lost, once a node was excluded for it and it has gone on elsewhere.
+    # So does a worker that is lost, or storage that a node does not reach, once it has gone on elsewhere.
     lost_limit = LOSSES_PER_STRIKE * (elastic.max_strikes + 1)
-    if last is not None and last.cause == "worker_lost" and facts.same_error >= lost_limit:
+    if last is not None and last.cause in {"worker_lost", "storage"} and facts.same_error >= lost_limit:
         return Finish(
             "failed",
             f"{last.fingerprint} {facts.same_error} times with no commit between, on other nodes, too: {last.text}",

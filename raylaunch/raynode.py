@@ -168,7 +168,8 @@ class RayProcess:
         with self._log.open("ab", buffering=0) as out:
             last = b""
             while chunk := await self._process.stdout.read(1 << 16):
-                out.write(chunk)
+                with contextlib.suppress(OSError):  # a full disk is no end of Ray
+                    out.write(chunk)
                 if STARTED.encode() in last + chunk:  # it may be cut in two
                     self.started.set()
                 last = chunk[-len(STARTED) :]

@@ -19,6 +19,7 @@ from typing import Any
 
 from raylaunch import configfile, layout, provenance, state
 from raylaunch.alerts import addresses
+from raylaunch.checkpoint import store
 from raylaunch.checkpoint.store import Keep
 from raylaunch.config import STDLIB, Config, TrainerConfig, continuation_differences
 from raylaunch.errors import RunError, UsageError
@@ -41,6 +42,9 @@ class Run(Record):
     id: str = ""
     """Of one handing over: the same name may be handed over again while the last driver still goes home."""
     attempt: int = 0
+    base: int = 0
+    """Of its incarnations: an attempt's own is this and its head's. Another cluster counts from one again, and the
+    fences of the hand-overs before this one would keep it out."""
     world_size: int = 0
     nodes: int = 0
     reason: str = ""
@@ -137,7 +141,8 @@ def _write(run: Path, config: Config, cluster: str, old: Run | None) -> Run:
     state.write_text(run / state.STOP_FILE, state.NO_STOP)
     state.write_text(run / layout.CONFIG_FILE, configfile.dump(config))
     created, attempt = (old.created, old.attempt) if old else (time.time(), 0)
-    record = Run(run.name, "queued", cluster, created, uuid.uuid4().hex, attempt)
+    base, _ = store.owner(checkpoint_dir(run, config))
+    record = Run(run.name, "queued", cluster, created, uuid.uuid4().hex, attempt, base)
     state.append_event(run, "queued", cluster=cluster, continued=old is not None)
     return record.save(run)
 

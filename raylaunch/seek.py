@@ -31,6 +31,7 @@ SLURM_AFTER, SLURM_EVERY = 4.0, 5.0
 CONNECT_LIMIT = 2.0
 PUBLISH_LIMIT = 15.0
 """Seconds that the winner of an election has to say where it is."""
+STORAGE_PAUSE = 1.0
 EAGER = 5
 """So many candidates ask at once; the others only when these bring nothing about."""
 
@@ -60,7 +61,10 @@ class Seeker:
         self._newer: Head | None = None
         self._found: tuple[Link, Head] | None = None
         self._reason = ""
-        await self._look_at_files()
+        self._claimed: tuple[int, float] = (0, 0.0)
+        """The newest claim that was seen, and since when."""
+        with contextlib.suppress(RaylaunchError, OSError):
+            await self._look_at_files()
         helpers = [asyncio.create_task(work) for work in (self._files(), self._reconnect(), self._ask(), self._slurm())]
         try:
             while self._found is None:
@@ -92,12 +96,24 @@ class Seeker:
         if isinstance(decision, Leave):
             raise BringUpError(f"the head {self._lost.node} is gone, and no other was elected: {decision.reason}")
         if isinstance(decision, Claim):
-            number = max([self._lost.incarnation, *await asyncio.to_thread(layout.claims, self.directory)]) + 1
-            if await asyncio.to_thread(layout.claim, self.directory, number, self.node):
-                head = await self.lead(number, f"{decision.reason} ({', '.join(decision.voters)})")
-                self._found = await self._connected(head), head
-            else:
-                self._began = time.monotonic()  # somebody else was first: a new patience for that one
+            try:
+                if number := await self._claim():
+                    head = await self.lead(number, f"{decision.reason} ({', '.join(decision.voters)})")
+                    self._found = await self._connected(head), head
+            except (RaylaunchError, OSError) as error:  # storage that is full or gone may be back at the next look
+                log.error("this node cannot lead error=%r", str(error))
+                await asyncio.sleep(STORAGE_PAUSE)
+
+    async def _claim(self) -> int:
+        """Try to be the next head; the incarnation, 0 when somebody else was first: that one has a while to begin."""
+        newest = max([self._lost.incarnation, *await asyncio.to_thread(layout.claims, self.directory)])
+        if newest > self._lost.incarnation:
+            if newest != self._claimed[0]:
+                self._began = time.monotonic()  # a new patience for that one
+                self._claimed = newest, self._began
+            if time.monotonic() - self._claimed[1] < PUBLISH_LIMIT:
+                return 0
+        return newest + 1 if await asyncio.to_thread(layout.claim, self.directory, newest + 1, self.node) else 0
 
     async def _connected(self, head: Head, limit: float = CONNECT_LIMIT) -> Link:
         return await Link.connect(
@@ -107,7 +123,7 @@ class Seeker:
     async def _files(self) -> None:
         while True:
             await asyncio.sleep(FILES_EVERY)
-            with contextlib.suppress(RaylaunchError):  # shared storage hiccups: the next look counts
+            with contextlib.suppress(RaylaunchError, OSError):  # shared storage hiccups: the next look counts
                 await self._look_at_files()
 
     async def _look_at_files(self) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError
 from ray.train import ControllerError, WorkerGroupError
@@ -9,6 +12,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, Wo
 
 from raylaunch.checkpoint.store import Fenced
 from raylaunch.classify import classify
+from raylaunch.errors import StateError
 
 GLOO = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.3]:4711. This is typically caused by a crash.")
 MINE = ValueError("shape (3, 4) does not fit")
@@ -30,6 +34,9 @@ def group(**failures: Exception) -> WorkerGroupError:
         (group(r1=MINE, r2=Fenced("a newer attempt may commit")), "error", 1),
         (group(r1=GLOO, r2=Fenced("a newer attempt may commit")), "fault", 2),
         (group(r1=RuntimeError("CUDA error: uncorrectable ECC error encountered")), "fault", 1),
+        (group(r3=OSError(errno.ESTALE, os.strerror(errno.ESTALE), "/shared/data.arrow")), "fault", 3),
+        (group(r0=GLOO, r1=StateError("cannot read /shared/x: Input/output error")), "fault", 1),
+        (group(r1=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))), "error", 1),  # a person has to make room
         (WorkerGroupStartupTimeoutError(4), "fault", None),
         (ControllerError(RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.3]:4711")), "fault", None),
         (ControllerError(RuntimeError("Distributed package doesn't have NCCL built in")), "error", None),

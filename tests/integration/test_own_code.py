@@ -105,8 +105,10 @@ SHOW = """
 import json, os, sys
 names = [n for n in os.environ if n.startswith(("TORCHELASTIC", "ROLE", "GROUP")) or n in (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-print("SHOWN", json.dumps({"env": {n: os.environ[n] for n in names}, "args": sys.argv[1:], "cwd": os.getcwd()}), flush=True)
+row = {"env": {n: os.environ[n] for n in names}, "args": sys.argv[1:], "cwd": os.getcwd()}
+sys.stdout.write(f"SHOWN {json.dumps(row)}\\n")
 """
+"""One write for all: torchrun's workers are unbuffered and share a pipe."""
 
 
 def shown(text: str) -> list[dict[str, Any]]:
