@@ -100,6 +100,16 @@ class Here:
         return head.canary != self.canary or (not self.joiner and head.life != self.life)
 
 
+def _ports_before(here: Here) -> hosts.Ports | None:
+    """The block of the agent that was here before, as the head has it (see `hosts.lease_ports` for why not again)."""
+    with contextlib.suppress(RaylaunchError, OSError):
+        table = state.read_json(here.directory / layout.MEMBERS_FILE) or {"nodes": []}
+        for row in table["nodes"]:
+            if row["name"] == here.node and row.get("ports"):
+                return hosts.Ports(int(row["ports"][0]))
+    return None
+
+
 async def check_canary(here: Here) -> Cluster:
     """The cluster's record, once it is certain that this node sees the same directory as the others."""
     deadline = time.monotonic() + CANARY_PATIENCE
@@ -161,7 +171,7 @@ class Agent:
                 "Check the node's GPUs (nvidia-smi), slurm.gpus_per_node and slurm.ntasks_per_node.",
             )
         self.workers_cpus = max(1, self.resources.cpus // cluster.workers_per_node)
-        self.lease = hosts.lease_ports()
+        self.lease = hosts.lease_ports(_ports_before(here))
         self.control_port = self.lease.ports.control
         self.end = asyncio.Event()
         self.terminated = asyncio.Event()

@@ -144,6 +144,8 @@ def _wait_for_all(child: subprocess.Popen[bytes], trainer: TrainerConfig, sessio
         began, status = time.monotonic(), child.poll()
         if status and not asked:
             return False
+        if asked and not killed and _shell_left_some(trainer):  # they save still
+            status = None
         wish = session.stop_requested() >= least
         heard = torch.tensor([int(wish), int(status is not None)])
         dist.all_reduce(heard)
@@ -161,6 +163,17 @@ def _wait_for_all(child: subprocess.Popen[bytes], trainer: TrainerConfig, sessio
         except subprocess.TimeoutExpired:
             continue
         time.sleep(max(0.0, 0.05 - (time.monotonic() - began)))  # the others wait for this rank's next look
+
+
+def _shell_left_some(trainer: TrainerConfig) -> bool:
+    """Whether something that a script which is no Python file has started lives on; a signal ends a shell at once."""
+    if str(trainer.script).endswith(".py"):
+        return False
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _tell(child: subprocess.Popen[bytes], trainer: TrainerConfig) -> None:

@@ -50,7 +50,7 @@ def slurm_conf(spec: Spec, layout: Layout) -> str:
         "SlurmdTimeout=10",
         "SlurmctldTimeout=30",
         "JobRequeue=1",
-        "KillWait=10",
+        "KillWait=30",
         "MinJobAge=60",
         "UnkillableStepTimeout=30",
         # Preemption by partition; the user's --signal is sent when the grace begins.

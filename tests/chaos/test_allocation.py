@@ -50,7 +50,6 @@ def test_a_chain_of_jobs_finishes_the_run(drill: Drill, reference: dict[int, flo
         trainer="trouble:slow_at_first", alerts={"command": ["true"], "min_interval": 0},
     )  # fmt: skip
     for life in (1, 2):
-        drill.wait("a step", lambda: len(drill.run_events("chain", "first_step")) == life, "chain")  # noqa: B023
         assert drill.wait_cluster_event("requeued", count=life)["job"] == job
         ended = drill.run_events("chain", "attempt_ended")[-1]
         last = drill.run_events("chain", "commit")[-1]["step"]
@@ -107,12 +106,12 @@ def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill, refere
     drill.wait_commits("away")
     host = drill.head()
     drill.site.sandbox.freeze(host)
-    if drill.thaw_too_late(host, job):
+    if goes_on := drill.thaw_too_late(host, job):
         drill.reboot(host)
     else:
         drill.wait_cluster_event("successor")
     ended_well(drill, "away", reference, OTHER_SIZE)
-    assert 1 in drill.sizes("away")
+    assert drill.sizes("away")[1] == 1 if goes_on else len(drill.sizes("away")) > 1
 
 
 def test_requeues_are_capped(drill: Drill, reference: dict[int, float]) -> None:

@@ -188,7 +188,7 @@ def test_two_sandboxes_do_not_meet(sandbox: Sandbox, make_sandbox: Make) -> None
     other = make_sandbox(nodes=2)
     job = slurm(other, "sbatch", "--parsable", "-o", "/dev/null", "--wrap", "sleep 100").strip()
     assert state_of(other, job) in ("PENDING", "RUNNING")
-    assert slurm(sandbox, "squeue", "-h") == ""
+    wait_for("no job of the first one's", lambda: not slurm(sandbox, "squeue", "-h"), 10)
     assert slurm(other, "srun", "--overlap", "-w", "node2", "hostname") == "node2\n"
     assert not other.status().nodes[0].address.startswith(sandbox.spec.gateway.removesuffix("1"))
     # A credential of one munged means nothing to the other.
@@ -364,8 +364,8 @@ def test_it_is_quick(spare_name: str) -> None:
     sandbox.down()
     down = time.monotonic() - began - up
     # Measured 0.2 s and 0.12 s; the limits leave room for a busy machine.
-    assert up < 4
-    assert down < 3
+    assert up < 10
+    assert down < 10
 
 
 # --- the command line -----------------------------------------------------------------------

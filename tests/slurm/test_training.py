@@ -15,7 +15,7 @@ from helpers import Site, own_sandbox, same_curve, wait_for, write_texts
 
 from raylaunch import state
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 STEPS = 80
 EVERY = 5
@@ -293,7 +293,7 @@ def test_submit(site: Site) -> None:
     site.run("train", good, "--cluster", "good").expect(2, "belongs to its run good")
     watched = site.start("attach", "good")
 
-    wait_for("both jobs' ends", lambda: not site.jobs(), 200, lambda: str(site.status()))
+    wait_for("both jobs' ends", lambda: not site.jobs(), 300, lambda: str(site.status()))
     watched.ended().expect(0, "run good is finished at step 10")
     site.wait_clean()
     for name, words in (("good", ("COMPLETED", "0:0")), ("bad", ("FAILED", "1:0"))):
