@@ -72,9 +72,10 @@ def submit(config: Config, backend: Backend, run: str | None = None) -> tuple[Pa
     """
     name = config.cluster.name
     directory = state.cluster_dir(state_dir_of(config), name)
+    is_new = not state.exists(directory)
     slurm_script.check_extra(config.slurm.extra)
     with _one_at_a_time(directory):
-        is_new = not state.exists(directory / layout.CLUSTER_FILE)
+        is_new = is_new and not state.exists(directory / layout.CLUSTER_FILE)  # another `up` may have been quicker
         try:
             old = refuse_living(directory)
             cluster = _prepare(config, backend.name, directory, old, run)
