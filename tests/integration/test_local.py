@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from raylaunch.checkpoint import store
+
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 
@@ -182,8 +184,11 @@ def test_stop_resume_refuse_and_begin_anew(site: Site) -> None:
     assert int(commits[-1].parent.name.removeprefix("step-")) == stopped_at
     refused = site("train", str(site.config), "--cluster", "two", "--run", "again", "--set", "model.dim=32", code=1)
     assert "model.dim: 64 → 32" in refused.stderr and "--fresh" in refused.stderr
+    # As if it had been on a cluster that elected many a head: this one's incarnations begin at one.
+    store.fence(site.state / "runs/again/checkpoints", 12, 1)
     site("train", str(site.config), "--cluster", "two", "--run", "again", "--detach", *longer)
     until(lambda: max(site.curve("again"), default=0) > stopped_at, "a step after the resume")
+    assert [e["incarnation"] for e in site.lines("again", "events") if e["kind"] == "attempt_started"] == [1, 13]
     resumed = [e for e in site.lines("again", "events") if e["kind"] == "resumed"]
     assert resumed[-1]["step"] == stopped_at
     site("stop", "again")
