@@ -1,5 +1,5 @@
-"""The head's driver processes: one run at a time, each driven until it has ended; a driver that is killed is
-started again. How a run goes on after a fault is the driver's business, not ours."""
+"""The head's driver processes: one run at a time, each driven until it has ended; a driver that is killed
+or breaks is started again. How a run goes on after a fault is the driver's business, not ours."""
 
 from __future__ import annotations
 

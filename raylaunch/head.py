@@ -521,8 +521,9 @@ class HeadDuties:
                 self._resign(JOB_ENDS)
             return
         job = await asyncio.to_thread(allocation.look, own)
-        if await self._off_loop(self._is_fenced):  # what ends is not ours to see to any more
-            return self._resign("a newer incarnation has begun")
+        with contextlib.suppress(*_TROUBLE):  # a storage that does not say keeps nobody from the end
+            if await self._off_loop(self._is_fenced):  # what ends is not ours to see to any more
+                return self._resign("a newer incarnation has begun")
         if job is not None and job.state == "RUNNING":
             return self.notice() if is_base else self.begin_end(JOB_ENDS, goes_on=True)
         why = job.taken if job is not None else ""

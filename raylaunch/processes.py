@@ -62,10 +62,10 @@ def end_tree(root: int, keep_root: bool = False, limit: float = 5.0, spare: int 
         spared = {spare, *_descendants(spare)} if spare else set()
         try:
             top = psutil.Process(root)
-            targets = [p for p in top.children(recursive=True) if _running(p) and p.pid not in spared]
+            targets = [p for p in top.children(recursive=True) if running(p) and p.pid not in spared]
         except psutil.NoSuchProcess:  # also when it ends between the two
             return 0
-        if not keep_root and _running(top):
+        if not keep_root and running(top):
             targets.append(top)
         if not targets:
             return 0
@@ -85,7 +85,7 @@ def marked(name: str, value: str) -> list[int]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            ours = process.pid != os.getpid() and process.uids().real == os.getuid() and _running(process)
+            ours = process.pid != os.getpid() and process.uids().real == os.getuid() and running(process)
             if ours and process.environ().get(name) == value:
                 found.append(process.pid)
     return found
@@ -98,7 +98,8 @@ def _descendants(pid: int) -> set[int]:
         return set()
 
 
-def _running(process: psutil.Process) -> bool:
+def running(process: psutil.Process) -> bool:
+    """Whether it lives; a zombie does not."""
     try:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from raylaunch import state
 from raylaunch.config import Config, TrainerConfig
 from raylaunch.errors import RunError
-from raylaunch.processes import become_subreaper, die_with_parent, end_tree
+from raylaunch.processes import become_subreaper, die_with_parent, end_tree, running
 from raylaunch.session import AT_COMMIT, NOW, Session
 
 EVERY = 1.0
@@ -167,13 +167,7 @@ def _wait_for_all(child: subprocess.Popen[bytes], trainer: TrainerConfig, sessio
 
 def _shell_left_some(trainer: TrainerConfig) -> bool:
     """Whether something that a script which is no Python file has started lives on; a signal ends a shell at once."""
-    if str(trainer.script).endswith(".py"):
-        return False
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.status() != psutil.STATUS_ZOMBIE:
-                return True
-    return False
+    return not str(trainer.script).endswith(".py") and any(map(running, psutil.Process().children(recursive=True)))
 
 
 def _tell(child: subprocess.Popen[bytes], trainer: TrainerConfig) -> None:

@@ -144,11 +144,16 @@ def test_status_is_quick_and_asks_slurm_once(site: Site) -> None:
     done.expect(0, "main", "ready", "node1", "head", "node2", "worker", "RUNNING")
     (call,) = log.read_text().splitlines()
     assert call.startswith("squeue ")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    site.run("status").expect(0)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Its work, not the wall's clock: other tests may have the machine. 0.3 s.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+    assert min(_cpu_of(site, "status") for _ in range(3)) < 0.7
+
+
+def _cpu_of(site: Site, *command: str) -> float:
+    """Seconds of CPU that a command takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    site.run(*command).expect(0)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.usefixtures("main")
