@@ -8,7 +8,9 @@ SLURM_PACKAGES := slurmctld slurmd slurmdbd slurm-client slurm-wlm-basic-plugins
 READER_PACKAGES := prometheus chromium
 PACKAGES := $(SLURM_PACKAGES) $(READER_PACKAGES)
 
-.PHONY: env demo test lint packages unit chaos bench clean
+SHARDS := long-trainer long-slurm long-chaos long-campaign
+
+.PHONY: env demo test test-long $(SHARDS) lint packages unit bench clean
 
 env: $(STAMP)  ## .venv with everything in it
 
@@ -20,9 +22,26 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env  ## two local nodes, one language model, a visibly lower loss
 	@BIN=$(BIN) sh examples/stdlib-lm/demo.sh
 
-# Two files at a time: most of the tests wait more than they work.
-test: env packages  ## all tests; the Slurm ones where root and Debian's packages can be had
-	$(BIN)/pytest -n 2 --dist loadfile
+# Two groups of tests at a time, in the order of pyproject's testpaths: the longest begins first.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20
+
+test: env packages  ## the gate: what a change must pass (12 minutes; the Slurm tests where root and Debian's packages can be had)
+	$(PYTEST) -m "not long"
+
+# What the gate leaves out, in shards that run alone (CONTRIBUTING says which to run when).
+test-long: $(SHARDS)  ## everything that the gate leaves out, shard by shard (hours)
+
+long-trainer: env packages  ## the trainer under every plan, the examples, the observers
+	$(PYTEST) -m long tests/integration
+
+long-slurm: env packages  ## Slurm's refusals, the sandbox, the doctor
+	$(PYTEST) -m long tests/slurm
+
+long-chaos: env packages  ## each fault alone
+	$(PYTEST) -m long tests/chaos
+
+long-campaign: env packages  ## 100 random faults with a fixed seed, and their ledger
+	BIN=$(BIN) sh tests/chaos/campaign.sh 100 7
 
 unit: env  ## the tests that need nothing, in seconds
 	$(BIN)/pytest tests/unit
@@ -31,9 +50,6 @@ lint: env  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-chaos: env packages  ## the long one: 100 random faults with a fixed seed, and their ledger
-	BIN=$(BIN) sh tests/chaos/campaign.sh 100 7
 
 bench: env packages  ## bring-up and recovery beside their peers, as ratios (about 25 minutes)
 	$(BIN)/python -m benchmarks.bringup

@@ -1,5 +1,5 @@
 #!/bin/sh
-# `make chaos`: COUNT random faults with one SEED, spread over the matrix, on a sandbox of its own; the ledger
+# `make long-campaign`: COUNT random faults with one SEED, spread over the matrix, on a sandbox of its own; the ledger
 # and the picture stay in OUT. Needs root.   campaign.sh COUNT SEED
 set -eu
 count=$1 seed=$2 name=campaign-$$
@@ -10,9 +10,8 @@ trap '"$raylaunch" sandbox down --name "$name"' EXIT
 "$raylaunch" sandbox up --name "$name" --nodes 5 --cpus 4
 eval "$("$raylaunch" sandbox env --name "$name")"
 cat > "$out/run.yaml" <<YAML
-slurm: {nodes: 4, mem: 3G, env: {PYTHONPATH: $(cd "$(dirname "$0")" && pwd)}}
+slurm: {nodes: 4, mem: 3G}
 elastic: {min_nodes: 1, max_nodes: 4, max_strikes: 1000, grow_after: 2, hang_timeout: 15}
-trainer: trouble:slow
 model: {size: tiny}
 data: {seq_len: 64}
 step_scheduler: {max_steps: 1000000, global_batch_size: 12, local_batch_size: 1, ckpt_every_steps: 10, val_every_steps: 0}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gate
 import yaml
 from helpers import BIN, Command, Site, own_sandbox, same_curve, wait_for, write_texts
 
@@ -73,7 +74,8 @@ class Drill:
                 "max_steps": STEPS, "global_batch_size": 10, "local_batch_size": 1,
                 "ckpt_every_steps": EVERY, "val_every_steps": 0,
             },
-            "elastic": {"grow_after": 1.0},
+            "elastic": {"grow_after": 1.0, "hang_timeout": 600},  # a run that waits at its gate does not hang
+            "trainer": "trouble:gated",
             "slurm": {"env": {"PYTHONPATH": str(Path(__file__).parent)}},  # for trainers that misbehave
         }  # fmt: skip
         for section, values in changes.items():
@@ -83,13 +85,13 @@ class Drill:
         return path
 
     def train(self, run: str, **changes: Any) -> Command:
-        """Start a run, and watch it in the background."""
+        """Start a run, and watch it in the background. It waits at its gate (see `gate`)."""
         return self.site.start("train", self.config(run, **changes), "--run", run, "--cluster", self.cluster)
 
     def smooth(self) -> dict[int, float]:
         """The losses of a run that nothing happens to; it is made once."""
         if not self.site.run_dir("smooth").exists():
-            self.train("smooth").ended().expect(0)
+            self.train("smooth", trainer="trainers.fsdp:train").ended().expect(0)
         losses = self.site.losses("smooth")
         assert list(losses) == list(range(1, STEPS + 1))
         return losses
@@ -123,6 +125,10 @@ class Drill:
         words = dict(re.findall(r"(\w+)=(\S+)", log.read_text().splitlines()[0]))
         return words["node"], words["pid"]
 
+    def runs(self, node: str, pid: str) -> bool:
+        """Whether a node has this process."""
+        return pid in self.site.inside(node, "ps", "-eo", "pid=").split()
+
     def ray_drain(self, node: str) -> None:
         """`ray drain-node`, as a person with Ray's own tools would."""
         directory = self.site.cluster(self.cluster)
@@ -144,9 +150,26 @@ class Drill:
 
     # -- waiting ------------------------------------------------------------------------------------
 
-    def wait_commits(self, run: str, count: int = 2) -> None:
-        """Until the run has committed so often: it is in the middle of its work then."""
-        self.wait(f"{count} commits of {run}", lambda: len(self.run_events(run, "commit")) >= count, run)
+    def at_gate(self, run: str, steps: int = gate.FIRST, after: int = 0, commit: int | None = None) -> int:
+        """Wait until the run waits at its gate with so many steps done, in an attempt later than `after`, and its last
+        `commit` (default: the last multiple of EVERY) is written; the attempt's number."""
+        directory, commit = self.site.run_dir(run), steps - steps % EVERY if commit is None else commit
+
+        def there() -> bool:
+            attempt, step = gate.waiting(directory)
+            return attempt > after and step == steps and self.committed(run) == commit
+
+        self.wait(f"{run} at step {steps} of an attempt after {after}", there, run)
+        return gate.waiting(directory)[0]
+
+    def open_gate(self, run: str, steps: int = gate.EVERYTHING) -> None:
+        """Let the run go on: to its end, or until so many steps are done."""
+        gate.allow(self.site.run_dir(run), steps)
+
+    def committed(self, run: str) -> int:
+        """The last step that was committed. (Of a writer that was killed at once, the attempt's end alone tells it.)"""
+        commits = [row["step"] for row in self.run_events(run, "commit")]
+        return max(commits + [row["committed"] or 0 for row in self.run_events(run, "attempt_ended")], default=0)
 
     def wait_event(self, run: str, kind: str, count: int = 1, **fields: Any) -> dict[str, Any]:
         """Until the run has `count` events of a kind with these fields; the last of them."""
@@ -215,6 +238,11 @@ class Drill:
                 assert row["from_step"] == before, (row, before)
                 steps = [r["step"] for r in rows if r["attempt"] == row["attempt"]]
                 assert not steps or steps[0] == before + 1, (row, steps[:3])
+
+    def recovered(self, run: str, size: int) -> None:
+        """The run began with, and in the end had, so many workers; in between it was struck."""
+        sizes = self.sizes(run)
+        assert len(sizes) > 1 and sizes[0] == sizes[-1] == size, sizes
 
     def sizes(self, run: str) -> list[int]:
         """The world sizes of the run's attempts."""

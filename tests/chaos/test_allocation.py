@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+import gate
 import pytest
 from drill import OTHER_SIZE, STEPS, Drill
 from helpers import wait_for
@@ -23,7 +24,8 @@ def drill() -> Iterator[Drill]:
 def reference(drill: Drill) -> dict[int, float]:
     """The losses of a run that nothing happened to."""
     drill.cluster = "smooth"
-    drill.site.run("submit", drill.config("smooth", slurm={"nodes": 2}), "--run", "smooth").expect(0)
+    config = drill.config("smooth", slurm={"nodes": 2}, trainer="trainers.fsdp:train")
+    drill.site.run("submit", config, "--run", "smooth").expect(0)
     drill.site.run("attach", "smooth").expect(0)
     drill.site.wait_clean(60)
     return drill.site.losses("smooth")
@@ -42,20 +44,26 @@ def ended_well(drill: Drill, run: str, reference: dict[int, float], relative: fl
     drill.site.wait_clean(90)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_chain_of_jobs_finishes_the_run(drill: Drill, reference: dict[int, float]) -> None:
-    """Two run into their real time limits, the third finishes."""
+    """Two run into their real time limits, the third finishes. In each of the two the run waits at its gate until it is
+    asked to save."""
     job = submit(
         drill, "chain", slurm={"time": 2, "signal": "B:USR1@75"}, step_scheduler={"max_steps": STEPS, "ckpt_every_steps": 40},
-        trainer="trouble:slow_at_first", alerts={"command": ["true"], "min_interval": 0},
+        alerts={"command": ["true"], "min_interval": 0},
     )  # fmt: skip
+    attempt = 0
     for life in (1, 2):
+        saved = 0 if life == 1 else gate.FIRST + 1
+        attempt = drill.at_gate("chain", saved or gate.FIRST, after=attempt, commit=saved)
         assert drill.wait_cluster_event("requeued", count=life)["job"] == job
         ended = drill.run_events("chain", "attempt_ended")[-1]
         last = drill.run_events("chain", "commit")[-1]["step"]
         assert ended["committed"] == ended["step"] == last  # saved in time: nothing is done twice
         drill.wait("the next life", lambda: len(drill.cluster_events("head")) == life + 1)  # noqa: B023
     drill.site.slurm("scontrol", "update", f"jobid={job}", "TimeLimit=30")  # enough, however busy the machine is
+    drill.open_gate("chain")
     assert {row["why"] for row in drill.cluster_events("notice")} == {"walltime"}
     ended_well(drill, "chain", reference)
     alerts = [event["alert"] for event in drill.run_events("chain", "alert")]
@@ -63,16 +71,22 @@ def test_a_chain_of_jobs_finishes_the_run(drill: Drill, reference: dict[int, flo
     assert "ExitCode=0:0" in drill.site.slurm("scontrol", "show", "job", job)
 
 
-@pytest.mark.parametrize("partition", ["low", "lowc"])
-@pytest.mark.parametrize("grace", [True, False])
+@pytest.mark.parametrize(
+    ("partition", "grace"),
+    [
+        ("low", True),
+        *(pytest.param(*row, marks=pytest.mark.long) for row in (("low", False), ("lowc", True), ("lowc", False))),
+    ],
+)
 def test_preempted(drill: Drill, reference: dict[int, float], partition: str, grace: bool) -> None:
     """`low` requeues what it preempts, `lowc` cancels it; with grace there is time to save."""
     run = f"preempted-{partition}-{'grace' if grace else 'none'}"
     drill.site.slurm("scontrol", "update", f"partition={partition}", f"GraceTime={10 if grace else 0}")
-    submit(drill, run, slurm={"partition": partition}, trainer="trouble:slow")
-    drill.wait_commits(run, 1)
+    submit(drill, run, slurm={"partition": partition})
+    drill.at_gate(run)
     other = drill.site.slurm("sbatch", "--parsable", "-N2", "--exclusive", "-p", "main", "--wrap", "sleep 300").strip()
     drill.wait("the other job runs", lambda: f"{other} RUNNING" in drill.site.jobs(), run)
+    drill.open_gate(run)
     if grace:
         ended = drill.run_events(run, "attempt_ended")[-1]
         assert ended["how"] == "stopped" and ended["committed"] == ended["step"]
@@ -82,6 +96,7 @@ def test_preempted(drill: Drill, reference: dict[int, float], partition: str, gr
     ended_well(drill, run, reference)
 
 
+@pytest.mark.long
 def test_a_job_that_waits_again_already_gets_no_successor(drill: Drill) -> None:
     """Slurm may requeue a preempted job before its head asks for that: two allocations of one cluster would fight."""
     job = drill.site.slurm("sbatch", "--parsable", "--hold", "--wrap", "true").strip()
@@ -96,27 +111,28 @@ def test_a_job_that_waits_again_already_gets_no_successor(drill: Drill) -> None:
         drill.site.slurm("scancel", job)
 
 
+@pytest.mark.long
 def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill, reference: dict[int, float]) -> None:
     """Slurm ends the whole job when it comes back. Nobody asked for that: a successor goes on. (Or Slurm leaves it.)"""
-    job = submit(
-        drill, "away", slurm={"nodes": "1-2"}, elastic={"replace": False, "max_nodes": 3},
-        trainer="trouble:slow_until_whole",
-    )  # fmt: skip
-    drill.wait("two nodes", lambda: drill.sizes("away") == [2], "away")
-    drill.wait_commits("away")
+    job = submit(drill, "away", slurm={"nodes": "1-2"}, elastic={"replace": False, "max_nodes": 3})
+    attempt = drill.at_gate("away")
+    assert drill.sizes("away")[-1] == 2
     host = drill.head()
     drill.site.sandbox.freeze(host)
-    if goes_on := drill.thaw_too_late(host, job):
+    drill.at_gate("away", after=attempt)  # the other node alone
+    if drill.thaw_too_late(host, job):
         drill.reboot(host)
     else:
         drill.wait_cluster_event("successor")
+    drill.open_gate("away")
     ended_well(drill, "away", reference, OTHER_SIZE)
-    assert drill.sizes("away")[1] == 1 if goes_on else len(drill.sizes("away")) > 1
+    assert drill.sizes("away")[1] == 1
 
 
+@pytest.mark.long
 def test_requeues_are_capped(drill: Drill, reference: dict[int, float]) -> None:
-    job = submit(drill, "capped", elastic={"max_requeues": 0}, trainer="trouble:slow")
-    drill.wait_commits("capped", 1)
+    job = submit(drill, "capped", elastic={"max_requeues": 0})
+    drill.at_gate("capped")
     drill.site.slurm("scancel", "--signal=USR1", "--batch", job)
     drill.wait_cluster_event("ended")
     drill.site.wait_clean(60)
@@ -126,8 +142,8 @@ def test_requeues_are_capped(drill: Drill, reference: dict[int, float]) -> None:
 
 def test_a_cancelled_job_stays_cancelled(drill: Drill, reference: dict[int, float]) -> None:
     """A person's scancel is no fault: nothing comes after it."""
-    job = submit(drill, "cancelled", trainer="trouble:slow", alerts={"command": ["true"]})
-    drill.wait_commits("cancelled", 1)
+    job = submit(drill, "cancelled", alerts={"command": ["true"]})
+    drill.at_gate("cancelled")
     drill.site.slurm("scancel", job)
     wait_for("the job's end", lambda: not drill.site.jobs(), 60)
     drill.site.wait_clean(30)

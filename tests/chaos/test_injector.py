@@ -9,7 +9,7 @@ import pytest
 from drill import Drill
 from helpers import wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def test_workers_and_nodes_die_and_the_ledger_says_what_it_cost(drill: Drill) ->
     """Three faults; the node boots again. Then the run is stopped, and the model is held against the ledger."""
     site = drill.site
     steps = {"max_steps": 100000, "global_batch_size": 10, "local_batch_size": 1, "ckpt_every_steps": 5}
-    command = drill.train("victim", step_scheduler=steps)
-    drill.wait_commits("victim")
+    command = drill.train("victim", step_scheduler=steps, trainer="trainers.fsdp:train")
+    drill.wait_event("victim", "commit")
     out = site.state / "home" / "ledger.json"
     picture = site.state / "home" / "run.png"
     done = site.run(

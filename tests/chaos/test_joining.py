@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
+import gate
 import pytest
 from drill import Drill
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +33,18 @@ def test_a_node_that_struck_out_is_left_and_not_taken_again(alone: Drill) -> Non
     drill = Drill(alone.site, "strict")
     drill.up(2, elastic__max_strikes=2)
     reference = drill.smooth()
-    command = drill.train("strict", trainer="trouble:slow")
-    drill.wait_commits("strict", 1)
+    command = drill.train("strict")
+    attempt = drill.at_gate("strict")
     victim = drill.other_than_head()
     for strike in (1, 2):
         drill.wait_nodes(**{victim: "ready"})
         drill.site.inside(victim, "kill", "-9", str(drill.site.members(drill.cluster)[victim]["pid"]))
         drill.wait_cluster_event("strike", node=victim, count=strike)
+        attempt = drill.at_gate("strict", after=attempt)
     drill.wait_cluster_event("excluded", node=victim)
     joiner = drill.wait_cluster_event("joiner_submitted")
     assert victim in joiner["exclude"]
+    drill.open_gate("strict")
     drill.finished(command, "strict", reference)
     drill.wait("two ready nodes", lambda: drill.ready() == 2)
     assert victim not in drill.ready_nodes()
@@ -63,14 +66,15 @@ def test_where_nodes_may_not_submit_jobs_the_login_node_does(alone: Drill) -> No
     reference = drill.smooth()
     refused = drill.wait_cluster_event("joiner_refused")
     assert "from login nodes only" in refused["error"] and "raylaunch watch" in refused["hint"]
-    command = drill.train("watched", trainer="trouble:slow")
-    drill.wait_commits("watched", 1)
+    command = drill.train("watched")
+    drill.at_gate("watched")
     victim = drill.other_than_head()
     drill.site.sandbox.kill(victim)
     drill.wait_event("watched", "attempt_started", workers=1)
     watcher = drill.site.start("watch", "watched")
     assert drill.wait_cluster_event("joiner_submitted")["by"] == "watch"
     drill.wait("two ready nodes", lambda: drill.ready() == 2)
+    drill.open_gate("watched")
     drill.finished(command, "watched", reference)
     drill.clean()
     watcher.ended().expect(0, "cluster watched has ended: down")
@@ -85,8 +89,8 @@ def test_the_head_is_away_for_longer_than_slurm_waits(alone: Drill) -> None:
     drill = Drill(alone.site, "away")
     drill.up(2)
     reference, head = drill.smooth(), drill.head()
-    command = drill.train("away", trainer="trouble:slow_until_whole", elastic={"max_nodes": 3})
-    drill.wait_commits("away", 1)
+    command = drill.train("away", elastic={"max_nodes": 3})
+    drill.at_gate("away")
     (base,) = [job.split()[0] for job in drill.site.jobs()]
     drill.site.sandbox.freeze(head)
 
@@ -95,6 +99,7 @@ def test_the_head_is_away_for_longer_than_slurm_waits(alone: Drill) -> None:
 
     drill.wait("a joiner", joined, "away")
     goes_on = drill.thaw_too_late(head, base)
+    drill.open_gate("away")
     drill.finished(command, "away", reference)
     assert bool(drill.cluster_events("base_lost")) != goes_on and not drill.cluster_events("ending")
     drill.wait("two ready nodes", lambda: drill.ready() == 2)
@@ -114,12 +119,17 @@ def guests(machine: Drill) -> Iterator[Drill]:
 def test_idle_nodes_of_another_partition_are_taken_and_given_back(guests: Drill) -> None:
     """They go to another job with no step lost, and come again."""
     drill, reference = guests, guests.smooth()
-    command = drill.train("guests", trainer="trouble:slow_until_whole", elastic={"max_nodes": 3})
-    drill.wait_commits("guests", 1)
+    command = drill.train("guests", elastic={"max_nodes": 3})
+    attempt = drill.at_gate("guests")
     other = drill.site.slurm("sbatch", "--parsable", "-N2", "--exclusive", "-p", "main", "--wrap", "sleep 300").strip()
     drill.wait_event("guests", "attempt_started", workers=1)
     drill.wait("the other job runs", lambda: f"{other} RUNNING" in drill.site.jobs())
+    drill.wait("a run of one worker", lambda: gate.waiting(drill.site.run_dir("guests"))[0] > attempt)
+    attempt = gate.waiting(drill.site.run_dir("guests"))[0]
     drill.site.slurm("scancel", other)
+    drill.wait("three ready nodes", lambda: drill.ready() == 3, "guests")
+    drill.wait_event("guests", "resize_asked", attempt=attempt, why="grow")
+    drill.open_gate("guests")
     drill.finished(command, "guests", reference)
     sizes = drill.sizes("guests")
     assert sizes[0] == 3 and 1 in sizes and sizes[-1] == 3, sizes
@@ -130,17 +140,18 @@ def test_idle_nodes_of_another_partition_are_taken_and_given_back(guests: Drill)
 def test_a_guest_that_leads_is_preempted(guests: Drill) -> None:
     """Its own job ends, not the cluster's: another node leads."""
     drill, reference, incarnation = guests, guests.smooth(), guests.incarnation()
-    command = drill.train("led", trainer="trouble:slow")
-    drill.wait_commits("led", 1)
+    command = drill.train("led")
+    attempt = drill.at_gate("led")
     drill.site.inside(drill.head(), "pkill", "-9", "-x", "gcs_server")  # the base's node leads no more
     drill.wait("a guest that leads", lambda: drill.incarnation() > incarnation, "led")
     leader = drill.head()
     assert drill.site.members(drill.cluster)[leader]["joiner"]
-    drill.wait_event("led", "first_step", count=2)
+    attempt = drill.at_gate("led", after=attempt)
     other = ["sbatch", "--parsable", "-w", leader, "--exclusive", "-p", "main", "--wrap", "sleep 300"]
     job = drill.site.slurm(*other).strip()
     drill.wait("another head", lambda: drill.head() != leader, "led")
-    assert [row for row in drill.run_events("led", "resize_asked") if row["why"] == "drain"]  # saved and left first
+    drill.wait_event("led", "resize_asked", attempt=attempt, why="drain")  # saved and left first
+    drill.open_gate("led")
     drill.site.slurm("scancel", job)
     drill.finished(command, "led", reference)
     assert not drill.cluster_events("ending")
@@ -153,10 +164,11 @@ def test_a_base_that_slurm_runs_again_beside_a_guest(guests: Drill) -> None:
     drill.wait("all three nodes", lambda: drill.ready() == 3)
     base = next(row["name"] for row in drill.site.members(drill.cluster).values() if not row["joiner"])
     life = drill.life()
-    command = drill.train("again", trainer="trouble:slow_until_whole", elastic={"max_nodes": 4})
-    drill.wait_commits("again", 1)
+    command = drill.train("again", elastic={"max_nodes": 4})
+    drill.at_gate("again")
     drill.site.sandbox.kill(base)
     drill.wait("the base again", lambda: drill.life() != life, "again")
+    drill.open_gate("again")
     drill.finished(command, "again", reference)
     assert drill.incarnation() > incarnation
     assert not [row for row in drill.cluster_events("strike") if "could not start" in row["reason"]]

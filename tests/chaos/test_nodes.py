@@ -8,11 +8,10 @@ import pytest
 import stale
 from drill import Drill
 
-from raylaunch import state
 from raylaunch.sandbox import daemons
 from raylaunch.sandbox.procs import Proc
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +39,23 @@ def whole(drill: Drill) -> Iterator[None]:
 
 
 def test_a_node_dies_and_is_replaced(drill: Drill, reference: dict[int, float]) -> None:
-    command = drill.train("replaced", trainer="trouble:slow_until_whole", elastic={"max_nodes": 3})
-    drill.wait_commits("replaced")
+    command = drill.train("replaced", elastic={"max_nodes": 3})
+    attempt = drill.at_gate("replaced")
     victim = drill.other_than_head()
     before = len(drill.cluster_events("joiner_submitted"))
     drill.site.sandbox.kill(victim)
-    fault = drill.wait_event("replaced", "fault", cause="node_lost", node=victim)
+    drill.wait_event("replaced", "fault", cause="node_lost", node=victim)
     started = drill.wait_event("replaced", "attempt_started", count=2)
-    assert started["workers"] == 2 and started["time"] - fault["time"] < 20  # at once, without waiting for the joiner
+    assert started["workers"] == 2  # at once, without waiting for the joiner
+    attempt = drill.at_gate("replaced", after=attempt)
     drill.wait_cluster_event("joiner_submitted", count=before + 1)
     drill.wait("three ready nodes", lambda: drill.ready() == 3)
+    drill.wait_event("replaced", "resize_asked", attempt=attempt, why="grow")
+    drill.open_gate("replaced")
     drill.finished(command, "replaced", reference)
-    assert drill.sizes("replaced") == [3, 2, 3]
-    grown = drill.run_events("replaced", "attempt_ended")[1]
-    assert grown["how"] == "resized" and grown["step"] == grown["committed"]
+    drill.recovered("replaced", 3)
+    grown = next(row for row in drill.run_events("replaced", "attempt_ended") if row["how"] == "resized")
+    assert grown["step"] == grown["committed"]
     joined = [row for row in drill.site.members(drill.cluster).values() if row["joiner"] and row["state"] == "ready"]
     shown = drill.site.cluster_status(drill.cluster)
     assert joined and {row["job"] for row in joined} <= {job["id"] for job in shown["jobs"]}
@@ -63,11 +65,12 @@ def test_the_head_s_node_dies(drill: Drill, reference: dict[int, float]) -> None
     """The batch host, too: those who live elect a new head in the same allocation."""
     incarnation, head = drill.incarnation(), drill.head()
     command = drill.train("beheaded")
-    drill.wait_commits("beheaded")
+    drill.at_gate("beheaded")
     base = drill.site.jobs()[0]
     drill.site.sandbox.kill(head)
     drill.wait("another head", lambda: drill.incarnation() == incarnation + 1, "beheaded")
     assert drill.head() != head
+    drill.open_gate("beheaded")
     drill.finished(command, "beheaded", reference)
     assert base in drill.site.jobs()  # no requeue: the same job
     (election,) = [row for row in drill.cluster_events("election") if row["incarnation"] == incarnation + 1]
@@ -76,29 +79,33 @@ def test_the_head_s_node_dies(drill: Drill, reference: dict[int, float]) -> None
 
 def test_two_nodes_at_once(drill: Drill, reference: dict[int, float]) -> None:
     command = drill.train("twice")
-    drill.wait_commits("twice")
+    attempt = drill.at_gate("twice")
     victims = [node for node in drill.ready_nodes() if node != drill.head()][:2]
     for victim in victims:
         drill.site.sandbox.kill(victim)
+    drill.at_gate("twice", after=attempt)
+    drill.open_gate("twice")
     drill.finished(command, "twice", reference)
-    assert drill.sizes("twice")[0] == 3 and 1 in drill.sizes("twice")
+    assert drill.sizes("twice")[0] == 3 and min(drill.sizes("twice")) < 3
 
 
 def test_a_second_node_dies_during_the_recovery_from_the_first(drill: Drill, reference: dict[int, float]) -> None:
     command = drill.train("again")
-    drill.wait_commits("again")
+    drill.at_gate("again")
     first, second = [node for node in drill.ready_nodes() if node != drill.head()][:2]
     drill.site.sandbox.kill(first)
     drill.wait_event("again", "attempt_started", count=2)
     drill.site.sandbox.kill(second)
+    drill.open_gate("again")
     drill.finished(command, "again", reference)
 
 
 def test_below_the_minimum_the_run_holds(drill: Drill, reference: dict[int, float]) -> None:
     command = drill.train("held", elastic={"min_nodes": 3, "grow_after": 1.0})
-    drill.wait_commits("held")
+    drill.at_gate("held")
     drill.site.sandbox.kill(drill.other_than_head())
     hold = drill.wait_event("held", "decision", decision="hold")
+    drill.open_gate("held")
     assert "min_nodes" in hold["setting"]
     drill.finished(command, "held", reference)
     assert set(drill.sizes("held")) == {3}
@@ -107,18 +114,19 @@ def test_below_the_minimum_the_run_holds(drill: Drill, reference: dict[int, floa
 @pytest.mark.parametrize("how", ["freeze", "cut"])
 def test_a_node_falls_silent_and_comes_back(drill: Drill, reference: dict[int, float], how: str) -> None:
     command = drill.train(how, trainer="trouble:stubborn")
-    drill.wait_commits(how)
+    attempt = drill.at_gate(how)
     victim = drill.other_than_head()
     sandbox = drill.site.sandbox
     (sandbox.freeze if how == "freeze" else sandbox.cut)(victim)
     fault = drill.wait_event(how, "fault", node=victim)
     assert fault["cause"] == "node_lost"
     drill.wait_event(how, "attempt_started", count=2)
-    stale.go(drill.site.run_dir(how), victim).touch()
+    stale.go(drill.site.run_dir(how), victim, attempt).touch()
     (sandbox.thaw if how == "freeze" else sandbox.heal)(victim)
+    drill.open_gate(how)
     drill.finished(command, how, reference)
     if how == "freeze":
-        was_kept_out(drill, how)
+        was_kept_out(drill, how, attempt)
 
 
 @pytest.mark.parametrize("how", ["freeze", "cut"])
@@ -129,35 +137,37 @@ def test_the_head_falls_silent_and_comes_back(drill: Drill, reference: dict[int,
     pid = str(drill.site.members(drill.cluster)[head]["pid"])
     sandbox = drill.site.sandbox
     command = drill.train(run, trainer="trouble:stubborn")
-    drill.wait_commits(run)
+    attempt = drill.at_gate(run)
     (sandbox.freeze if how == "freeze" else sandbox.cut)(head)
     drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != head, run)
     drill.wait_event(run, "attempt_started", count=2)
-    stale.go(drill.site.run_dir(run), head).touch()
+    stale.go(drill.site.run_dir(run), head, attempt).touch()
     (sandbox.thaw if how == "freeze" else sandbox.heal)(head)
     taken = head not in drill.site.job_nodes(base)  # by Slurm, which then kills what it finds there: maybe first
     if not taken:
         drill.wait_cluster_event("fenced", node=head, incarnation=incarnation)
-    drill.wait("the old head's end", lambda: pid not in drill.site.inside(head, "ps", "-eo", "pid=").split(), run)
+    drill.wait("the old head's end", lambda: not drill.runs(head, pid), run)
+    drill.open_gate(run)
     drill.finished(command, run, reference)
     if how == "freeze":
-        was_kept_out(drill, run, taken)
+        was_kept_out(drill, run, attempt, taken)
 
 
-def was_kept_out(drill: Drill, run: str, killed: bool = False) -> None:
+def was_kept_out(drill: Drill, run: str, attempt: int, killed: bool = False) -> None:
     """A process of the old attempt's that came back tried to commit, and could not; or was `killed` before it had."""
-    tried = state.read_json(drill.site.run_dir(run) / "stale.json")
-    assert tried == {"said": "Fenced", "attempt": 1} or (killed and tried is None)
+    said = stale.said(drill.site.run_dir(run), attempt)
+    assert said == "Fenced" or (killed and said is None)
     assert not list((drill.site.run_dir(run) / "checkpoints").glob(f"step-{stale.STEP:08d}*"))
 
 
 def test_a_drained_node_is_left_with_no_step_lost(drill: Drill, reference: dict[int, float]) -> None:
-    command = drill.train("drained", trainer="trouble:slow", step_scheduler={"ckpt_every_steps": 20})
-    drill.wait_commits("drained", 1)
+    command = drill.train("drained", step_scheduler={"ckpt_every_steps": 20})
+    drill.at_gate("drained", commit=0)
     victim = drill.other_than_head()
     drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=drain", "reason=test")
     try:
         drill.wait_event("drained", "resize_asked", why="drain")
+        drill.open_gate("drained")
         drill.finished(command, "drained", reference)
         resized = next(row for row in drill.run_events("drained", "attempt_ended") if row["how"] == "resized")
         assert resized["step"] == resized["committed"]
@@ -168,11 +178,12 @@ def test_a_drained_node_is_left_with_no_step_lost(drill: Drill, reference: dict[
 
 def test_ray_drains_a_node(drill: Drill, reference: dict[int, float]) -> None:
     """As an autoscaler or a person with Ray's own tools would: left at the next step, and it comes back anew."""
-    command = drill.train("ray-drained", trainer="trouble:slow", step_scheduler={"ckpt_every_steps": 20})
-    drill.wait_commits("ray-drained", 1)
+    command = drill.train("ray-drained", step_scheduler={"ckpt_every_steps": 20})
+    drill.at_gate("ray-drained", commit=0)
     victim = drill.other_than_head()
     drill.ray_drain(victim)
     asked = drill.wait_event("ray-drained", "resize_asked", why="drain")
+    drill.open_gate("ray-drained")
     drill.finished(command, "ray-drained", reference)
     resized = next(row for row in drill.run_events("ray-drained", "attempt_ended") if row["how"] == "resized")
     assert resized["step"] == resized["committed"] and resized["time"] >= asked["time"]
@@ -181,11 +192,12 @@ def test_ray_drains_a_node(drill: Drill, reference: dict[int, float]) -> None:
 def test_the_head_s_node_is_drained(drill: Drill, reference: dict[int, float]) -> None:
     """It resigns first: the cluster does not end with it, and its successor lets the node go."""
     incarnation, victim = drill.incarnation(), drill.head()
-    command = drill.train("drained-head", trainer="trouble:slow")
-    drill.wait_commits("drained-head", 1)
+    command = drill.train("drained-head")
+    drill.at_gate("drained-head")
     drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=drain", "reason=test")
     try:
         drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != victim, "drained-head")
+        drill.open_gate("drained-head")
         drill.finished(command, "drained-head", reference)
         drill.wait("the node's end", lambda: drill.nodes()[victim] == "ended")
     finally:
@@ -194,12 +206,14 @@ def test_the_head_s_node_is_drained(drill: Drill, reference: dict[int, float]) -
 
 def test_a_scaled_cluster_grows_and_shrinks(drill: Drill, reference: dict[int, float]) -> None:
     """At a commit, with no step lost."""
-    command = drill.train("scaled", trainer="trouble:slow_until_whole", elastic={"max_nodes": 4})
-    drill.wait_commits("scaled", 1)
+    command = drill.train("scaled", elastic={"max_nodes": 4})
+    drill.at_gate("scaled")
     drill.site.run("scale", drill.cluster, 4).expect(0)
     drill.wait("four ready nodes", lambda: drill.ready() == 4)
+    drill.wait_event("scaled", "resize_asked", why="grow")
+    drill.open_gate("scaled")
     drill.finished(command, "scaled", reference)
-    assert drill.sizes("scaled") == [3, 4]
+    assert (drill.sizes("scaled")[0], drill.sizes("scaled")[-1]) == (3, 4)
     for row in drill.run_events("scaled", "attempt_ended"):
         assert row["how"] in {"resized", "finished"} and row["step"] == row["committed"]
     drill.site.run("scale", drill.cluster, 3).expect(0)
@@ -211,7 +225,7 @@ def test_slurm_s_own_daemons_die(drill: Drill, reference: dict[int, float]) -> N
     sandbox, silence = drill.site.sandbox, "Slurm does not answer"
     before = len([row for row in drill.cluster_events("node_decision") if row["reason"] == silence])
     command = drill.train("daemons")
-    drill.wait_commits("daemons", 1)
+    drill.at_gate("daemons")
     controller = Proc.load(daemons.record(sandbox.layout, "slurmctld"))
     assert controller is not None
     controller.kill()
@@ -219,6 +233,7 @@ def test_slurm_s_own_daemons_die(drill: Drill, reference: dict[int, float]) -> N
     sandbox.exec(victim, ["pkill", "-9", "-x", "slurmd"], check=True)
     try:
         drill.wait_cluster_event("node_decision", count=before + 1, reason=silence)
+        drill.open_gate("daemons")
         drill.finished(command, "daemons", reference, 0.0)
         assert drill.sizes("daemons") == [3]
     finally:

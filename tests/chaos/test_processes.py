@@ -8,7 +8,7 @@ import pytest
 from drill import OTHER_SIZE, SAME_SIZE, Drill
 from helpers import wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,12 @@ def drill() -> Iterator[Drill]:
 def test_a_worker_is_killed(drill: Drill, reference: dict[int, float]) -> None:
     command = drill.train("worker")
     node, pid = drill.worker("worker", 1)
-    drill.wait_commits("worker")
+    drill.at_gate("worker")
     drill.site.inside(node, "kill", "-9", pid)
+    drill.open_gate("worker")
     drill.finished(command, "worker", reference, SAME_SIZE)
-    assert drill.sizes("worker") == [3, 3]
-    (ended, _) = drill.run_events("worker", "attempt_ended")
+    drill.recovered("worker", 3)
+    ended = drill.run_events("worker", "attempt_ended")[0]
     # On a busy machine a survivor's broken connection is told before the death behind it.
     assert ended["how"] == "fault" and ended["cause"] in {"worker_lost", "communication"}
 
@@ -36,10 +37,11 @@ def test_the_raylet_is_killed(drill: Drill, reference: dict[int, float]) -> None
     """The agent starts it again; the run goes on without the node or with it, as it comes."""
     node = next(n for n in drill.nodes() if n != drill.head())
     command = drill.train("raylet")
-    drill.wait_commits("raylet")
+    drill.at_gate("raylet")
     ports = drill.site.members(drill.cluster)[node]["ports"]
     drill.site.inside(node, "pkill", "-9", "-x", "raylet")
     drill.wait_cluster_event("node_restarting", node=node)
+    drill.open_gate("raylet")
     drill.finished(command, "raylet", reference)
     drill.wait_nodes(**dict.fromkeys(drill.nodes(), "ready"))
     assert drill.site.members(drill.cluster)[node]["ports"] != ports  # the GCS has given up on the old ones
@@ -49,9 +51,10 @@ def test_ray_s_directory_is_removed(drill: Drill, reference: dict[int, float]) -
     """As by a cleaner of /tmp: Ray would live on and start no worker again, so it is started anew."""
     node = next(n for n in drill.nodes() if n != drill.head())
     command = drill.train("cleaned")
-    drill.wait_commits("cleaned")
+    drill.at_gate("cleaned")
     drill.site.inside(node, "rm", "-rf", str(drill.site.members(drill.cluster)[node]["temp_dir"]))
     drill.wait_cluster_event("node_restarting", node=node)
+    drill.open_gate("cleaned")
     drill.finished(command, "cleaned", reference)
     drill.wait_nodes(**dict.fromkeys(drill.nodes(), "ready"))
 
@@ -60,11 +63,12 @@ def test_an_agent_is_killed(drill: Drill, reference: dict[int, float]) -> None:
     """The node counts as lost at once, and comes back by its keeper."""
     node = next(n for n in drill.nodes() if n != drill.head())
     command = drill.train("agent")
-    drill.wait_commits("agent")
+    drill.at_gate("agent")
     before = len(drill.cluster_events("node_lost"))
     drill.site.inside(node, "kill", "-9", str(drill.site.members(drill.cluster)[node]["pid"]))
     drill.wait_cluster_event("node_lost", node=node)
     assert len(drill.cluster_events("node_lost")) == before + 1
+    drill.open_gate("agent")
     drill.finished(command, "agent", reference)
     drill.wait_nodes(**dict.fromkeys(drill.nodes(), "ready"))
     assert {row["cause"] for row in drill.run_events("agent", "fault")} == {"node_lost"}
@@ -72,11 +76,12 @@ def test_an_agent_is_killed(drill: Drill, reference: dict[int, float]) -> None:
 
 def test_the_driver_is_killed(drill: Drill, reference: dict[int, float]) -> None:
     command = drill.train("driver")
-    drill.wait_commits("driver")
+    drill.at_gate("driver")
     drill.site.inside(drill.head(), "pkill", "-9", "-f", "raylaunch.driver")
     drill.wait_cluster_event("driver_lost", run="driver")
+    drill.open_gate("driver")
     drill.finished(command, "driver", reference, SAME_SIZE)
-    assert drill.sizes("driver") == [3, 3]
+    drill.recovered("driver", 3)
 
 
 def test_the_dashboard_is_killed(drill: Drill, reference: dict[int, float]) -> None:
@@ -91,33 +96,36 @@ def test_the_dashboard_is_killed(drill: Drill, reference: dict[int, float]) -> N
     wait_for("a dashboard", pid, 60)
     before = pid()
     command = drill.train("dashboard")
-    drill.wait_commits("dashboard")
+    drill.at_gate("dashboard")
     drill.site.inside(head, "pkill", "-9", "-f", pattern)
     wait_for("another dashboard", lambda: pid() not in {"", before}, 60)
+    drill.open_gate("dashboard")
     drill.finished(command, "dashboard", reference, SAME_SIZE)
     assert drill.sizes("dashboard") == [3] and drill.incarnation() == incarnation
 
 
 def test_the_gcs_is_killed(drill: Drill, reference: dict[int, float]) -> None:
     """Ray's heart: the head resigns, another node is elected, the old one comes back as a member."""
-    incarnation, head = drill.incarnation(), drill.head()
+    incarnation, head, jobs = drill.incarnation(), drill.head(), drill.site.jobs()
     command = drill.train("gcs")
-    drill.wait_commits("gcs")
+    drill.at_gate("gcs")
     drill.site.inside(head, "pkill", "-9", "-x", "gcs_server")
     drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != head, "gcs")
+    drill.open_gate("gcs")
     drill.finished(command, "gcs", reference, OTHER_SIZE)
     assert drill.site.cluster_status(drill.cluster)["incarnation"] == drill.incarnation()
     drill.wait_nodes(**dict.fromkeys(drill.nodes(), "ready"))
-    assert drill.site.jobs() == ["1 RUNNING"]  # the allocation is the same: no requeue
+    assert drill.site.jobs() == jobs  # the allocation is the same: no requeue
 
 
 def test_the_head_s_agent_is_killed(drill: Drill, reference: dict[int, float]) -> None:
     incarnation = drill.incarnation()
     command = drill.train("headless")
-    drill.wait_commits("headless")
+    drill.at_gate("headless")
     head = drill.head()
     drill.site.inside(head, "kill", "-9", str(drill.site.members(drill.cluster)[head]["pid"]))
     drill.wait("another head", lambda: drill.incarnation() > incarnation, "headless")
+    drill.open_gate("headless")
     drill.finished(command, "headless", reference, OTHER_SIZE)
     drill.wait_nodes(**dict.fromkeys(drill.nodes(), "ready"))
 
@@ -127,9 +135,11 @@ def test_slurm_kills_the_step(drill: Drill, reference: dict[int, float]) -> None
     agents are killed at once. The batch script starts them again, and they elect a head."""
     incarnation = drill.incarnation()
     command = drill.train("step")
-    drill.wait_commits("step")
-    drill.site.slurm("scancel", "--signal=KILL", "1.0")
+    drill.at_gate("step")
+    (job,) = [line.split()[0] for line in drill.site.jobs()]
+    drill.site.slurm("scancel", "--signal=KILL", f"{job}.0")
     drill.wait("another head", lambda: drill.incarnation() > incarnation, "step")
+    drill.open_gate("step")
     drill.finished(command, "step", reference, OTHER_SIZE)
     drill.wait_nodes(**dict.fromkeys(drill.nodes(), "ready"))
-    assert drill.site.jobs() == ["1 RUNNING"]
+    assert drill.site.jobs() == [f"{job} RUNNING"]

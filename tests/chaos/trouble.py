@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import gate
 import stale
 import torch
 from torch import Tensor
@@ -33,23 +34,14 @@ def _before_each_step(config: Config, session: Session, deed: Callable[[Session,
     fsdp.train(config, session)
 
 
-def slow(config: Config, session: Session) -> None:
-    """A run that can be caught in the middle on any machine."""
-    _before_each_step(config, session, lambda session, step: time.sleep(0.25))
+def gated(config: Config, session: Session) -> None:
+    """A run that goes as far as the test allows (see `gate`), so that a fault strikes it where the test wants it to.
 
-
-def slow_at_first(config: Config, session: Session) -> None:
-    """Two jobs of two minutes do not finish this one, on no machine; the third does."""
-    pause = 4.0 if session.incarnation < 3 else 0.1
-    _before_each_step(config, session, lambda session, step: time.sleep(pause))
-
-
-def slow_until_whole(config: Config, session: Session) -> None:
-    """The last quarter takes its time unless `elastic.max_nodes` take part: a run that sees the growth."""
-    whole = session.world_size == config.elastic.max_nodes
+    Rank 0 waits; the other ranks wait for it in the collective of that step, where real faults find them."""
 
     def deed(session: Session, step: int) -> None:
-        time.sleep(0.25 if whole or step < 60 else 2.5)
+        if session.rank == 0:
+            gate.wait(session, step)
 
     _before_each_step(config, session, deed)
 
@@ -89,10 +81,12 @@ def broken(config: Config, session: Session) -> None:
 
 
 def grows(config: Config, session: Session) -> None:
-    """Rank 1 of the first attempt takes memory until somebody stops it."""
+    """Rank 1 of the first attempt takes memory until somebody stops it, once the gate is open."""
 
     def deed(session: Session, step: int) -> None:
         if (session.attempt, session.rank, step) == (1, 1, AT - 1):
+            while step >= gate.allowed(session.run_dir):
+                time.sleep(0.02)
             kept = []
             while True:
                 kept.append(bytearray(b"x" * (16 << 20)))
@@ -114,11 +108,10 @@ def not_a_number(config: Config, session: Session) -> None:
 
 
 def stubborn(config: Config, session: Session) -> None:
-    """The first attempt has a process on each node that commits when it is told to (see `stale`)."""
-    if session.attempt == 1:
-        mine = store.pending(session.checkpoint_dir, stale.STEP, session.incarnation, session.attempt)
-        who = map(str, (session.node, os.getpid(), session.incarnation, session.attempt))
-        # Without our marks: the agent that comes back would end it, sometimes before it has tried.
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
-        subprocess.run([sys.executable, stale.__file__, str(mine), str(session.run_dir), *who], check=True, env=plain)
-    fsdp.train(config, session)
+    """A gated run that has a process on each node which commits when it is told to (see `stale`)."""
+    mine = store.pending(session.checkpoint_dir, stale.STEP, session.incarnation, session.attempt)
+    who = map(str, (session.node, os.getpid(), session.incarnation, session.attempt))
+    # Without our marks: the agent that comes back would end it, sometimes before it has tried.
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
+    subprocess.run([sys.executable, stale.__file__, str(mine), str(session.run_dir), *who], check=True, env=plain)
+    gated(config, session)

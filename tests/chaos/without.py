@@ -146,17 +146,17 @@ SWITCHES = (
     Switch(
         "notice", "raylaunch/head.py", "if not self._noticed and not self._ending:", "if False:",
         (
-            "allocation::test_a_chain_of_jobs_finishes_the_run", "allocation::test_preempted[True-low]",
-            "allocation::test_preempted[True-lowc]",
+            "allocation::test_a_chain_of_jobs_finishes_the_run", "allocation::test_preempted[low-True]",
+            "allocation::test_preempted[lowc-True]",
         ),
     ),
     Switch(
         "the queue over lives", "raylaunch/head.py", "memory.queue.insert(0, memory.running)", "pass",
-        ("allocation::test_preempted[False-low]",),
+        ("allocation::test_preempted[low-False]",),
     ),
     Switch(
         "successors", "raylaunch/allocation.py", 'return Slurm().preempt_mode(job) != "CANCEL"', "return True",
-        ("allocation::test_preempted[False-lowc]",),
+        ("allocation::test_preempted[lowc-False]",),
     ),
     Switch(
         "one allocation", "raylaunch/allocation.py", "if _waits(slurm, job):", "if False:",
