@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from raylaunch.config import Config
-from trainers.model import Decoder
+from raylaunch.trainers.model import Decoder
 
 
 def main() -> None:

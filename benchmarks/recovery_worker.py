@@ -40,7 +40,7 @@ def work(run_dir: Path, checkpoints: Path, make: type[Session]) -> None:
 
     # Here, as raylaunch does it: the trainer's imports count against what comes after the group.
     from raylaunch.config import Config
-    from trainers.fsdp import train
+    from raylaunch.trainers.fsdp import train
 
     config = Config.model_validate(json.loads((run_dir / CONFIG_FILE).read_text()))
     samples = config.step_scheduler.global_batch_size

@@ -143,8 +143,8 @@ def speed(run: Path) -> float:
 def data(directory: Path, rounds: int) -> None:
     """Micro-batches of 8 samples from 100 million tokens, in the trainer's order and in numpy's."""
     from raylaunch.data import dataset, order
-    from trainers.data import Loader, Plan
-    from trainers.datasets import Data, Source, sample_count
+    from raylaunch.trainers.data import Loader, Plan
+    from raylaunch.trainers.datasets import Data, Source, sample_count
 
     batch, steps, count = 8, 1000, 100_000_000
     numbers = np.random.default_rng(0).integers(0, 256, count, dtype=np.uint16)

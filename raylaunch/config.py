@@ -99,7 +99,7 @@ SlurmTime = Annotated[str, BeforeValidator(parse_time)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-SCRIPT_ENTRY = "trainers.script:run"
+SCRIPT_ENTRY = "raylaunch.trainers.script:run"
 
 
 class Section(BaseModel):
@@ -220,14 +220,14 @@ class TrainerConfig(Section):
     shorthand: ClassVar[str | None] = "function"
 
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["trainers.fsdp:train"])] = "trainers.fsdp:train"
-    """A function `(config, session)`."""
+    """A function `(config, session)`. `trainers.x` is your module if you have one, else raylaunch's own."""
     script: Line | None = None
     """In place of a function: a script as `torchrun` would start it, one process a worker, with its variables.
     A relative path is one in chdir."""
     args: list[str] = Field(default_factory=list)
     """The script's arguments."""
     chdir: Line | None = None
-    """A script's working directory; a function's module is looked for there too. Default: that of the command line."""
+    """A script's working directory; a function's module is looked for there first. Default: that of the command line."""
     stop_signal: Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"] = "SIGTERM"
     """What the script gets when the run is to stop, for it to save."""
     stop_timeout: Annotated[float, Field(ge=0)] = 30.0

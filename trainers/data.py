@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from raylaunch.data import order
-from trainers import context
-from trainers.datasets import Data, Source
+from raylaunch.trainers import context
+from raylaunch.trainers.datasets import Data, Source
 
 IGNORED = -100
 """The target of a token that does not count in the loss (what torch's cross-entropy ignores)."""

@@ -17,8 +17,8 @@ from raylaunch.data.dataset import Manifest, Row
 from raylaunch.data.tokenize import Bytes
 from raylaunch.errors import RunError
 from raylaunch.session import Session
-from trainers import corpus
-from trainers.models import vocabulary
+from raylaunch.trainers import corpus
+from raylaunch.trainers.models import vocabulary
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from raylaunch.errors import RunError
-from trainers.language_model import LanguageModel
+from raylaunch.trainers.language_model import LanguageModel
 
 LEAST = (8, 9)
 """The compute capability that has it."""

@@ -26,16 +26,16 @@ from raylaunch.config import Config
 from raylaunch.errors import RunError
 from raylaunch.randomness import seed_step
 from raylaunch.session import AT_COMMIT, NOW, Session
-from trainers import float8, hf, models, parallel, snapshots
-from trainers.average import Average
-from trainers.compiling import Compiled
-from trainers.data import IGNORED, Loader, MicroBatch, Plan
-from trainers.datasets import Data, is_masked, look, open_data
-from trainers.hf import export
-from trainers.metrics import Meter, StepStats
-from trainers.models import LanguageModel
-from trainers.nonfinite import Action, Guard
-from trainers.optim import (
+from raylaunch.trainers import float8, hf, models, parallel, snapshots
+from raylaunch.trainers.average import Average
+from raylaunch.trainers.compiling import Compiled
+from raylaunch.trainers.data import IGNORED, Loader, MicroBatch, Plan
+from raylaunch.trainers.datasets import Data, is_masked, look, open_data
+from raylaunch.trainers.hf import export
+from raylaunch.trainers.metrics import Meter, StepStats
+from raylaunch.trainers.models import LanguageModel
+from raylaunch.trainers.nonfinite import Action, Guard
+from raylaunch.trainers.optim import (
     learning_rate,
     local_gradients,
     make_optimizer,
@@ -44,8 +44,8 @@ from trainers.optim import (
     state_tensors,
     trained,
 )
-from trainers.pipeline import Pipeline
-from trainers.profiling import Profile
+from raylaunch.trainers.pipeline import Pipeline
+from raylaunch.trainers.profiling import Profile
 
 __all__ = ["check", "export", "train"]
 

@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from raylaunch.config import Config
 from raylaunch.errors import RunError, StateError
-from trainers import models
-from trainers.models import LanguageModel
-from trainers.parallel import own_part
+from raylaunch.trainers import models
+from raylaunch.trainers.models import LanguageModel
+from raylaunch.trainers.parallel import own_part
 
 SHARD_BYTES = 4 << 30
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from raylaunch.config import Config
 from raylaunch.session import NOW, Session
-from trainers.data import MicroBatch
-from trainers.nonfinite import Action, Guard
+from raylaunch.trainers.data import MicroBatch
+from raylaunch.trainers.nonfinite import Action, Guard
 
 _LOSS, _SAMPLES, _COUNTED, _SQUARES, _STOP, _SAVE_FAILED = _SLOTS = range(6)
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raylaunch.config import Config, ModelConfig
-from trainers import llama
-from trainers.context import Context
-from trainers.experts import MixtureOfExperts
-from trainers.language_model import LanguageModel
-from trainers.recompute import recomputed
+from raylaunch.trainers import llama
+from raylaunch.trainers.context import Context
+from raylaunch.trainers.experts import MixtureOfExperts
+from raylaunch.trainers.language_model import LanguageModel
+from raylaunch.trainers.recompute import recomputed
 
 INIT_STD = 0.02
 

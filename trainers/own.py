@@ -24,8 +24,8 @@ from torch.distributed.fsdp import FSDPModule
 from raylaunch import entry
 from raylaunch.config import Config
 from raylaunch.errors import RunError
-from trainers.recompute import recomputed
-from trainers.wrapped import Wrapped
+from raylaunch.trainers.recompute import recomputed
+from raylaunch.trainers.wrapped import Wrapped
 
 _RESETS = ("reset_parameters", "_reset_parameters")  # the second is torch's own in nn.MultiheadAttention
 

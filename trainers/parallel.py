@@ -37,10 +37,10 @@ from torch.distributed.tensor.parallel import (
 from raylaunch.config import Config
 from raylaunch.errors import RunError
 from raylaunch.session import Session
-from trainers.context import Context
-from trainers.experts import MixtureOfExperts
-from trainers.language_model import LanguageModel
-from trainers.model import Block, Decoder
+from raylaunch.trainers.context import Context
+from raylaunch.trainers.experts import MixtureOfExperts
+from raylaunch.trainers.language_model import LanguageModel
+from raylaunch.trainers.model import Block, Decoder
 
 GATHERED_BYTES = 1 << 30
 """A model up to this size (in the dtype of the computation) stays whole on each worker for the length

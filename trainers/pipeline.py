@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainers import parallel
-from trainers.data import MicroBatch
-from trainers.language_model import LanguageModel
+from raylaunch.trainers import parallel
+from raylaunch.trainers.data import MicroBatch
+from raylaunch.trainers.language_model import LanguageModel
 
 Loss = Callable[[Tensor, MicroBatch], Tensor]
 """(the last stage's logits, the micro-batch) → what is to be minimised, a scalar."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raylaunch.config import Config, ModelConfig
 from raylaunch.errors import RunError, first_line
-from trainers.wrapped import Wrapped
+from raylaunch.trainers.wrapped import Wrapped
 
 _NEEDED = "pip install 'raylaunch[hf]'"
 _FILES = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from trainers.language_model import LanguageModel
+from raylaunch.trainers.language_model import LanguageModel
 
 
 class Wrapped(LanguageModel):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from raylaunch.config import Config, ModelConfig
 from raylaunch.errors import RunError
 
+_OURS = ("trainers.fsdp:", "raylaunch.trainers.fsdp:")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types of transformers whose blocks are ours: attention and a gated network, each behind a norm."""
 
@@ -138,7 +139,7 @@ class Shape:
 
 def of(config: Config) -> Shape:
     """The shape of what a config trains; RunError where that cannot be known here."""
-    if config.trainer.script is not None or not config.trainer.function.startswith("trainers.fsdp:"):
+    if config.trainer.script is not None or not config.trainer.function.startswith(_OURS):
         what = config.trainer.script or config.trainer.function
         raise RunError(
             f"the trainer is your own ({what}): its memory cannot be planned",

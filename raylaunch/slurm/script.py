@@ -22,7 +22,7 @@ from raylaunch.configfile import shell_word
 from raylaunch.errors import SlurmError, UsageError
 from raylaunch.slurm.parse import parse_hosts
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "sbatch"
+TEMPLATES = Path(__file__).resolve().parents[1] / "sbatch"
 _TEXTS = {path.name: path.read_text(encoding="utf-8") for path in TEMPLATES.glob("*.sbatch")}
 """Read with this module: a head that lives for days renders what it was started with, whatever is installed since."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from raylaunch.checkpoint import store
 from raylaunch.config import Config
 from raylaunch.session import Session
-from trainers import fsdp
+from raylaunch.trainers import fsdp
 
 AT = 12
 """The step before which it happens: 11 are done, 10 are committed where every fifth is."""

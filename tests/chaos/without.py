@@ -208,7 +208,7 @@ def environment(place: Path, switch: Switch) -> Path:
     """A Python of its own that sees the edited copy in place of this checkout; its path."""
     tree = place / "tree"
     left_out = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
-    shutil.copytree(ROOT, tree, ignore=left_out)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=left_out)  # raylaunch/trainers is a link
     file = tree / switch.file
     text = file.read_text()
     assert text.count(switch.old) == 1, (

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from raylaunch.config import Config
 from raylaunch.session import Session
-from trainers import fsdp, parallel
+from raylaunch.trainers import fsdp, parallel
 
 
 class OneThread(dist.ProcessGroupGloo):

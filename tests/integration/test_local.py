@@ -384,9 +384,19 @@ def test_agents_that_were_killed_leave_nothing(tmp_path: Path) -> None:
     assert ours(site) == [] and not any(Path(p).exists() for p in temp_dirs(site))
 
 
+MINE = """
+from raylaunch.trainers import fsdp
+
+def train(config, session):
+    steps = config.step_scheduler.model_copy(update={"max_steps": 5})
+    fsdp.train(config.model_copy(update={"step_scheduler": steps}), session)
+"""
+
+
 @pytest.mark.timeout(600)
 def test_the_built_wheel_trains_away_from_the_checkout(tmp_path: Path) -> None:
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
+    """The wheel of the source distribution, and a user whose own package is called as the folder of ours."""
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
     run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
     packages = next((tmp_path / "venv/lib").glob("python*/site-packages"))
     wheel = next(tmp_path.glob("*.whl"))
@@ -394,13 +404,18 @@ def test_the_built_wheel_trains_away_from_the_checkout(tmp_path: Path) -> None:
     # The dependencies of the environment under test; its own editable raylaunch is not reached by a path.
     theirs = next(p for p in sys.path if p.endswith("site-packages"))
     (packages / "dependencies.pth").write_text(theirs + "\n")
-    where = run(str(tmp_path / "venv/bin/python"), "-c", "import raylaunch, trainers, sbatch; print(trainers.__file__)")
-    assert where.startswith(str(tmp_path))
+    where = "import raylaunch; from importlib.util import find_spec as f; print(raylaunch.__file__, f('trainers'), f('sbatch'))"
+    file, *others = run(str(tmp_path / "venv/bin/python"), "-c", where).split()
+    assert file.startswith(str(tmp_path)) and others == ["None", "None"]
     site = Site(tmp_path, tmp_path / "venv/bin/raylaunch")
+    (tmp_path / "trainers").mkdir()
+    (tmp_path / "trainers" / "mine.py").write_text(MINE)
     try:
         assert "#SBATCH --no-kill" in site("script").stdout
         site("up", "--backend", "local", "--nodes", "1")
         done = site("train", str(site.config), "--set", "step_scheduler.max_steps=5")
+        assert "is finished at step 5" in done.stdout
+        done = site("train", str(site.config), "--run", "mine", "--set", "trainer=trainers.mine:train")
         assert "is finished at step 5" in done.stdout
         assert (
             Path(site("report", "small").stdout.strip()).read_text().startswith("<!doctype html>")

@@ -285,6 +285,9 @@ def test_what_is_wrong_is_found_without_a_cluster(site: Site) -> None:
     assert "has no function tarin" in check(example, "--set", "trainer=trainers.fsdp:tarin", code=1)
     (site.folder / "own.py").write_text("def train(config, session): ...\n\ndef check(config):\n    yield 'mine'\n")
     assert "mine" in check(example, "--set", "trainer=own:train")
+    (site.folder / "trainers").mkdir()  # this checkout has one, too, and it is on sys.path
+    shutil.copy(site.folder / "own.py", site.folder / "trainers" / "mine.py")
+    assert "mine" in check(example, "--set", "trainer=trainers.mine:train")
     (site.folder / "little.txt").write_text("few")
     assert "needs 129" in check(example, "--set", f"data.text=[{site.folder}/little.txt]", code=1)
     assert "no config.json" in check(example, "--set", f"model.init_from={site.folder}", code=1)

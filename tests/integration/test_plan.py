@@ -17,7 +17,7 @@ import torch
 from raylaunch import state
 from raylaunch.config import SIZES, Config
 from raylaunch.plan import memory, shape, shards
-from trainers import models, parallel
+from raylaunch.trainers import models, parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60.0

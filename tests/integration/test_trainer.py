@@ -17,7 +17,7 @@ from helpers import mounted
 from raylaunch import state
 from raylaunch.checkpoint import store
 from raylaunch.config import StepSchedulerConfig
-from trainers.optim import learning_rate
+from raylaunch.trainers.optim import learning_rate
 
 
 def saves(run: Run, beside: str | None) -> None:

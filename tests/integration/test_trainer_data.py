@@ -17,8 +17,8 @@ from raylaunch import state
 from raylaunch.config import Config
 from raylaunch.data import dataset, order
 from raylaunch.errors import RunError
-from trainers import corpus, data, datasets, fsdp, parallel
-from trainers.model import Decoder
+from raylaunch.trainers import corpus, data, datasets, fsdp, parallel
+from raylaunch.trainers.model import Decoder
 
 
 def test_missing_text_is_an_error_on_every_rank(run: Run, tmp_path: Path) -> None:

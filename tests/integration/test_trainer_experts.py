@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raylaunch.config import ModelConfig
-from trainers.experts import MixtureOfExperts
+from raylaunch.trainers.experts import MixtureOfExperts
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from raylaunch import state
 from raylaunch.checkpoint import store
 from raylaunch.config import Config
 from raylaunch.errors import RunError
-from trainers import data, datasets, fsdp, hf, models
+from raylaunch.trainers import data, datasets, fsdp, hf, models
 
 
 def a_llama(directory: Path, **changes: Any) -> Any:

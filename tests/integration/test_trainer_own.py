@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from raylaunch.checkpoint import store
 from raylaunch.config import Config
 from raylaunch.errors import RunError
-from trainers import fsdp, hf
+from raylaunch.trainers import fsdp, hf
 
 OWN = {"target": "own_models.Tied", "kwargs": {"width": 32, "vocab_size": 264, "layers": 2}}
 

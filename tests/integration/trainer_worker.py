@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from raylaunch.checkpoint import digests, store
 from raylaunch.config import Config
 from raylaunch.session import AT_COMMIT, NOW, Session
-from trainers import fsdp
-from trainers.data import Loader
-from trainers.model import FeedForward
+from raylaunch.trainers import fsdp
+from raylaunch.trainers.data import Loader
+from raylaunch.trainers.model import FeedForward
 
 _ORIGINALS = (
     (FileSystemWriter, "write_data"),

@@ -29,13 +29,37 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def modules(path: Path) -> set[str]:
+    """Full names, those of `from package import module` included."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    return plain | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+
+
+def beside_trainers() -> list[Path]:
+    ours = (PACKAGE / "trainers").resolve()
+    return [path for path in PACKAGE.rglob("*.py") if ours not in path.resolve().parents]
+
+
 def test_rooms() -> None:
-    for path in PACKAGE.rglob("*.py"):
+    for path in beside_trainers():
         names = imported(path)
-        assert "trainers" not in names, f"{path} imports trainers"
+        assert not [name for name in modules(path) if name.startswith("raylaunch.trainers")], f"{path} imports trainers"
         assert "ray" not in names or path.name in RAY_IN, f"{path} imports ray"
         in_checkpoint = path.parent.name == "checkpoint" and path.name != "store.py"
         assert "torch" not in names or in_checkpoint or path.name in TORCH_IN, f"{path} imports torch"
+
+
+def test_our_trainers_have_one_name() -> None:
+    """A module that is imported as `trainers.x` and as `raylaunch.trainers.x` exists twice, with classes of its own."""
+    root = PACKAGE.parent
+    files = [
+        path for name in ("trainers", "tests", "benchmarks", "docs", "examples") for path in (root / name).rglob("*.py")
+    ]
+    assert len(files) > 100
+    twice = [path for path in [*files, *beside_trainers()] if "trainers" in imported(path)]
+    assert not twice, f"raylaunch.trainers is the name: {twice}"
 
 
 def modules_after(code: str) -> set[str]:

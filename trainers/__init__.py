@@ -1,1 +1,0 @@
-"""Training functions for raylaunch: `train(config, session)`; raylaunch itself never imports them."""
