@@ -15,7 +15,7 @@ import stale
 from drill import EVERY, STEPS, Drill
 from helpers import wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
 
 RUN = "gauntlet"
 
@@ -56,6 +56,11 @@ class Gauntlet:
             self.wait_next_attempt(how="resized")
             assert self.drill.sizes(RUN)[-1] == 3
 
+    def victim(self) -> str:
+        """A node that the run is on, other than the head's."""
+        on = self.drill.run_events(RUN, "attempt_started")[-1]["on"]
+        return next(node for node in on if node != self.drill.head())
+
     def make_whole(self) -> None:
         """Three ready nodes, and two more that Slurm can give."""
         for node in self.drill.site.sandbox.status().nodes:
@@ -86,7 +91,7 @@ class Gauntlet:
 
     def the_raylet_is_killed(self) -> None:
         """The agent starts it again, on other ports: the GCS has given up on the old ones."""
-        node = self.drill.other_than_head()
+        node = self.victim()
         ports = self.drill.site.members(self.drill.cluster)[node]["ports"]
         self.drill.site.inside(node, "pkill", "-9", "-x", "raylet")
         self.drill.wait_cluster_event("node_restarting", node=node)
@@ -96,7 +101,7 @@ class Gauntlet:
 
     def an_agent_is_killed(self) -> None:
         """The node counts as lost at once, and comes back by its keeper."""
-        node = self.drill.other_than_head()
+        node = self.victim()
         self.drill.site.inside(node, "kill", "-9", str(self.drill.site.members(self.drill.cluster)[node]["pid"]))
         self.drill.wait_cluster_event("node_lost", node=node)
         self.wait_next_attempt(how="fault", cause="node_lost", node=node)
@@ -137,7 +142,7 @@ class Gauntlet:
 
     def a_node_dies(self) -> None:
         """The run goes on at once without it; a joiner job replaces it."""
-        victim, joiners = self.drill.other_than_head(), len(self.drill.cluster_events("joiner_submitted"))
+        victim, joiners = self.victim(), len(self.drill.cluster_events("joiner_submitted"))
         self.drill.site.sandbox.kill(victim)
         self.wait_next_attempt(how="fault", cause="node_lost", node=victim)
         assert self.drill.sizes(RUN)[-1] == 2
@@ -184,7 +189,7 @@ class Gauntlet:
 
     def a_node_is_cut_off(self) -> None:
         """Silence is a loss after three seconds; what the node writes when the link is back is fenced."""
-        victim = self.drill.other_than_head()
+        victim = self.victim()
         self.drill.site.sandbox.cut(victim)
         self.wait_next_attempt(how="fault", cause="node_lost", node=victim)
         stale.go(self.drill.site.run_dir(RUN), victim, self.attempt).touch()
@@ -200,7 +205,7 @@ class Gauntlet:
 
     def a_node_is_drained(self) -> None:
         """It is left at the next step, with none lost, and its agent ends."""
-        victim = self.drill.other_than_head()
+        victim = self.victim()
         self.drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=drain", "reason=test")
         self.drill.wait_event(RUN, "resize_asked", attempt=self.attempt, why="drain")
         self.wait_next_attempt(how="resized")
@@ -227,7 +232,7 @@ FAULTS = (
 
 
 def test_gauntlet(drill: Drill, reference: dict[int, float]) -> None:
-    command = drill.train(RUN, trainer="trouble:stubborn", elastic={"min_nodes": 2})
+    command = drill.train(RUN, trainer="trouble:stubborn", elastic={"min_nodes": 2, "grow_after": 30})
     gauntlet = Gauntlet(drill)
     for fault in FAULTS:
         print(f"gauntlet: {fault.__name__} at step {gauntlet.steps}", flush=True)
