@@ -15,7 +15,7 @@ import stale
 from drill import EVERY, STEPS, Drill
 from helpers import wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
 RUN = "gauntlet"
 
