@@ -26,7 +26,6 @@ class News:
     run: Run
     metrics: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    cluster_alive: bool
     behind: tuple[str, ...] = ()
     """The runs that come first, while it is queued."""
 
@@ -46,7 +45,7 @@ def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterat
             ask_again = time.monotonic() + CLUSTER_EVERY
             alive = _alive(cluster_dir)
         behind = _ahead_of(run.name, cluster_dir) if run.state == "queued" else ()
-        yield News(run, metrics.read(), events.read(), alive, behind)
+        yield News(run, metrics.read(), events.read(), behind)
         if over or not alive:
             return
         time.sleep(FILES_EVERY)

@@ -10,7 +10,9 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
 import time
+from typing import Any
 
 import psutil
 
@@ -49,6 +51,13 @@ def is_same(pid: int, started: float) -> bool:
     """Whether `pid` still is the process that began at `started`."""
     now = start_time(pid)
     return now is not None and abs(now - started) < 0.05
+
+
+def kill_child(process: subprocess.Popen[Any], limit: float = 1.0) -> None:
+    """SIGKILL a child of ours and reap it; one that hangs in the kernel is left after `limit` seconds."""
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(limit)
 
 
 def end_tree(root: int, keep_root: bool = False, limit: float = 5.0, spare: int = 0) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 
 from raylaunch import __version__, state
 from raylaunch.errors import StateError
+from raylaunch.processes import kill_child
 
 FILE = "code.json"
 GIT_LIMIT = 2.0
@@ -78,8 +79,8 @@ def git_state(directory: Path, limit: float = GIT_LIMIT) -> dict[str, Any] | Non
 
 
 def _git(directory: Path, deadline: float, *words: str) -> str | None:
-    """What it says; None for a failure, and when the time is up: it is killed then, and not waited for (a process
-    that hangs on a dead file system cannot be)."""
+    """What it says; None for a failure, and when the time is up: it is killed then, and left if it hangs on a dead
+    file system."""
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     command = ["git", "-C", str(directory), "-c", "core.fsmonitor=false", *words]
     try:
@@ -88,7 +89,7 @@ def _git(directory: Path, deadline: float, *words: str) -> str | None:
         )
         said, _ = process.communicate(timeout=max(0.01, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.kill()
+        kill_child(process)
         return None
     except OSError:
         return None

@@ -218,11 +218,6 @@ def committed(directory: Path) -> list[Commit]:
     return [one for one in walk(directory) if isinstance(one, Commit)][::-1]
 
 
-def examine(directory: Path) -> list[Bad]:
-    """The checkpoints that cannot be used, the newest last, each with the file and the reason."""
-    return [one for one in walk(directory) if isinstance(one, Bad)][::-1]
-
-
 def inspect(path: Path) -> Commit | Bad | None:
     """What a committed directory holds, as far as commit.json and sizes tell; None: it is not there."""
     step = int(path.name.removeprefix("step-"))

@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 
 from pydantic import BaseModel
 
+from raylaunch.processes import kill_child
+
 LIMIT = 30.0
 """Seconds. Without the persistence daemon the driver wakes every GPU first, which takes 10 s on large nodes."""
 _SLOWED = ("hw_slowdown", "hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown")
@@ -56,7 +58,7 @@ def ask(limit: float = LIMIT) -> Smi:
     try:
         out, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        process.kill()  # not waited for: it may hang in the driver
+        kill_child(process)
         return Smi(error=f"nvidia-smi did not answer within {limit:g} s")
     if process.returncode != 0:
         return Smi(error=" ".join(out.split())[:300] or f"nvidia-smi ended with {process.returncode}")

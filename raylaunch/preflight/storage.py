@@ -23,6 +23,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from raylaunch.preflight.finding import Finding, ok, problem, size, unknown, warning
+from raylaunch.processes import kill_child
 
 LIMIT = 15.0
 """Seconds until a file system counts as hung."""
@@ -92,7 +93,7 @@ def look(path: Path, limit: float = LIMIT) -> Storage:
         out, err = process.communicate(timeout=limit)
         return Storage.model_validate_json(out)
     except subprocess.TimeoutExpired:
-        process.kill()  # not waited for: it may hang in the kernel
+        kill_child(process)
         error = f"no answer within {limit:g} s"
     except ValidationError:
         error = (err.strip().splitlines() or ["it said nothing"])[-1]

@@ -359,11 +359,6 @@ class Slurm:
             raise self._failure(command, done)
         return done.stdout
 
-    def start_estimate(self, job: str) -> datetime | None:
-        """When Slurm expects a waiting job to start; None where it does not know, or it waits no more."""
-        row = self.jobs([job]).get(job)
-        return row.start if row is not None and row.waiting else None
-
     def _call(
         self, command: Sequence[str], stdin: str | None = None, env: Mapping[str, str] | None = None
     ) -> Completed:

@@ -105,7 +105,7 @@ def test_only_what_carries_the_marker_is_hit() -> None:
     finally:
         for process in (ours, other):
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_the_sandbox_of_a_shell() -> None:

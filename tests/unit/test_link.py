@@ -66,10 +66,11 @@ def test_another_job_s_agent_does_not_get_a_node_that_is_taken() -> None:
         first = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready", "job": "1"})
         with pytest.raises(AlreadyHere, match="by job 1"):
             await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "2"})
-        await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "1"})
+        second = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "1"})
         first.close()
         await until(lambda: len(seen) >= 2)
         assert members.table["node1"].alive and members.table["node1"].info["state"] == "starting"
+        second.close()
 
     run(scenario)
 
@@ -92,11 +93,12 @@ def test_an_impostor_head_is_refused() -> None:
 def test_a_returning_node_replaces_itself_and_is_not_lost_by_its_old_connection() -> None:
     async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
         first = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting"})
-        await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready"})
+        second = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready"})
         await until(lambda: members.table["node1"].info["state"] == "ready")
         first.close()
         await asyncio.sleep(0)
         assert members.table["node1"].alive
+        second.close()
 
     run(scenario)
 

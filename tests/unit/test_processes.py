@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import psutil
 import pytest
@@ -12,7 +11,7 @@ from raylaunch import processes
 
 
 def test_a_tree_that_ends_while_it_is_looked_at_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    child = subprocess.Popen(["sleep", "60"])
     children = psutil.Process.children
 
     def late(top: psutil.Process, recursive: bool = False) -> list[psutil.Process]:

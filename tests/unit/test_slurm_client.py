@@ -235,14 +235,10 @@ def test_cancel_of_what_has_ended_is_no_error() -> None:
         Slurm(Fake(scancel=refused("", 1))).cancel(["25"])
 
 
-def test_partitions_and_start_estimate() -> None:
+def test_partitions() -> None:
     fake = Fake(sinfo=SINFO, squeue=SQUEUE)
     assert Slurm(fake).partitions()[0].name == "main"
     assert fake.commands == [["sinfo", "-h", "-o", parse.PARTITION_FORMAT]]
-    estimate = Slurm(fake).start_estimate("137")
-    assert estimate is not None and estimate.isoformat().startswith("2026-11-21T02:24:31")
-    assert Slurm(fake).start_estimate("24") is None  # runs already
-    assert Slurm(fake).start_estimate("99999") is None
 
 
 def test_summary_is_short() -> None:
