@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from raylaunch.config import ElasticConfig
-from raylaunch.session import AT_COMMIT, NOW
+from raylaunch.orders import AT_COMMIT, NOW
 from raylaunch.watchdog import Hang
 
 MAX_BACKOFF = 60.0

@@ -21,10 +21,11 @@ from typing import Any
 
 from raylaunch import state
 from raylaunch.errors import StateError
+from raylaunch.orders import AT_COMMIT, NOW
 from raylaunch.pulse import Pulse
 
-AT_COMMIT, NOW = 1, 2
-"""What `stop_requested` answers beside 0: end after the next regular save, or save at this step and end."""
+__all__ = ["AT_COMMIT", "NOW", "Session"]
+
 FINISH_LIMIT = 120.0
 """Seconds to try to write an attempt's outcome."""
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from raylaunch import policy, runs, state, watchdog
 from raylaunch.config import ElasticConfig
+from raylaunch.orders import AT_COMMIT
 from raylaunch.policy import Abort, Ending, GoOn, Resize, View, Withdraw
 from raylaunch.pulse import Server
 from raylaunch.roster import Roster
-from raylaunch.session import AT_COMMIT
 from raylaunch.stacks import where_it_stands
 
 log = logging.getLogger("raylaunch.watch")

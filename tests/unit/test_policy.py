@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 from collections import deque
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raylaunch import policy
 from raylaunch.config import ElasticConfig
+from raylaunch.orders import AT_COMMIT, NOW
 from raylaunch.policy import (
     MAX_BACKOFF,
     Abort,
@@ -27,7 +31,6 @@ from raylaunch.policy import (
     during,
     usable,
 )
-from raylaunch.session import AT_COMMIT, NOW
 from raylaunch.watchdog import Hang
 
 FAULT = Ending("fault", "lost rank 3", "lost rank 3: SIGKILL", 3)
@@ -366,3 +369,12 @@ def test_a_worker_that_is_lost_on_every_node_is_the_code_s() -> None:
 def test_the_same_error_again_and_again_ends_the_run_after_that_many(same: int) -> None:
     world = World([("error", 1)] * 20, 2, ElasticConfig(max_same_error=same))
     assert world.run().state == "failed" and world.attempts == same
+
+
+def test_the_policy_is_pure() -> None:
+    """It imports no module that opens files or connections."""
+    source = ast.parse(Path(policy.__file__).read_text())
+    ours = {
+        n.module for n in ast.walk(source) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("raylaunch")
+    }
+    assert ours == {"raylaunch.config", "raylaunch.orders", "raylaunch.watchdog"}
