@@ -21,6 +21,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Server:
         self.port = int(self._socket.getsockname()[1])
         self._seen: dict[int, _Seen] = {}
         self._standing: dict[str, Any] | None = None
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._end = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
@@ -109,8 +110,7 @@ class Server:
 
     def close(self) -> None:
         """End the thread and every connection."""
-        with contextlib.suppress(RuntimeError):  # it has ended already
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._call(self._end.set)
         self._thread.join()
 
     def _send(self, message: dict[str, Any], rank: int | None = None) -> None:
@@ -119,22 +119,22 @@ class Server:
                 if seen.connected and rank in (None, seen.rank):
                     seen.writer.write(json.dumps(message).encode() + b"\n")
 
+        self._call(write)
+
+    def _call(self, work: Callable[[], object]) -> None:
+        """In the loop: now, or as soon as it runs; never, when it has ended."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(write)
+            self._loop.call_soon_threadsafe(work)
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(
-            asyncio.start_server(self._attend, sock=self._socket, limit=_LINE_LIMIT, backlog=1024)
-        )
-        try:
-            self._loop.run_forever()
-        finally:
-            server.close()
-            for task in (tasks := asyncio.all_tasks(self._loop)):
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self._loop.close()
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        """Until `close`; the runner then ends what still attends a worker."""
+        server = await asyncio.start_server(self._attend, sock=self._socket, limit=_LINE_LIMIT, backlog=1024)
+        await self._end.wait()
+        server.close()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen: _Seen | None = None
@@ -249,6 +249,8 @@ class Pulse:
             except (OSError, ValueError, KeyError) as error:
                 if pause > 3 and not self._end.is_set():
                     print(f"pulse: no driver hears this worker: {error}", file=sys.stderr, flush=True)
+            except Exception:  # noqa: BLE001  a worker without a pulse would count as hung: connect again
+                traceback.print_exc()
             self._link = None
             self._end.wait(pause)
             pause = min(5.0, 2 * pause)
