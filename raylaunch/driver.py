@@ -32,7 +32,7 @@ if __name__ == "__main__":
 import ray.train
 from ray.exceptions import RayError
 
-from raylaunch import alerts, attempt, beside, configfile, layout, policy, runs, state
+from raylaunch import alerts, attempt, beside, configfile, layout, policy, runs, state, threads
 from raylaunch.attempt import RayNode
 from raylaunch.checkpoint import store
 from raylaunch.classify import classify
@@ -378,6 +378,10 @@ class Driver:
         except StateError as error:  # the line stands in our log
             log.error("the event could not be written error=%r", str(error))
 
+    def thread_died(self, thread: str, error: str) -> None:
+        """One of this driver's own: the run goes on, but somebody has to know."""
+        self._event("thread_died", thread=thread, error=error)
+
     def _save(self, **changes: Any) -> None:
         self.run = self._insist(lambda: self.run.save(self.run_dir, **changes))
 
@@ -391,6 +395,7 @@ def main() -> int:
     incarnation = int(os.environ.get("RAYLAUNCH_INCARNATION") or cluster.incarnation)
     config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
     driver = Driver(cluster_dir, run_dir, cluster, config, run, incarnation)
+    threads.tell_deaths(driver.thread_died)
     helpers = [process for process in (follow.start(config, run_dir), alerts.start(config, run_dir)) if process]
     ended = driver.drive()
     beside.end(*helpers)

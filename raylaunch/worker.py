@@ -7,6 +7,7 @@ so that a C++ abort or a library's print is found there too. The trainer is name
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
@@ -15,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from raylaunch import configfile, entry, layout, runs, state
+from raylaunch import configfile, entry, layout, runs, state, threads
 from raylaunch.errors import RunError, StateError
 from raylaunch.pulse import Pulse
 from raylaunch.session import Session
@@ -31,6 +32,7 @@ def main(spec: dict[str, Any]) -> None:
     run, attempt = Path(spec["run_dir"]), int(spec["attempt"])
     rank = context.get_world_rank()
     _log_to(state.attempt_dir(run, attempt) / f"rank-{rank}.log")
+    threads.tell_deaths(functools.partial(_thread_died, run, attempt, rank))
     config = configfile.load_resolved(run / layout.CONFIG_FILE)
     device = ray.train.torch.get_device()
     node = _node_name(ray.get_runtime_context().get_node_id())
@@ -59,6 +61,14 @@ def main(spec: dict[str, Any]) -> None:
         raise
     finally:
         session.close()
+
+
+def _thread_died(run: Path, attempt: int, rank: int, thread: str, error: str) -> None:
+    """An event: training may go on without it, but somebody has to know."""
+    try:
+        state.append_event(run, "thread_died", attempt=attempt, rank=rank, thread=thread, error=error)
+    except StateError as failure:  # its traceback stands in this rank's log
+        print(f"raylaunch: no event of it: {failure.message}", file=sys.stderr, flush=True)
 
 
 def _node_name(node_id: str) -> str:
