@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ if __name__ == "__main__":
 import ray.train
 from ray.exceptions import RayError
 
-from raylaunch import alerts, attempt, beside, configfile, layout, policy, runs, state, threads
+from raylaunch import alerts, attempt, beside, configfile, consolidate, layout, policy, runs, state, threads
 from raylaunch.attempt import RayNode
 from raylaunch.checkpoint import store
 from raylaunch.classify import classify
@@ -90,6 +89,10 @@ class Driver:
 
     def drive(self) -> str:
         """Run attempts until the policy says that it is over; the run's last state."""
+        if self.run.state in runs.FINAL:  # the driver before this one was lost behind the run's end
+            if self.run.state == "finished" and not consolidate.target(self.run_dir).exists():
+                self._consolidate()
+            return self.run.state
         self._insist(self._take_over)
         while True:
             chosen = self._insist(self.usable_nodes)
@@ -98,11 +101,11 @@ class Driver:
             match decision:
                 case Finish():
                     self._decided("finish", decision, state=decision.state)
-                    if decision.state == "finished" and self.config.checkpoint.save_consolidated:
-                        self._export()
                     state_ = "queued" if decision.state == "paused" else decision.state
                     self._save(state=state_, reason=decision.reason)
                     self._event(decision.state, reason=decision.reason)
+                    if decision.state == "finished":
+                        self._consolidate()
                     return decision.state
                 case Hold():
                     if self.held_since is None:
@@ -261,26 +264,14 @@ class Driver:
         )
         return Ending("error", fingerprint=text, text=text, cause="error")
 
-    def _export(self) -> None:
-        """The finished weights, consolidated. What goes wrong there is told; the run is finished all the same."""
-        to = self.run_dir / "model"
-        if to.exists():
-            return
-        words = ["checkpoints", self.run.name, "export", "latest", "--to", str(to)]
-        words += ["--ema"] if self.config.optimizer.ema is not None else []
-        env = {**os.environ, "RAYLAUNCH_STATE_DIR": str(self.run_dir.parents[1])}
-        with (self.run_dir / "export.log").open("wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from raylaunch.cli import main; main()", *words],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env,
-            )  # fmt: skip
-        while process.poll() is None:
-            self._insist(self._check_fence)
-            time.sleep(0.2)
-        if process.returncode:
-            self._event("export_failed", log=str(self.run_dir / "export.log"))
-        else:
-            self._event("exported", to=str(to))
+    def _consolidate(self) -> None:
+        """Behind the run's end: nothing that happens here changes it."""
+        if self.config.checkpoint.save_consolidated:
+            consolidate.consolidate(self.run_dir, self.config, self._event, lambda: self._insist(self._over))
+
+    def _over(self) -> str | None:
+        """Why this driver has no more time."""
+        return runs.stop_reason(self.run_dir)
 
     def _take_over(self) -> None:
         """Where the last driver of this run went down with an attempt, write down how that ended."""
