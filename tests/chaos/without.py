@@ -108,7 +108,7 @@ SWITCHES = (
         ("nodes::test_a_drained_node_is_left_with_no_step_lost",),
     ),
     Switch(
-        "drains (Ray)", "raylaunch/watch.py", "self._draining = now, self._ask_ray()", "self._draining = now, frozenset()",
+        "drains (Ray)", "raylaunch/watch.py", "self._draining = now, self.ray.draining()", "self._draining = now, frozenset()",
         ("nodes::test_ray_drains_a_node",),
     ),
     Switch(

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ def server() -> Iterator[Server]:
     made.close()
 
 
-def pulse(server: Server, rank: int, folder: Path, **changes: object) -> Pulse:
-    made = Pulse({**server.spec(), **changes}, rank, f"node{rank}", folder / f"rank-{rank}.stack.txt")
+def pulse(server: Server, rank: int, folder: Path, **changes: str) -> Pulse:
+    made = Pulse(replace(server.place(), **changes), rank, f"node{rank}", folder / f"rank-{rank}.stack.txt")
     made.start()
     return made
 
