@@ -222,7 +222,7 @@ class Gathering:
 
 def patient(known: Gathering) -> bool:
     """Whether to wait for more nodes than are `usable` now: for Ray, bounded, and in a new driver for those on their way."""
-    if known.stopping:
+    if known.stopping or (known.last is not None and known.last.kind in {"finished", "stopped"}):
         return False
     if known.ready - known.alive and known.waited < SETTLE_LIMIT:
         return True

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -178,14 +179,14 @@ class Driver:
     def _fit(self, number: int, chosen: list[RayNode], from_step: int) -> tuple[Ending, int]:
         """Run it; how it ended, and the last step that is known."""
         address, ports = self.roster.pulse_place()
-        world = len(chosen) * self.cluster.workers_per_node
-        pulse, pace = Server(address, ports, world), Pace(from_step, self.longest_save)
-        try:
-            watch = self._watch(number, self._order(number, chosen, pulse), pulse, pace)
+        pace = Pace(from_step, self.longest_save)
+        with (
+            closing(Server(address, ports, len(chosen) * self.cluster.workers_per_node)) as pulse,
+            closing(self._watch(number, self._order(number, chosen, pulse), pulse, pace)) as watch,
+        ):
+            watch.start()
             found = watch.group.fit()
             ending = self._settle(number, watch, found)
-        finally:
-            pulse.close()
         self.longest_save = pace.longest_save
         last = self._insist(lambda: runs.last_metrics(self.run_dir))
         return ending, max(pace.step, int(last["step"]) if last.get("attempt") == number else 0)
@@ -203,11 +204,9 @@ class Driver:
         """The group, and who looks after it."""
         unseen = self.config.trainer.script is not None and self.config.trainer.grow
         attempt = Watched(self.run_dir, number, order.on, order.world, self.config.elastic, self.together, unseen)
-        watch = Watch(
+        return Watch(
             attempt, self.roster, self.ray, self.ray.group(order), pulse, pace, self._event, self.clock, self.sleep
         )
-        watch.start()
-        return watch
 
     def _settle(self, number: int, watch: Watch, found: Ending | None) -> Ending:
         """Behind `fit`: why it ended, and what is left of it is ended, too."""

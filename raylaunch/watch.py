@@ -83,9 +83,7 @@ class Watch:
 
     def end(self, patience: float = 0.0) -> None:
         """The attempt is over: one more look, or several in `patience` seconds, for a node that went with it."""
-        self._end.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self.close()
         deadline = self.clock() + patience
         while self.verdict is None:
             move = policy.during(self._view(hang=False), self.attempt.elastic)
@@ -95,6 +93,12 @@ class Watch:
                 break
             else:
                 self.sleep(0.05)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def stop_workers(self) -> None:
         """End what is left of the group, and wait (bounded) until it is gone from the nodes that live."""
