@@ -31,7 +31,7 @@ class Lines:
         self._kept: list[bytes] = []
         self._lost = 0
         self._failure = ""
-        self._ending = threading.Event()
+        self._ending, self._given_up = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
 
     def start(self) -> None:
@@ -42,17 +42,21 @@ class Lines:
         self._queue.put(line.encode() + b"\n")
 
     def close(self, limit: float) -> int:
-        """Write what there is, for `limit` seconds at the most; how many lines are lost."""
+        """Write what there is, for `limit` seconds at the most; how many lines are lost, which is printed.
+
+        No event: whoever waits for storage that does not answer must not ask it for one more thing."""
         self._ending.set()
         self._queue.put(None)
         self._thread.join(limit)
-        left = self._lost + len(self._kept) if self._thread.is_alive() else self._lost
+        self._given_up.set()
+        self._thread.join(2 * RETRY_EVERY)
+        left = self._lost + len(self._kept)
         if left:
             print(f"{left} lines of {self._path} are lost: {self._failure}", file=sys.stderr, flush=True)
         return left
 
     def _work(self) -> None:
-        while not (self._ending.is_set() and self._queue.empty() and not self._kept):
+        while not self._given_up.is_set() and not (self._ending.is_set() and self._queue.empty() and not self._kept):
             self._take()
             try:
                 self.write()

@@ -84,8 +84,7 @@ class Session:
         if self._thread is not None:
             self._closed.set()
             self._thread = None
-            if lost := self._lines.close(CLOSE_LIMIT):
-                self.event("metrics_lost", lines=lost)
+            self._lines.close(CLOSE_LIMIT)
 
     def report(self, **metrics: Any) -> None:
         """Append one line to the run's metrics.jsonl (rank 0 only; returns at once, but for a value on a GPU).
