@@ -93,12 +93,15 @@ def test_a_stop_is_heard_where_the_metrics_file_cannot_be_opened(
     assert "1 lines of" in capsys.readouterr().err
 
 
-def test_the_step_record_has_no_hole_when_the_file_is_back(rank_0: Session, tmp_path: Path, dead: list[str]) -> None:
+def test_the_step_record_has_no_hole_when_the_file_is_back(
+    rank_0: Session, tmp_path: Path, dead: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.mkdir()
     rank_0.start()
     for step in range(5):
         rank_0.report(step=step)
+    until(lambda: "is kept, and tried again" in capsys.readouterr().err)
     path.rmdir()
     rank_0.report(step=5)
     until(lambda: len(state.read_lines(path)) == 6 if path.is_file() else False)
