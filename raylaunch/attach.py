@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylaunch import backends, layout, runs, state
+from raylaunch import backends, configfile, layout, runs, state
 from raylaunch.errors import RunError, SlurmUnavailable
 from raylaunch.layout import Cluster
 from raylaunch.memory import Memory
@@ -31,7 +31,7 @@ class News:
 
 
 def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterator[News]:
-    """News of a run until it is over, or its cluster is. The last one has the final state."""
+    """News of a run until it is over (its weights written, too), or its cluster is. The last one has the final state."""
     metrics = state.LineReader(run_dir / state.METRICS_FILE, at_end=not from_start)
     events = state.LineReader(run_dir / state.EVENTS_FILE, at_end=not from_start)
     ask_again = time.monotonic() + CLUSTER_EVERY
@@ -40,7 +40,7 @@ def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterat
         run = Run.read(run_dir)
         if run is None:
             raise RunError(f"the run's directory {run_dir} is gone", "It was moved aside by --fresh, or deleted.")
-        over = run.state in runs.FINAL
+        over = run.state in runs.FINAL and not _exports(run_dir, cluster_dir)
         if not over and time.monotonic() > ask_again:
             ask_again = time.monotonic() + CLUSTER_EVERY
             alive = _alive(cluster_dir)
@@ -49,6 +49,17 @@ def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterat
         if over or not alive:
             return
         time.sleep(FILES_EVERY)
+
+
+def _exports(run_dir: Path, cluster_dir: Path) -> bool:
+    """Whether the run is finished, and its driver still writes its weights (see `consolidate`)."""
+    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
+    if not config.checkpoint.save_consolidated:
+        return False
+    last = state.read_events(run_dir, "queued", *runs.FINAL, "exported", "export_failed")[-1:]
+    cluster = Cluster.read(cluster_dir)
+    driven = cluster is not None and Memory.read(cluster_dir, cluster).running == run_dir.name
+    return driven and [event["kind"] for event in last] in (["queued"], ["finished"])
 
 
 def _ahead_of(run: str, cluster_dir: Path) -> tuple[str, ...]:

@@ -12,18 +12,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.train import TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from raylaunch import worker
+from raylaunch.classify import classify
+from raylaunch.group import Newest, Order, RayNode
+from raylaunch.policy import Ending
 from raylaunch.raynode import WORKER_RESOURCE
 
 log = logging.getLogger("raylaunch.attempt")
@@ -31,34 +33,15 @@ log = logging.getLogger("raylaunch.attempt")
 NODE_LABEL = "ray.io/node-id"
 
 
-@dataclass(frozen=True)
-class RayNode:
-    """A node that Ray holds for alive."""
-
-    name: str
-    id: str
-    gpus: int
-
-
-class Nodes:
-    """Ray's nodes by our names. Of a node that came back, the newest id counts."""
+class Ray:
+    """The cluster's Ray, to which this process is connected (see `group.Ray`)."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, float] = {}
+        self._newest = Newest()
 
-    def alive(self) -> dict[str, RayNode]:
+    def alive(self) -> Mapping[str, RayNode]:
         rows: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        now = time.monotonic()
-        rows = [row for row in rows if row["Alive"]]
-        for row in rows:
-            self._seen.setdefault(row["NodeID"], now)
-        rows.sort(key=lambda row: self._seen[row["NodeID"]])
-        return {
-            str(row["NodeName"]): RayNode(
-                str(row["NodeName"]), str(row["NodeID"]), int(row["Resources"].get("GPU", 0))
-            )
-            for row in rows
-        }  # fmt: skip
+        return self._newest.of(rows)
 
     def draining(self) -> frozenset[str]:
         """The nodes that Ray itself drains (`ray drain-node`)."""
@@ -67,11 +50,35 @@ class Nodes:
         ids = set(state.get_draining_nodes())
         return frozenset(node.name for node in self.alive().values() if node.id in ids) if ids else frozenset()
 
+    def group(self, order: Order) -> Group:
+        """With all places free: between two attempts nobody has any."""
+        give_back()
+        return Group(_trainer(order))
+
+
+class Group:
+    """One TorchTrainer (see `group.Group`)."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def fit(self) -> Ending | None:
+        assert threading.current_thread() is threading.main_thread(), "fit shows its controller there only"
+        try:
+            self._trainer.fit()
+        except (TrainingFailedError, RayError) as error:
+            log.exception("attempt failed name=%s", self._trainer.run_config.name)
+            return classify(error)
+        return None
+
+    def abort(self) -> None:
+        self._trainer.abort()
+
 
 _NOT_NEEDED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
 
 
-class Group(TorchTrainer):
+class Trainer(TorchTrainer):
     """A TorchTrainer that can be ended from another thread."""
 
     _controller: Any = None
@@ -115,24 +122,14 @@ if not hasattr(TorchTrainer, "_create_default_callbacks"):
     log.warning("this Ray does not show its callbacks: it starts processes that nothing here needs")
 
 
-def group(
-    name: str,
-    nodes: list[RayNode],
-    workers_per_node: int,
-    spec: dict[str, Any],
-    storage: Path,
-    comm_timeout: int,
-    backend: str | None = None,
-) -> Group:
-    """The attempt called `name`, ready to `fit`: `workers_per_node` on each of these nodes. `backend`: of their
-    process group; None: NCCL on GPUs, else gloo."""
-    assert threading.current_thread() is threading.main_thread(), "fit shows its controller there only"
-    gpus = all(node.gpus for node in nodes)
-    places = [{NODE_LABEL: node.id} for node in nodes for _ in range(workers_per_node)]
-    return Group(
+def _trainer(order: Order) -> Trainer:
+    """Each worker pinned to its node."""
+    gpus = all(node.gpus for node in order.nodes)
+    places = [{NODE_LABEL: node.id} for node in order.nodes for _ in range(order.workers_per_node)]
+    return Trainer(
         worker.main,
-        train_loop_config=spec,
-        torch_config=TorchConfig(backend=backend, timeout_s=comm_timeout),
+        train_loop_config={"spec": order.spec},
+        torch_config=TorchConfig(backend=order.backend, timeout_s=order.comm_timeout),
         scaling_config=ScalingConfig(
             num_workers=len(places),
             use_gpu=gpus,
@@ -140,8 +137,8 @@ def group(
             label_selector=places,
         ),
         run_config=RunConfig(  # type: ignore[arg-type]  # the V1 class of that name
-            name=name,
-            storage_path=str(storage),
+            name=order.name,
+            storage_path=str(order.storage),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )

@@ -1,7 +1,9 @@
 """The training policy: facts in, one decision out. Pure: no clock, no files, no Ray.
 
-    decide  between two attempts:  Start | Hold | Finish
-    during  while one runs:        GoOn | Resize | Withdraw | Abort
+    patient  which nodes to begin with:  wait for more, or go with these
+    decide   between two attempts:       Start | Hold | Finish
+    during   while one runs:             GoOn | Resize | Withdraw | Abort
+    ending   behind it:                  why it ended, of all that is said about that
 
 The driver gathers the facts, executes the decision and writes it down with its reason and the
 setting behind it. (The node policy, which replaces and grows nodes, stands beside it.)
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from raylaunch.config import ElasticConfig
-from raylaunch.session import AT_COMMIT, NOW
+from raylaunch.orders import AT_COMMIT, NOW
 from raylaunch.watchdog import Hang
 
 MAX_BACKOFF = 60.0
@@ -75,7 +77,7 @@ class Facts:
     """What the training loop knows when it has to decide."""
 
     nodes: int
-    """Nodes that an attempt can use: ready, not draining, and alive for Ray, as many as the plan can share."""
+    """Nodes that an attempt can use: ready, not draining, and alive for Ray."""
     workers_per_node: int
     stop_reason: str | None = None
     last: Ending | None = None
@@ -89,6 +91,8 @@ class Facts:
     """The stop is no end: another allocation takes the run up again."""
     together: int = 1
     """Workers that hold together (`distributed`): a world has a multiple of these."""
+    rested: bool = False
+    """The pause before this attempt has been made."""
 
 
 @dataclass(frozen=True)
@@ -152,21 +156,26 @@ def decide(facts: Facts, elastic: ElasticConfig) -> Decision:
     if minimum * facts.workers_per_node < facts.together:
         minimum = -(-facts.together // facts.workers_per_node)
         setting = f"distributed: {facts.together} workers hold together"
-    if facts.nodes < minimum:
+    nodes = usable(facts.nodes, facts.workers_per_node, facts.together)
+    if nodes < minimum:
         if facts.held > elastic.hold_timeout:
             return Finish(
                 "failed",
-                f"{facts.nodes} of at least {minimum} nodes for {facts.held:.0f} s",
+                f"{nodes} of at least {minimum} nodes for {facts.held:.0f} s",
                 f"elastic.hold_timeout={elastic.hold_timeout}",
             )
-        return Hold(f"{facts.nodes} of at least {minimum} nodes", setting)
-    delay = (
-        min(MAX_BACKOFF, elastic.backoff * 2 ** min(facts.idle_attempts - 2, 16)) if facts.idle_attempts > 1 else 0.0
-    )
-    reason = f"{facts.nodes} nodes are alive"
+        return Hold(f"{nodes} of at least {minimum} nodes", setting)
+    reason = f"{nodes} nodes are alive"
     if last is not None:
         reason = f"{last.kind}: {last.text or last.fingerprint}; {reason}"
-    return Start(facts.nodes * facts.workers_per_node, delay, reason, f"elastic.backoff={elastic.backoff:g}")
+    return Start(nodes * facts.workers_per_node, _delay(facts, elastic), reason, f"elastic.backoff={elastic.backoff:g}")
+
+
+def _delay(facts: Facts, elastic: ElasticConfig) -> float:
+    """Seconds before the next attempt: more and more, while none makes a commit."""
+    if facts.idle_attempts <= 1 or facts.rested:
+        return 0.0
+    return min(MAX_BACKOFF, elastic.backoff * 2.0 ** min(facts.idle_attempts - 2, 16))
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,51 @@ class Node:
 
     state: str
     ready_for: float = 0.0
+
+
+SETTLE_LIMIT = 20.0
+"""Seconds to wait until Ray has a node that its agent calls ready."""
+RETURN_LIMIT = 15.0
+"""Seconds that a new driver waits for nodes which are on their way: after an election they come one by one."""
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """What is known of the nodes before an attempt."""
+
+    nodes: Mapping[str, Node]
+    """As their agents have them, who know first of a death."""
+    alive: frozenset[str]
+    """Those that Ray holds for alive: its word counts only for nodes that are ready for their agents."""
+    draining: frozenset[str] = frozenset()
+    """Those that Ray itself drains."""
+    waited: float = 0.0
+    """Seconds since we began to look."""
+    last: Ending | None = None
+    age: float = 0.0
+    """Seconds since this driver began."""
+    stopping: bool = False
+    """The run was asked to stop."""
+
+    @property
+    def ready(self) -> frozenset[str]:
+        return frozenset(name for name, node in self.nodes.items() if node.state == "ready")
+
+    @property
+    def usable(self) -> list[str]:
+        """Ready for their agents, alive for Ray, drained by nobody; by name."""
+        return sorted((self.ready & self.alive) - self.draining)
+
+
+def patient(known: Gathering) -> bool:
+    """Whether to wait for more nodes than are `usable` now: for Ray, bounded, and in a new driver for those on their way."""
+    if known.stopping or (known.last is not None and known.last.kind in {"finished", "stopped"}):
+        return False
+    if known.ready - known.alive and known.waited < SETTLE_LIMIT:
+        return True
+    coming = any(node.state in {"starting", "restarting"} for node in known.nodes.values())
+    new = known.last is None or known.last.cause in {"head_lost", "driver_lost"}
+    return (coming or not known.ready) and new and known.age < RETURN_LIMIT
 
 
 @dataclass(frozen=True)
@@ -292,3 +346,39 @@ def _may_join(view: View, ready_for: float) -> frozenset[str]:
         if node.state == "ready" and node.ready_for >= ready_for
         and name not in view.on | view.excluded | view.draining
     )  # fmt: skip
+
+
+LONG_ATTEMPT = 600.0
+"""Seconds after which a script's attempt that the machines ended counts as progress: we do not see what it saves."""
+
+
+def progressed(ending: Ending, from_step: int, committed: int, seconds: float, script: bool) -> bool:
+    """Whether an attempt of so many seconds has brought the run on. `script`: it tells no steps."""
+    unseen = script and ending.kind == "fault" and ending.cause != "hang"
+    return committed > from_step or (unseen and seconds > LONG_ATTEMPT)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The trainer's own word: how its attempt ended, and at which step (0: it tells none)."""
+
+    outcome: str
+    step: int = 0
+
+
+def ending(
+    outcome: Outcome | None, seen: Ending | None, told: Ending | None, asked: Resize | None, entry: str
+) -> Ending:
+    """Why an attempt ended: the trainer's own word first, then what we saw ourselves, then what Ray told.
+
+    `asked`: what we asked the trainer for, also when it was withdrawn since (it may have left already); None when
+    somebody else asked the run to stop. `entry`: the trainer's name."""
+    if outcome is None:
+        text = f"{entry} returned without session.finish() (leave a Loop by loop.end(), not by break)"
+        return seen or told or Ending("error", fingerprint=text, text=text, cause="error")
+    text = f"step {outcome.step}" if outcome.step else "its script ended"
+    if outcome.outcome == "finished":
+        return Ending("finished", text=text)
+    if asked is not None:
+        return Ending("resized", text=f"{asked.reason} ({text})")
+    return Ending("stopped", text=text)

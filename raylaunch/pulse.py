@@ -21,8 +21,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,18 @@ _LINE_LIMIT = 1 << 14
 
 def _proof(secret: str, *parts: object) -> str:
     return hmac.new(secret.encode(), "\x1f".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker needs to reach its driver."""
+
+    address: str
+    port: int
+    secret: str = field(repr=False)
+    """Ray writes down what a worker is given."""
+    stuck: float = 0.0
+    """Seconds after which a worker whose interpreter does not go on writes its stacks; 0: never."""
 
 
 @dataclass
@@ -64,13 +77,13 @@ class Server:
         self.port = int(self._socket.getsockname()[1])
         self._seen: dict[int, _Seen] = {}
         self._standing: dict[str, Any] | None = None
-        self._loop = asyncio.new_event_loop()
+        self._loop, self._end = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
-    def spec(self) -> dict[str, Any]:
+    def place(self, stuck: float = 0.0) -> Place:
         """What a worker needs to connect; holds the secret."""
-        return {"address": self.address, "port": self.port, "secret": self.secret}
+        return Place(self.address, self.port, self.secret, stuck)
 
     def beats(self) -> list[Beat]:
         """Every worker that has ever connected, as it stands now."""
@@ -109,8 +122,7 @@ class Server:
 
     def close(self) -> None:
         """End the thread and every connection."""
-        with contextlib.suppress(RuntimeError):  # it has ended already
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        self._call(self._end.set)
         self._thread.join()
 
     def _send(self, message: dict[str, Any], rank: int | None = None) -> None:
@@ -119,22 +131,22 @@ class Server:
                 if seen.connected and rank in (None, seen.rank):
                     seen.writer.write(json.dumps(message).encode() + b"\n")
 
+        self._call(write)
+
+    def _call(self, work: Callable[[], object]) -> None:
+        """In the loop: now, or as soon as it runs; never, when it has ended."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(write)
+            self._loop.call_soon_threadsafe(work)
 
     def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(
-            asyncio.start_server(self._attend, sock=self._socket, limit=_LINE_LIMIT, backlog=1024)
-        )
-        try:
-            self._loop.run_forever()
-        finally:
-            server.close()
-            for task in (tasks := asyncio.all_tasks(self._loop)):
-                task.cancel()
-            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-            self._loop.close()
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        """Until `close`; the runner then ends what still attends a worker."""
+        server = await asyncio.start_server(self._attend, sock=self._socket, limit=_LINE_LIMIT, backlog=1024)
+        await self._end.wait()
+        server.close()
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         seen: _Seen | None = None
@@ -203,10 +215,10 @@ def _listen(address: str, ports: Iterable[int]) -> socket.socket:
 
 
 class Pulse:
-    """The worker's side: a daemon thread. `spec` is `Server.spec()`; stacks go to `stack_file`."""
+    """The worker's side: a daemon thread. Stacks go to `stack_file`."""
 
-    def __init__(self, spec: dict[str, Any], rank: int, node: str, stack_file: Path) -> None:
-        self._spec, self._rank, self._node, self._stack_file = spec, rank, node, stack_file
+    def __init__(self, place: Place, rank: int, node: str, stack_file: Path) -> None:
+        self._place, self._rank, self._node, self._stack_file = place, rank, node, stack_file
         self.wish = 0
         """What the driver asks for: 0, AT_COMMIT or NOW."""
         self._where: tuple[int, str, float] | None = None
@@ -242,13 +254,15 @@ class Pulse:
         pause = 0.2
         while not self._end.is_set():
             try:
-                with socket.create_connection((self._spec["address"], self._spec["port"]), HANDSHAKE_LIMIT) as link:
+                with socket.create_connection((self._place.address, self._place.port), HANDSHAKE_LIMIT) as link:
                     buffer = self._greet(link)
                     pause, self._link = 0.2, link
                     self._converse(link, buffer)
             except (OSError, ValueError, KeyError) as error:
                 if pause > 3 and not self._end.is_set():
                     print(f"pulse: no driver hears this worker: {error}", file=sys.stderr, flush=True)
+            except Exception:  # noqa: BLE001  a worker without a pulse would count as hung: connect again
+                traceback.print_exc()
             self._link = None
             self._end.wait(pause)
             pause = min(5.0, 2 * pause)
@@ -256,7 +270,7 @@ class Pulse:
     def _greet(self, link: socket.socket) -> bytes:
         """Prove each other; what came after the greeting already."""
         greeting, rest = _line(link, b"")
-        nonce, pid, secret = secrets.token_hex(16), os.getpid(), str(self._spec["secret"])
+        nonce, pid, secret = secrets.token_hex(16), os.getpid(), self._place.secret
         proof = _proof(secret, "worker", greeting["nonce"], self._rank, self._node, pid)
         _tell(link, {"rank": self._rank, "node": self._node, "pid": pid, "nonce": nonce, "proof": proof})
         answer, rest = _line(link, rest)
@@ -269,9 +283,9 @@ class Pulse:
         told, told_at, armed = None, 0.0, 0.0
         while True:
             now = time.monotonic()
-            if now - armed >= BEAT_EVERY and (limit := float(self._spec.get("stuck", 0))):
+            if now - armed >= BEAT_EVERY and self._place.stuck:
                 # A thread of C, for the case that someone holds the interpreter's lock and never returns.
-                faulthandler.dump_traceback_later(limit, file=2)
+                faulthandler.dump_traceback_later(self._place.stuck, file=2)
                 armed = now
             where = self._where
             if where is not None and (where != told or now - told_at >= BEAT_EVERY):

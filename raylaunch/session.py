@@ -2,31 +2,35 @@
 
 A trainer is a function `(config, session)`. The driver makes one session per worker; tests make
 them by hand. Nothing here imports Ray or torch. Reporting costs the step nothing: lines go through
-a queue to a background thread of rank 0, and looking for a stop request is that thread's job too;
-where this rank is, the driver hears from another thread (`pulse`), which every rank has.
+a queue to a background thread of rank 0 (`lines`), and another one looks for a stop request, whatever
+happens to these lines; where this rank is, the driver hears from a third (`pulse`), which every rank has.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raylaunch import state
 from raylaunch.errors import StateError
+from raylaunch.lines import Lines
+from raylaunch.orders import AT_COMMIT, NOW
 from raylaunch.pulse import Pulse
 
-AT_COMMIT, NOW = 1, 2
-"""What `stop_requested` answers beside 0: end after the next regular save, or save at this step and end."""
+__all__ = ["AT_COMMIT", "NOW", "Session"]
+
 FINISH_LIMIT = 120.0
 """Seconds to try to write an attempt's outcome."""
+CLOSE_LIMIT = 10.0
+"""Seconds to try to write the last metrics."""
+LOOK_EVERY = 0.5
+"""Seconds between two looks for a stop request."""
 
 
 @dataclass
@@ -58,34 +62,41 @@ class Session:
     """The outcome and step to `finish` with when the trainer returns, if it does without an error."""
     step: int = 0
     """Steps done, as far as `progress` was told."""
-    _lines: queue.SimpleQueue[Mapping[str, Any] | None] = field(default_factory=queue.SimpleQueue)
+    _lines: Lines = field(init=False)
     _stop: threading.Event = field(default_factory=threading.Event)
+    _closed: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
+
+    def __post_init__(self) -> None:
+        self._lines = Lines(self.run_dir / state.METRICS_FILE)
 
     def start(self) -> None:
         """Begin the background work: the pulse of every rank, the files of rank 0."""
         if self.pulse is not None:
             self.pulse.start()
         if self.rank == 0 and self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="session", daemon=True)
+            self._lines.start()
+            self._thread = threading.Thread(target=self._look, name="session", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
         """Write out what is queued. The pulse goes on: its end tells the driver that this process has ended."""
         if self._thread is not None:
-            self._lines.put(None)
-            self._thread.join()
+            self._closed.set()
             self._thread = None
+            self._lines.close(CLOSE_LIMIT)
 
     def report(self, **metrics: Any) -> None:
         """Append one line to the run's metrics.jsonl (rank 0 only; returns at once, but for a value on a GPU).
 
-        Values are numbers or texts; tensors and NumPy values of one element are taken for their number."""
+        Values are numbers or texts; tensors and NumPy values of one element are taken for their number. TypeError for
+        what is no JSON."""
         if self.rank == 0:
             metrics = {key: _number(value) for key, value in metrics.items()}
             if self.pulse is not None and "step" in metrics:
                 self.pulse.reached(int(metrics["step"]))
-            self._lines.put({**metrics, "world_size": self.world_size, "attempt": self.attempt, "time": time.time()})
+            row = {**metrics, "world_size": self.world_size, "attempt": self.attempt, "time": time.time()}
+            self._lines.put(json.dumps({key: _plain(value) for key, value in row.items()}))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to the run's events.jsonl (rank 0 only); a full disk does not end training."""
@@ -136,30 +147,30 @@ class Session:
         if self.at_return is not None:
             self.finish(*self.at_return)
 
-    def _work(self) -> None:
-        """Drain the queue into metrics.jsonl, and look for a stop request about twice a second."""
-        stop_file = self.run_dir / state.STOP_FILE
-        with (self.run_dir / state.METRICS_FILE).open("a", encoding="utf-8", buffering=1) as out:
-            while True:
-                try:
-                    # Its content, not its existence: NFS remembers for a minute that a file is not there.
-                    if not self._stop.is_set() and stop_file.exists() and stop_file.read_text() != state.NO_STOP:
-                        self._stop.set()
-                    line = self._lines.get(timeout=0.5)
-                    if line is None:
-                        return
-                    out.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
-                except queue.Empty:
-                    continue
-                except OSError as error:  # a full disk or a stale handle: the next stop must still be seen
-                    print(f"session: {error}", file=sys.stderr, flush=True)
+    def _look(self) -> None:
+        """Look for a stop request about twice a second, until there is one; whatever a look runs into, the next may see."""
+        said = ""
+        while not self._stop.is_set() and not self._closed.is_set():
+            try:
+                if self._asked_to_stop():
+                    return self._stop.set()
+            except Exception as error:  # noqa: BLE001
+                if repr(error) != said:
+                    print(f"session: cannot look for a stop request: {error!r}", file=sys.stderr, flush=True)
+                said = repr(error)
+            self._closed.wait(LOOK_EVERY)
+        return None
+
+    def _asked_to_stop(self) -> bool:
+        """By the file's content, not its existence: NFS remembers for a minute that a file is not there."""
+        try:
+            return (self.run_dir / state.STOP_FILE).read_text() != state.NO_STOP
+        except FileNotFoundError:
+            return False
 
 
 def _number(value: Any) -> Any:
-    """TypeError for what is no JSON: here, where the trainer sees it."""
-    value = value.item() if hasattr(value, "item") else value
-    json.dumps(value)
-    return value
+    return value.item() if hasattr(value, "item") else value
 
 
 def _plain(value: Any) -> Any:

@@ -126,10 +126,16 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     """Add one line to a .jsonl file of mode 0600. One write, so lines of several writers never mix."""
     line = (json.dumps(row, default=str) + "\n").encode()
     with _explained(path, "append to"):
+        if append(path, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def append(path: Path, data: bytes) -> int:
+    """Add this to a file of mode 0600 in one write; how many bytes of it were taken. StateError for none."""
+    with _explained(path, "append to"):
         fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            if os.write(fd, line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return os.write(fd, data)
         finally:
             os.close(fd)
 

@@ -8,19 +8,22 @@ trainer to save and end.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from raylaunch import policy, runs, state, watchdog
 from raylaunch.config import ElasticConfig
+from raylaunch.group import Group, Ray
+from raylaunch.orders import AT_COMMIT
 from raylaunch.policy import Abort, Ending, GoOn, Resize, View, Withdraw
 from raylaunch.pulse import Server
 from raylaunch.roster import Roster
-from raylaunch.session import AT_COMMIT
 from raylaunch.stacks import where_it_stands
 
 log = logging.getLogger("raylaunch.watch")
@@ -32,70 +35,94 @@ RETURN_LIMIT = 60.0
 """Seconds from the abort of an attempt to its end in Ray Train, or this driver is of no use any more."""
 
 
-class Watch:
-    """Looks after one attempt until `end`. `verdict`: why it was aborted, None if it was not."""
+@dataclass(frozen=True)
+class Watched:
+    """The attempt that is looked after."""
 
-    def __init__(
-        self,
-        run_dir: Path,
-        attempt: int,
-        on: frozenset[str],
-        world: int,
-        elastic: ElasticConfig,
-        roster: Roster,
-        pulse: Server,
-        pace: watchdog.Pace,
-        draining: Callable[[], frozenset[str]],
-        abort: Callable[[], None],
-        event: Callable[..., None],
-        together: int = 1,
-        unseen: bool = False,
-    ) -> None:
-        """`together`: workers that the plan does not tear apart. `unseen`: the trainer tells no steps; it has begun when all its workers have."""
-        self.on, self.pulse, self.pace = on, pulse, pace
-        self.verdict: Ending | None = None
-        self.asked: Resize | None = None
-        self.last_asked: Resize | None = None
-        """Also when it was withdrawn since."""
-        self._run_dir, self._attempt, self._world, self._unseen = run_dir, attempt, world, unseen
-        self._elastic, self._roster, self._together = elastic, roster, together
-        self._ask_ray, self._abort, self._event = draining, abort, event
-        self._began = time.monotonic()
+    run_dir: Path
+    number: int
+    on: frozenset[str]
+    """The nodes of its workers."""
+    world: int
+    elastic: ElasticConfig
+    together: int = 1
+    """Workers that the plan does not tear apart."""
+    unseen: bool = False
+    """The trainer tells no steps; it has begun when all its workers have."""
+
+
+@dataclass
+class Watch:
+    """Looks after one attempt from `start` to `end`."""
+
+    attempt: Watched
+    roster: Roster
+    ray: Ray
+    group: Group
+    pulse: Server
+    pace: watchdog.Pace
+    event: Callable[..., None]
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    verdict: Ending | None = field(default=None, init=False)
+    """Why it was aborted, None if it was not."""
+    asked: Resize | None = field(default=None, init=False)
+    last_asked: Resize | None = field(default=None, init=False)
+    """Also when it was withdrawn since."""
+
+    def __post_init__(self) -> None:
+        self._began = self.clock()
         self._draining: frozenset[str] = frozenset()
-        self._asked_ray_at = 0.0
+        self._asked_ray_at = -math.inf
+        self._failure = ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def end(self, patience: float = 0.0) -> None:
         """The attempt is over: one more look, or several in `patience` seconds, for a node that went with it."""
-        self._end.set()
-        self._thread.join()
-        deadline = time.monotonic() + patience
+        self.close()
+        deadline = self.clock() + patience
         while self.verdict is None:
-            move = policy.during(self._view(hang=False), self._elastic)
+            move = policy.during(self._view(hang=False), self.attempt.elastic)
             if isinstance(move, Abort):
                 self._judge(move, None)
-            elif time.monotonic() >= deadline:
+            elif self.clock() >= deadline:
                 break
             else:
-                time.sleep(0.05)
+                self.sleep(0.05)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def stop_workers(self) -> None:
         """End what is left of the group, and wait (bounded) until it is gone from the nodes that live."""
-        began = time.monotonic()
-        self._abort()
-        alive = {name for name, node in self._roster.look().items() if node.state in {"ready", "draining"}}
-        left = self.pulse.wait_gone(self.on & alive, GONE_LIMIT)
-        self._event("aborted", seconds=round(time.monotonic() - began, 3), **({"left": left} if left else {}))
+        began = self.clock()
+        self.group.abort()
+        alive = {name for name, node in self.roster.look().items() if node.state in {"ready", "draining"}}
+        left = self.pulse.wait_gone(self.attempt.on & alive, GONE_LIMIT)
+        self.event("aborted", seconds=round(self.clock() - began, 3), **({"left": left} if left else {}))
 
     def _work(self) -> None:
         while not self._end.wait(EVERY):
             try:
-                if self._tick():
+                if self.tick():
                     return self._insist()
-            except Exception:  # a bad file, a GCS that does not answer: the next look may see again
-                log.exception("the watch could not look")
+                self._failure = ""
+            except Exception as error:  # noqa: BLE001  a bad file, a GCS that does not answer: the next look may see again
+                self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        """Once for each trouble that lasts, not five times a second: an attempt that nobody watches must be known."""
+        log.exception("the watch could not look")
+        if repr(error) != self._failure:
+            self.event("watch_failed", error=repr(error))
+        self._failure = repr(error)
 
     def _insist(self) -> None:
         """Ray Train was told to end the attempt. Where it does not, a new driver has to take over."""
@@ -103,52 +130,52 @@ class Watch:
             log.critical("Ray Train does not end an attempt that was aborted: this driver ends, for another")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def _tick(self) -> bool:
+    def tick(self) -> bool:
         """One look; whether the attempt was aborted."""
-        if self._roster.fenced():
+        if self.roster.fenced():
             log.error("a newer head was elected: this driver ends, writing nothing more")
             os._exit(runs.DRIVER_FENCED)
         view = self._view()
-        match move := policy.during(view, self._elastic):
+        match move := policy.during(view, self.attempt.elastic):
             case GoOn():
                 return False
             case Withdraw():
                 self.asked = None
                 self.pulse.stop(0, move.reason)
-                self._event("decision", decision="withdraw", reason=move.reason, setting=move.setting)
+                self.event("decision", decision="withdraw", reason=move.reason, setting=move.setting)
                 return False
             case Resize():
                 self.asked = self.last_asked = move
-                self._event("decision", decision="resize", reason=move.reason, setting=move.setting)
+                self.event("decision", decision="resize", reason=move.reason, setting=move.setting)
                 when = "commit" if move.when == AT_COMMIT else "now"
-                self._event("resize_asked", why=move.why, when=when, nodes=sorted(move.nodes))
+                self.event("resize_asked", why=move.why, when=when, nodes=sorted(move.nodes))
                 self.pulse.stop(move.when, f"{move.why}: {move.reason}")
                 return False
             case Abort():
                 self._judge(move, view.hang)
-                self._abort()
+                self.group.abort()
                 return True
 
     def _view(self, hang: bool = True) -> View:
-        now = time.monotonic()
+        attempt, now = self.attempt, self.clock()
         if now - self._asked_ray_at > RAY_EVERY:
-            self._asked_ray_at, self._draining = now, self._ask_ray()
+            self._asked_ray_at, self._draining = now, self.ray.draining()
         beats = self.pulse.beats()
         self.pace.observe(now, beats)
         age = now - self._began
-        found = watchdog.judge(beats, self._world, age, self.pace, self._elastic) if hang else None
+        found = watchdog.judge(beats, attempt.world, age, self.pace, attempt.elastic) if hang else None
         return View(
-            on=self.on,
-            nodes=self._roster.look(),
+            on=attempt.on,
+            nodes=self.roster.look(),
             age=age,
-            begun=self.pace.begun or (self._unseen and len(beats) == self._world),
-            workers_per_node=self._world // len(self.on),
-            together=self._together,
+            begun=self.pace.begun or (attempt.unseen and len(beats) == attempt.world),
+            workers_per_node=attempt.world // len(attempt.on),
+            together=attempt.together,
             asked=self.asked.when if self.asked else 0,
             asked_for=self.asked.nodes if self.asked else frozenset(),
             draining=self._draining,
-            excluded=self._roster.excluded(),
-            stopping=runs.stop_reason(self._run_dir) is not None,
+            excluded=self.roster.excluded(),
+            stopping=runs.stop_reason(attempt.run_dir) is not None,
             hang=found,
         )
 
@@ -161,20 +188,20 @@ class Watch:
             node = ", ".join(move.nodes)
             self.verdict = Ending("fault", f"{move.cause} {node}", move.reason, None, move.cause, node, step)
         found = self.verdict
-        self._event("fault", cause=found.cause, node=found.node, rank=found.rank, step=step, reason=found.text)
+        self.event("fault", cause=found.cause, node=found.node, rank=found.rank, step=step, reason=found.text)
 
     def _hung(self, hang: watchdog.Hang) -> Ending:
         """Let all workers write their stacks, and find the line at which the missing one stands."""
         self.pulse.dump()
         rank = hang.ranks[0]
-        deadline = time.monotonic() + DUMP_LIMIT
-        while not set(hang.ranks[:8]) <= self.pulse.dumped().keys() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        folder = state.attempt_dir(self._run_dir, self._attempt)
+        deadline = self.clock() + DUMP_LIMIT
+        while not set(hang.ranks[:8]) <= self.pulse.dumped().keys() and self.clock() < deadline:
+            self.sleep(0.05)
+        folder = state.attempt_dir(self.attempt.run_dir, self.attempt.number)
         stack = self.pulse.dumped().get(rank)
         line = where_it_stands(Path(stack)) if stack else "no answer: frozen, or in code that does not return"
         node = self.pulse.node(rank)
-        self._event(
+        self.event(
             "hang", rank=rank, ranks=list(hang.ranks[:64]), node=node, step=hang.step, phase=hang.phase,
             seconds=round(hang.seconds, 1), stack=stack or str(folder / f"rank-{rank}.log"), line=line,
             reason=hang.reason, setting=hang.setting,

@@ -7,47 +7,80 @@ so that a C++ abort or a library's print is found there too. The trainer is name
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylaunch import configfile, entry, layout, runs, state
+from raylaunch import configfile, entry, layout, runs, state, threads
 from raylaunch.errors import RunError, StateError
-from raylaunch.pulse import Pulse
+from raylaunch.pulse import Place, Pulse
 from raylaunch.session import Session
 
 
-def main(spec: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class Spec:
+    """What the driver tells every worker of an attempt."""
+
+    run_dir: Path
+    attempt: int
+    incarnation: int
+    global_batch_size: int
+    pulse: Place
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which worker this is."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    node: str
+    device: str
+
+
+def main(given: dict[str, Spec]) -> None:
     """The `train_loop_per_worker` of every attempt."""
     import ray
     import ray.train
     import ray.train.torch
 
-    context = ray.train.get_context()
-    run, attempt = Path(spec["run_dir"]), int(spec["attempt"])
-    rank = context.get_world_rank()
-    _log_to(state.attempt_dir(run, attempt) / f"rank-{rank}.log")
-    config = configfile.load_resolved(run / layout.CONFIG_FILE)
+    context, spec = ray.train.get_context(), given["spec"]
+    _log_to(state.attempt_dir(spec.run_dir, spec.attempt) / f"rank-{context.get_world_rank()}.log")
     device = ray.train.torch.get_device()
-    node = _node_name(ray.get_runtime_context().get_node_id())
+    seat = Seat(
+        context.get_world_rank(), context.get_world_size(), context.get_local_rank(), context.get_local_world_size(),
+        _node_name(ray.get_runtime_context().get_node_id()), str(device),
+    )  # fmt: skip
     print(
-        f"raylaunch worker run={run.name} attempt={attempt} rank={rank} world={context.get_world_size()} "
-        f"node={node} host={socket.gethostname()} pid={os.getpid()} device={device}",
+        f"raylaunch worker run={spec.run_dir.name} attempt={spec.attempt} rank={seat.rank} world={seat.world_size} "
+        f"node={seat.node} host={socket.gethostname()} pid={os.getpid()} device={device}",
         flush=True,
     )
     if device.type == "cuda":
-        check_distinct_gpus(rank)
+        check_distinct_gpus(seat.rank)
+    threads.tell_deaths(functools.partial(_thread_died, spec, seat.rank))
+    work(spec, seat)
+
+
+def work(spec: Spec, seat: Seat) -> None:
+    """Call the trainer, with a session of its own."""
+    run, attempt, rank = spec.run_dir, spec.attempt, seat.rank
+    config = configfile.load_resolved(run / layout.CONFIG_FILE)
     stacks = state.attempt_dir(run, attempt) / f"rank-{rank}.stack.txt"
     session = Session(
         run=run.name, run_dir=run, checkpoint_dir=runs.checkpoint_dir(run, config), attempt=attempt,
-        rank=rank, world_size=context.get_world_size(), local_rank=context.get_local_rank(),
-        local_world_size=context.get_local_world_size(), node=node, device=str(device),
-        global_batch_size=int(spec["global_batch_size"]), cpus=int(os.environ.get("OMP_NUM_THREADS", "1")),
-        incarnation=int(spec["incarnation"]), pulse=Pulse(spec["pulse"], rank, node, stacks),
+        rank=rank, world_size=seat.world_size, local_rank=seat.local_rank, local_world_size=seat.local_world_size,
+        node=seat.node, device=seat.device, global_batch_size=spec.global_batch_size,
+        cpus=int(os.environ.get("OMP_NUM_THREADS", "1")), incarnation=spec.incarnation,
+        pulse=Pulse(spec.pulse, rank, seat.node, stacks),
     )  # fmt: skip
     session.start()
     session.event("connected", workers=session.world_size)  # all are there, and know each other
@@ -59,6 +92,14 @@ def main(spec: dict[str, Any]) -> None:
         raise
     finally:
         session.close()
+
+
+def _thread_died(spec: Spec, rank: int, thread: str, error: str) -> None:
+    """An event: training may go on without it, but somebody has to know."""
+    try:
+        state.append_event(spec.run_dir, "thread_died", attempt=spec.attempt, rank=rank, thread=thread, error=error)
+    except StateError as failure:  # its traceback stands in this rank's log
+        print(f"raylaunch: no event of it: {failure.message}", file=sys.stderr, flush=True)
 
 
 def _node_name(node_id: str) -> str:

@@ -165,7 +165,7 @@ class Rules:
                 text = f"the checkpoint of step {step} does not verify: {_words(row.get('file'))}: {_words(row.get('why'))}"
                 self._add("checkpoint_failed", text, moment, facts=facts)
             case "export_failed":
-                text = f"the run's weights could not be exported: see {_words(row.get('log'))}"
+                text = f"the run's weights could not be exported: {_words(row.get('reason'))}; see {_words(row.get('log'))}"
                 self._add("checkpoint_failed", text, moment)
             case "checkpoint_slow":
                 seconds = health.number(row.get("seconds")) or 0.0

@@ -15,7 +15,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from raylaunch import audit, configfile, entry, layout, runs
+from raylaunch import audit, configfile, layout, runs
+from raylaunch import export as exporting
 from raylaunch.checkpoint import digests, store
 from raylaunch.checkpoint.store import Bad, Commit
 from raylaunch.cli import options
@@ -136,21 +137,18 @@ def export(given: Given, step: str, to: Path, dtype: str, ema: bool) -> None:
     """Write one checkpoint's weights as consolidated safetensors in Hugging Face's layout."""
     run, config, directory = given
     if step == "latest":
-        found = store.latest(directory)
-        if found is None:
-            raise RaylaunchError(f"run {run} has no checkpoint", f"They would be in {directory}.")
+        checkpoint = exporting.latest(run, directory)
     elif step.isdigit():
         (one,) = _chosen(given, (int(step),))
         if isinstance(one, Bad):
             raise RaylaunchError(f"step {step} cannot be used: {one.file}: {one.why}", "See `ls`.")
-        found = one
+        checkpoint = one.path
     else:
         raise UsageError(f"{step} is no step", "Give a number, or latest.")
     if to.exists():
         raise UsageError(f"{to} is there already", "Name a new directory with --to.")
     _audit(given, "checkpoints export")
-    more = {"ema": True} if ema else {}
-    for path in _exporter(config)(config, found.path, to.absolute(), dtype, **more):
+    for path in exporting.write(config, checkpoint, to.absolute(), dtype, ema):
         click.echo(str(path))
 
 
@@ -158,18 +156,6 @@ def _audit(given: Given, action: str) -> None:
     parent = click.get_current_context().parent
     assert parent is not None
     audit.add(options.state_dir(parent.params["state_dir"]), action, note, run=given[0])
-
-
-def _exporter(config: Config) -> Callable[..., list[Path]]:
-    """The `export` of the trainer's module."""
-    module = entry.module(config.trainer)
-    found: Callable[..., list[Path]] | None = getattr(module, "export", None)
-    if not callable(found):
-        raise RaylaunchError(
-            f"the trainer's module {module.__name__} has no export",
-            f"Give it a function export(config, checkpoint, to, dtype): {module.__file__}.",
-        )
-    return found
 
 
 def _first_bad(commit: Commit) -> Bad | None:

@@ -209,6 +209,10 @@ def _tell(event: dict[str, Any]) -> str | None:
         return f"attempt {event['attempt']} ended: {event['error']} (last commit: step {event['committed']})"
     if kind == "decision" and event["decision"] == "hold":
         return f"waiting: {event['reason']}"
+    if kind == "exporting":
+        return f"writing the weights into {event['to']}"
+    if kind == "export_failed":
+        return f"the weights could not be written: {event['reason']}\n  Try again: {event['hint']}"
     return None
 
 

@@ -78,7 +78,7 @@ SWITCHES = (
         ("nodes::test_a_node_dies_and_is_replaced", "nodes::test_a_scaled_cluster_grows_and_shrinks"),
     ),
     Switch(
-        "the minimum", "raylaunch/policy.py", "if facts.nodes < minimum:", "if facts.nodes < 1:",
+        "the minimum", "raylaunch/policy.py", "if nodes < minimum:", "if nodes < 1:",
         ("nodes::test_below_the_minimum_the_run_holds",),
     ),
     Switch(
@@ -108,7 +108,7 @@ SWITCHES = (
         ("nodes::test_a_drained_node_is_left_with_no_step_lost",),
     ),
     Switch(
-        "drains (Ray)", "raylaunch/watch.py", "self._draining = now, self._ask_ray()", "self._draining = now, frozenset()",
+        "drains (Ray)", "raylaunch/watch.py", "self._draining = now, self.ray.draining()", "self._draining = now, frozenset()",
         ("nodes::test_ray_drains_a_node",),
     ),
     Switch(

@@ -70,6 +70,10 @@ def modules_after(code: str) -> set[str]:
     return {name.split(".")[0] for name in shown.stderr.split()}
 
 
+def test_the_training_loop_imports_neither_ray_nor_torch() -> None:
+    assert modules_after("import raylaunch.trainloop, raylaunch.driver") & {"ray", "torch", "pyarrow", "numpy"} == set()
+
+
 def test_help_imports_click_and_nothing_heavy() -> None:
     code = "sys.argv = ['raylaunch', '--help']; from raylaunch.cli import main; main()"
     assert modules_after(code) & HEAVY == set()

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 from collections import deque
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raylaunch import policy
 from raylaunch.config import ElasticConfig
+from raylaunch.orders import AT_COMMIT, NOW
 from raylaunch.policy import (
     MAX_BACKOFF,
     Abort,
     Ending,
     Facts,
     Finish,
+    Gathering,
     GoOn,
     Hold,
     Node,
+    Outcome,
     Resize,
     Start,
     Tally,
@@ -25,9 +31,11 @@ from raylaunch.policy import (
     Withdraw,
     decide,
     during,
+    ending,
+    patient,
+    progressed,
     usable,
 )
-from raylaunch.session import AT_COMMIT, NOW
 from raylaunch.watchdog import Hang
 
 FAULT = Ending("fault", "lost rank 3", "lost rank 3: SIGKILL", 3)
@@ -366,3 +374,98 @@ def test_a_worker_that_is_lost_on_every_node_is_the_code_s() -> None:
 def test_the_same_error_again_and_again_ends_the_run_after_that_many(same: int) -> None:
     world = World([("error", 1)] * 20, 2, ElasticConfig(max_same_error=same))
     assert world.run().state == "failed" and world.attempts == same
+
+
+def test_the_plan_s_share_of_the_nodes_is_the_policy_s_business() -> None:
+    decision = decide(facts(nodes=5, workers_per_node=2, together=8), ElasticConfig())
+    assert isinstance(decision, Start) and decision.workers == 8 and decision.reason.startswith("4 nodes are alive")
+    elastic = ElasticConfig(min_nodes=5)
+    assert decide(facts(nodes=5, together=8), elastic) == Hold("4 of at least 5 nodes", "elastic.min_nodes=5")
+
+
+def test_a_pause_is_made_once() -> None:
+    known = {"last": FAULT, "idle_attempts": 4}
+    decision, rested = decide(facts(**known), ElasticConfig()), decide(facts(**known, rested=True), ElasticConfig())
+    assert isinstance(decision, Start) and isinstance(rested, Start) and (decision.delay, rested.delay) == (4, 0)
+
+
+READY, STARTING = Node("ready", 5), Node("starting")
+
+
+@pytest.mark.parametrize(
+    ("known", "waits"),
+    [
+        (Gathering({"a": READY}, frozenset("a"), age=99), False),
+        # Ray does not have it yet: bounded.
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), waited=19, age=99), True),
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), waited=21, age=99), False),
+        # A new driver waits for those on their way, and where nobody is ready: bounded, too.
+        (Gathering({"a": READY, "b": STARTING}, frozenset("a"), age=14), True),
+        (Gathering({"a": READY, "b": Node("restarting")}, frozenset("a"), age=14), True),
+        (Gathering({"a": READY, "b": STARTING}, frozenset("a"), age=16), False),
+        (Gathering({"a": READY, "b": Node("lost")}, frozenset("a"), age=1), False),
+        (Gathering({}, frozenset("a"), age=14), True),
+        (Gathering({}, frozenset("a"), age=16), False),
+        # So does one that took over; one that has made an attempt of its own does not.
+        (Gathering({"b": STARTING}, frozenset(), age=1, last=Ending("fault", cause="head_lost")), True),
+        (Gathering({"b": STARTING}, frozenset(), age=1, last=Ending("fault", cause="driver_lost")), True),
+        (Gathering({"b": STARTING}, frozenset(), age=1, last=Ending("fault", cause="node_lost")), False),
+        # Nobody is waited for when there is nothing more to do.
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), stopping=True), False),
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=Ending("finished")), False),
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=Ending("stopped")), False),
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=Ending("resized")), True),
+    ],
+)
+def test_how_long_nodes_are_waited_for(known: Gathering, waits: bool) -> None:
+    assert patient(known) is waits
+
+
+def test_the_nodes_to_begin_with_are_ready_for_their_agents_alive_for_ray_and_drained_by_nobody() -> None:
+    nodes = {"d": READY, "c": READY, "b": Node("draining"), "a": READY, "e": READY}
+    assert Gathering(nodes, frozenset("abcdx"), draining=frozenset("c")).usable == ["a", "d"]
+
+
+@pytest.mark.parametrize(
+    ("how", "committed", "seconds", "script", "expected"),
+    [
+        (FAULT, 11, 1, False, True),
+        (FAULT, 10, 1e6, False, False),
+        (FAULT, 10, 601, True, True),
+        (FAULT, 10, 599, True, False),
+        (Ending("fault", cause="hang"), 10, 601, True, False),
+        (ERROR, 10, 601, True, False),
+    ],
+)
+def test_what_counts_as_progress(how: Ending, committed: int, seconds: float, script: bool, expected: bool) -> None:
+    """A commit; of a script, whose saves we do not see, a long life that the machines ended."""
+    assert progressed(how, 10, committed, seconds, script) is expected
+
+
+def test_the_trainer_s_own_word_counts_first_then_what_we_saw_then_what_ray_told() -> None:
+    asked, seen = Resize(NOW, "drain", frozenset("a"), "a must be left"), Ending("fault", "node_lost a")
+    told = Ending("fault", "communication")
+
+    def why(
+        outcome: Outcome | None, seen: Ending | None = seen, told: Ending | None = told, asked: Resize | None = asked
+    ) -> Ending:
+        return ending(outcome, seen, told, asked, "my:train")
+
+    assert why(Outcome("finished", 40)) == Ending("finished", text="step 40")
+    assert why(Outcome("finished")) == Ending("finished", text="its script ended")
+    assert why(Outcome("stopped", 20)) == Ending("resized", text="a must be left (step 20)")
+    assert why(Outcome("stopped", 20), asked=None) == Ending("stopped", text="step 20")
+    assert why(None) is seen and why(None, seen=None) is told
+    silent = why(None, seen=None, told=None)
+    assert silent.kind == silent.cause == "error" and silent.text.startswith(
+        "my:train returned without session.finish()"
+    )
+
+
+def test_the_policy_is_pure() -> None:
+    """It imports no module that opens files or connections."""
+    source = ast.parse(Path(policy.__file__).read_text())
+    ours = {
+        n.module for n in ast.walk(source) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("raylaunch")
+    }
+    assert ours == {"raylaunch.config", "raylaunch.orders", "raylaunch.watchdog"}

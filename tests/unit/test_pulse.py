@@ -6,10 +6,12 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from raylaunch.config import ElasticConfig
 from raylaunch.pulse import Pulse, Server
@@ -17,14 +19,8 @@ from raylaunch.session import AT_COMMIT, NOW, Session
 from raylaunch.stacks import where_it_stands
 from raylaunch.watchdog import LONG_LIMIT, START_FACTOR, Beat, Pace, judge
 
+pytestmark = pytest.mark.filterwarnings("error")  # a thread that dies is one
 ELASTIC = ElasticConfig(hang_timeout=5, hang_factor=20)
-
-
-def until(condition: Callable[[], object], limit: float = 10.0) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -34,8 +30,8 @@ def server() -> Iterator[Server]:
     made.close()
 
 
-def pulse(server: Server, rank: int, folder: Path, **changes: object) -> Pulse:
-    made = Pulse({**server.spec(), **changes}, rank, f"node{rank}", folder / f"rank-{rank}.stack.txt")
+def pulse(server: Server, rank: int, folder: Path, **changes: str) -> Pulse:
+    made = Pulse(replace(server.place(), **changes), rank, f"node{rank}", folder / f"rank-{rank}.stack.txt")
     made.start()
     return made
 
@@ -124,6 +120,30 @@ def test_a_worker_reconnects_and_trains_on_without_a_driver(tmp_path: Path) -> N
     until(lambda: [b.step for b in second.beats()] == [2])
     one.close()
     second.close()
+
+
+def test_a_server_can_be_closed_at_once_and_twice() -> None:
+    for _ in range(100):
+        made = Server("127.0.0.1", (), world=1)
+        made.close()
+        assert not made._thread.is_alive()
+    made.close()
+    made.stop(NOW, "too late")  # nobody is there to hear it
+    with pytest.raises(OSError):
+        socket.create_connection((made.address, made.port), 5)
+
+
+def test_a_pulse_outlives_what_no_driver_says(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = pulse(server, 0, tmp_path)
+    until(lambda: server.beats())
+    server._send([])  # type: ignore[arg-type]
+    server._send(1)  # type: ignore[arg-type]
+    until(lambda: "TypeError" in capfd.readouterr().err)
+    server.stop(NOW, "drain")
+    until(lambda: one.wish == NOW)
+    one.close()
 
 
 def test_a_taken_port_is_no_obstacle() -> None:

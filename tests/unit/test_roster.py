@@ -1,0 +1,66 @@
+"""What a driver reads of its cluster: states and how long, who is head, and nothing of an older head's table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_cluster import Clock, Made
+
+from raylaunch import layout, state
+from raylaunch.policy import Node
+from raylaunch.roster import Roster
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return Made(tmp_path)
+
+
+def test_nodes_are_ready_for_as_long_as_we_have_seen_them_so(made: Made) -> None:
+    clock = Clock()
+    roster = Roster(made.directory, 1, clock)
+    assert roster.look() == {} and roster.end() is None
+    made.members(a="ready", b="starting")
+    assert roster.look() == {"a": Node("ready", 0), "b": Node("starting", 0)} and roster.end() == 77.0
+    clock.sleep(5)
+    made.members(b="ready")
+    assert roster.look() == {"a": Node("ready", 5), "b": Node("ready", 0)}
+    made.members(a="restarting")
+    assert roster.look()["a"] == Node("restarting", 0)
+    clock.sleep(5)
+    made.members(a="ready")
+    assert roster.look()["a"] == Node("ready", 0)  # counted anew
+
+
+def test_the_table_of_an_older_head_says_nothing(made: Made) -> None:
+    roster = Roster(made.directory, 2, Clock())
+    made.members(1, a="ready")
+    assert roster.look() == {} and roster.end() is None
+    made.members(2, a="ready")
+    assert set(roster.look()) == {"a"}
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made.members(a="ready")
+    roster, reads, real = Roster(made.directory, 1, Clock()), list[Path](), state.read_json
+    monkeypatch.setattr(state, "read_json", lambda path: [reads.append(path), real(path)][1])
+    for _ in range(3):
+        roster.look()
+    assert len(reads) == 1
+
+
+def test_a_newer_head_fences_this_driver(made: Made) -> None:
+    roster = Roster(made.directory, 2, Clock())
+    assert not roster.fenced() and roster.pulse_place() == ("127.0.0.1", ())
+    made.head(2)
+    assert not roster.fenced() and roster.pulse_place()[0] == "127.0.0.1" and roster.pulse_place()[1]
+    made.head(3)
+    assert roster.fenced()
+
+
+def test_excluded_nodes(made: Made) -> None:
+    roster = Roster(made.directory, 1, Clock())
+    assert roster.excluded() == frozenset()
+    state.write_json(made.directory / layout.DUTIES_FILE, {"excluded": ["b"]})
+    assert roster.excluded() == {"b"}
