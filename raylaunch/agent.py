@@ -268,8 +268,9 @@ class Agent:
 
     async def _seek(self, lost: Head, gone: bool) -> tuple[Link, Head]:
         return await Seeker(
-            self.here.directory, self.here.canary, self.here.node, self.token, self.info, self._lead, self._missing
-        ).seek(lost, gone)
+            self.here.directory, self.here.canary, self.here.node, self.token, self.info, self._lead, self._missing,
+            lost, gone,
+        ).seek()  # fmt: skip
 
     async def _lead(self, incarnation: int, why: str) -> Head:
         """Be the head from now on. A joiner leads the allocation that it joined, not its own."""

@@ -24,6 +24,8 @@ LONELY = 1.0
 """Seconds that the only other node waits for the head's word, even if the connection was closed."""
 TURN = 1.5
 """Seconds that each candidate waits for the one before it."""
+PUBLISH_LIMIT = 15.0
+"""Seconds that the winner of an election has to say where it is."""
 PATIENCE = 600.0
 """Seconds without a head after which a node gives up: longer than a switch reboots, and than Slurm takes to call dead
 nodes down (SlurmdTimeout: 300), without which a smaller half has no majority."""
@@ -117,3 +119,9 @@ def decide(facts: Facts) -> Wait | Claim | Leave:
     if facts.silent < turn * TURN:
         return Wait(f"{voters[0]} comes first")
     return Claim(f"{len(voters)} of {len(electorate)} agents have lost {facts.head or 'the head'}", voters)
+
+
+def may_claim(lost: int, newest: int, seen: float) -> bool:
+    """Whether to claim the incarnation after `newest`, the newest claim, first seen `seen` seconds ago. Somebody who
+    claimed one after the `lost` head's may be slow to write where it is; after a while it counts as dead."""
+    return newest <= lost or seen >= PUBLISH_LIMIT
