@@ -211,12 +211,15 @@ async def ask(address: str, port: int, token: str, node: str) -> str:
 
 
 class Link:
-    """An agent's side: one connection to the head."""
+    """An agent's side: one connection to the head. Pings are answered until `close`, whatever else the agent does."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ahead: float | None = None) -> None:
         self._reader, self._writer = reader, writer
         self.ahead = ahead
         """Seconds by which our clock is at least before the head's (behind: negative); None: it did not say."""
+        self._orders: asyncio.Queue[str | OSError] = asyncio.Queue()
+        """The last one is why there are no more."""
+        self._listening = asyncio.create_task(self._listen())
 
     @classmethod
     async def connect(
@@ -251,12 +254,25 @@ class Link:
         _send(self._writer, {"load": load})
 
     async def orders(self) -> str:
-        """Answer pings until the head gives an order, which is returned; ConnectionError when it is gone."""
-        while True:
-            message = await _receive(self._reader, PING_LIMIT)
-            if "order" in message:
-                return str(message["order"])
-            _send(self._writer, {"pong": message.get("ping")})
+        """The head's next order; ConnectionError when it is gone."""
+        found = await self._orders.get()
+        if isinstance(found, OSError):
+            self._orders.put_nowait(found)  # whoever asks again is told the same
+            raise found
+        return found
+
+    async def _listen(self) -> None:
+        """Answer pings and keep orders, until the head is gone."""
+        try:
+            while True:
+                message = await _receive(self._reader, PING_LIMIT)
+                if "order" in message:
+                    self._orders.put_nowait(str(message["order"]))
+                else:
+                    _send(self._writer, {"pong": message.get("ping")})
+        except OSError as error:
+            self._orders.put_nowait(error)
 
     def close(self) -> None:
+        self._listening.cancel()
         self._writer.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 
 import pytest
 
-from raylaunch.link import AlreadyHere, Link, Member, Members, Refused
+from raylaunch.link import AlreadyHere, Closed, Link, Member, Members, Refused, _proof
 
 TOKEN = "correct horse"
 
@@ -118,3 +119,30 @@ def test_garbage_does_no_harm() -> None:
 
 def test_member_states_are_per_node() -> None:
     assert Member("a", {}).info is not Member("b", {}).info
+
+
+def test_pings_are_answered_while_the_agent_does_something_else() -> None:
+    """As it does while a change of head ends its old Ray. Orders that come meanwhile are kept."""
+
+    async def main() -> None:
+        answers: asyncio.Queue[bytes] = asyncio.Queue()
+
+        async def head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b'{"nonce": "00"}\n')
+            hello = json.loads(await reader.readline())
+            writer.write(json.dumps({"proof": _proof(TOKEN, "head", hello["nonce"])}).encode() + b"\n")
+            writer.write(b'{"ping": 1}\n{"order": "join"}\n{"ping": 2}\n')
+            for _ in range(2):
+                answers.put_nowait(await reader.readline())
+            writer.close()
+
+        async with asyncio.timeout(60), await asyncio.start_server(head, "127.0.0.1", 0) as server:
+            link = await Link.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+            assert [json.loads(await answers.get()) for _ in range(2)] == [{"pong": 1}, {"pong": 2}]
+            assert await link.orders() == "join"
+            for _ in range(2):
+                with pytest.raises(Closed):
+                    await link.orders()
+            link.close()
+
+    asyncio.run(main())
