@@ -48,7 +48,21 @@ class Closed(ConnectionError):
 
 
 def _proof(token: str, *parts: object) -> str:
-    return hmac.new(token.encode(), "\x1f".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
+    text = "\x1f".join(map(str, parts))
+    return hmac.new(token.encode(), text.encode(errors="surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def _proves(given: object, expected: str) -> bool:
+    """Whether the other side knows the token. `given` may be anything that JSON can say."""
+    return isinstance(given, str) and hmac.compare_digest(given.encode(errors="surrogatepass"), expected.encode())
+
+
+def _text(message: dict[str, Any], key: str) -> str:
+    """A field that has to be a string: the other side may be anybody."""
+    value = message.get(key)
+    if not isinstance(value, str):
+        raise ConnectionError(f"no usable message: {key} is missing or not a string")
+    return value
 
 
 async def _receive(reader: asyncio.StreamReader, limit: float) -> dict[str, Any]:
@@ -58,10 +72,12 @@ async def _receive(reader: asyncio.StreamReader, limit: float) -> dict[str, Any]
         message = json.loads(line) if line else None
     except ConnectionResetError as error:
         raise Closed("the connection was reset") from error
-    except (TimeoutError, ValueError) as error:
+    except (TimeoutError, ValueError, RecursionError) as error:
         raise ConnectionError(f"no usable message in {limit:g} s") from error
-    if not isinstance(message, dict):
+    if not line:
         raise Closed("the connection was closed")
+    if not isinstance(message, dict):
+        raise ConnectionError("no usable message: not an object")
     return message
 
 
@@ -132,7 +148,7 @@ class Members:
                 message = await _receive(reader, PING_LIMIT)
                 if "load" in message:
                     self._loaded(member.node, message["load"])
-                elif "info" in message:
+                elif isinstance(message.get("info"), dict):
                     if message["info"].get("state") != member.info.get("state"):
                         member.since = time.time()
                     member.info |= message["info"]
@@ -152,18 +168,20 @@ class Members:
         nonce = secrets.token_hex(16)
         _send(writer, {"nonce": nonce})
         hello = await _receive(reader, HANDSHAKE_LIMIT)
-        node = str(hello.get("node"))
-        if not hmac.compare_digest(str(hello.get("proof")), _proof(self._token, "agent", nonce, node)):
+        node, theirs = _text(hello, "node"), _text(hello, "nonce")
+        if not _proves(hello.get("proof"), _proof(self._token, "agent", nonce, node)):
             _send(writer, {"refused": "wrong token: this is another cluster's head"})
             raise ConnectionError("wrong token")
-        proof = _proof(self._token, "head", hello.get("nonce"))
+        proof = _proof(self._token, "head", theirs)
         if hello.get("ask"):
             _send(writer, {"proof": proof, "answer": "sees" if self._incarnation else self._witness()})
             raise ConnectionError("answered")
         if not self._incarnation or hello.get("incarnation") != self._incarnation:
             _send(writer, {"proof": proof, "head_of": self._incarnation})
             raise ConnectionError("not the head that was asked for")
-        there, info = self.table.get(node), dict(hello.get("info") or {})
+        there, info = self.table.get(node), hello.get("info")
+        if not isinstance(info, dict):
+            raise ConnectionError("no usable message: info is not an object")
         if there is not None and there.alive and there.info.get("job") != info.get("job"):
             # Two small jobs may land on one shared node; a second agent there would fight over it.
             why = f"{node} is in the cluster already, by job {there.info.get('job')}"
@@ -190,12 +208,12 @@ async def _greet(
     try:
         greeting = await _receive(reader, limit)
         nonce = secrets.token_hex(16)
-        proof = _proof(token, "agent", greeting.get("nonce"), node)
+        proof = _proof(token, "agent", _text(greeting, "nonce"), node)
         _send(writer, {"node": node, "nonce": nonce, "proof": proof, **more})
         answer = await _receive(reader, limit)
         if "refused" in answer:
-            raise (AlreadyHere if answer.get("already") else Refused)(str(answer["refused"]))
-        if not hmac.compare_digest(str(answer.get("proof")), _proof(token, "head", nonce)):
+            raise (AlreadyHere if answer.get("already") else Refused)(_text(answer, "refused"))
+        if not _proves(answer.get("proof"), _proof(token, "head", nonce)):
             raise Refused(f"{address}:{port} does not know this cluster's token")
     except BaseException:
         writer.close()

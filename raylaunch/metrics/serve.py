@@ -81,6 +81,10 @@ class Server(ThreadingHTTPServer):
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(Reader(directory))
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One line a failure: clients go away in the middle, and storage does not answer."""
+        log.warning("a request failed client=%s error=%r", client_address, sys.exc_info()[1])
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
