@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import random
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import hostlist
 
@@ -39,6 +41,7 @@ from raylaunch.slurm import script as slurm_script
 from raylaunch.slurm.client import Slurm
 
 log = logging.getLogger("raylaunch.agent")
+T = TypeVar("T")
 
 AGAIN = 75
 """The exit code that asks the keeper for another agent: this one was the head, and is no more."""
@@ -53,6 +56,9 @@ GROUND_EVERY = 2.0
 DASHBOARD_PATIENCE = 15.0
 COMPANY_PATIENCE = 20.0
 """Seconds that a head which cannot stay waits for somebody to take over."""
+READ_LIMIT, CANCEL_LIMIT, RECORD_LIMIT = 30.0, 120.0, 10.0
+ONE_TRY, AGAIN_PAUSE = 10.0, 1.0
+"""Seconds: see `_insist`."""
 LOG_PATIENCE = 5.0
 """Seconds that the end waits for the last lines of its log to be written."""
 TERM_PATIENCE = 20.0
@@ -534,6 +540,9 @@ class Agent:
                 await asyncio.to_thread(self.duties.write_end, self.reason, left)
             except (RaylaunchError, OSError) as error:
                 log.error("the end could not be written error=%r", str(error))
+            except Exception:
+                log.exception("the end could not be written")
+                self.duties.exit_code = 1
         self.lease.close()
         log.info("ended reason=%r left=%d", self.reason, left)
 
@@ -544,17 +553,41 @@ async def give_back_orphaned(here: Here, terminated: asyncio.Event, env: Mapping
     One survivor does it, the next one half a second later if the first could not, and so on. A head
     that has written that we are lost has outlived us: then it is we who are cut off.
     """
-    table = await asyncio.to_thread(state.read_json, here.directory / layout.MEMBERS_FILE) or {"nodes": []}
-    if any(row["name"] == here.node and row["state"] == "lost" for row in table["nodes"]):
+    try:
+        table = await _insist(functools.partial(state.read_json, here.directory / layout.MEMBERS_FILE), READ_LIMIT)
+        disowned = _is_disowned(table, here.node)
+    except Exception as error:  # noqa: BLE001  whatever is wrong with it: the job would keep its nodes
+        log.warning("members.json cannot be read error=%r", str(error))
+        disowned = False
+    if disowned:
         log.warning("the head holds this node for lost: leaving quietly")
         return
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(terminated.wait(), 0.5 * here.index)
         return
     try:
-        await asyncio.to_thread(Slurm().cancel, [env["SLURM_JOB_ID"]])
-    except RaylaunchError as error:
+        await _insist(functools.partial(Slurm().cancel, [env["SLURM_JOB_ID"]]), CANCEL_LIMIT)
+    except (RaylaunchError, OSError) as error:
         log.error("the job could not be given back error=%r", str(error))
+
+
+def _is_disowned(table: Mapping[str, Any] | None, node: str) -> bool:
+    """Whether the head has written, last of all, that it holds this node for lost."""
+    return any(row["name"] == node and row["state"] == "lost" for row in (table or {"nodes": []})["nodes"])
+
+
+async def _insist(work: Callable[[], T], limit: float) -> T:
+    """Blocking work on what may not answer for a moment (storage, Slurm). A try that fails is repeated for `limit`
+    seconds, then its error is raised. One that hangs is left to itself after that, or after ONE_TRY."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(work), max(ONE_TRY, deadline - time.monotonic()))
+        except (RaylaunchError, OSError) as error:  # a TimeoutError is an OSError
+            if time.monotonic() >= deadline:
+                raise
+            log.warning("failed, and is tried again error=%r", str(error))
+        await asyncio.sleep(AGAIN_PAUSE)
 
 
 async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
@@ -607,18 +640,27 @@ async def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
         agent.stop(text)
         if agent.link is not None:
             agent.link.tell(state="failed", error=text)
+    await asyncio.to_thread(print, f"{layout.FAILED_LINE} {here.node}: {text}", flush=True)
     leads = agent is not None and agent.duties is not None
-    await asyncio.to_thread(_record_failure, here, text, leads)
+    # Without an agent, the directory may not be shared at all: only the line above tells then.
+    limit = RECORD_LIMIT if agent is not None else 0.0
+    record = here.directory / layout.NODES / f"{here.node}.json"
+    for work in (
+        functools.partial(state.write_json, record, {"node": here.node, "error": text}),
+        functools.partial(_end_life, here, text, leads),
+    ):
+        try:
+            await _insist(work, limit)
+        except (RaylaunchError, OSError) as error:
+            log.error("the failure could not be recorded error=%r", str(error))
 
 
-def _record_failure(here: Here, text: str, leads: bool) -> None:
-    print(f"{layout.FAILED_LINE} {here.node}: {text}", flush=True)
-    with contextlib.suppress(StateError):  # a directory that is not shared cannot take it: the line above does
-        state.write_json(here.directory / layout.NODES / f"{here.node}.json", {"node": here.node, "error": text})
-        head = Head.read(here.directory)
-        led = head is not None and head.node != here.node and not here.is_over(head)  # we were the head, and are not
-        if here.is_first and not led and not leads:  # nobody else will say that it is over
-            layout.write_end(here.directory, here.canary, text, {}, [], exit_code=1)
+def _end_life(here: Here, text: str, leads: bool) -> None:
+    """The last word on a life of the cluster that has no head to say it: its first node could not begin. Blocking."""
+    head = Head.read(here.directory)
+    led = head is not None and head.node != here.node and not here.is_over(head)  # we were the head, and are not
+    if here.is_first and not led and not leads:
+        layout.write_end(here.directory, here.canary, text, {}, [], exit_code=1)
 
 
 def _handle_signals(agent: Agent) -> None:
