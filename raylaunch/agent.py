@@ -32,13 +32,21 @@ from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, StateError
 from raylaunch.head import HeadDuties
 from raylaunch.layout import Cluster, Head
-from raylaunch.link import ALREADY_LIMIT, AlreadyHere, Closed, Link, Members, Refused
+from raylaunch.link import AlreadyHere, Closed, Link, Members, Refused
 from raylaunch.load import sample
 from raylaunch.preflight import quick
 from raylaunch.raynode import RayNode, RayProcess
 from raylaunch.seek import Seeker
 from raylaunch.slurm import script as slurm_script
 from raylaunch.slurm.client import Slurm
+from raylaunch.timing import (
+    ALREADY_LIMIT,
+    CANARY_PATIENCE,
+    COMPANY_PATIENCE,
+    CONNECT_PATIENCE,
+    LOG_PATIENCE,
+    TERM_PATIENCE,
+)
 
 log = logging.getLogger("raylaunch.agent")
 T = TypeVar("T")
@@ -46,23 +54,15 @@ T = TypeVar("T")
 AGAIN = 75
 """The exit code that asks the keeper for another agent: this one was the head, and is no more."""
 
-CANARY_PATIENCE = 10.0  # NFS shows a new file late
 HEAD_PATIENCE = 300.0
-CONNECT_PATIENCE = 20.0
 RAY_PATIENCE = 120.0
 RAY_TRIES = 3
 RESTART_BACKOFF = 30.0
 GROUND_EVERY = 2.0
 DASHBOARD_PATIENCE = 15.0
-COMPANY_PATIENCE = 20.0
-"""Seconds that a head which cannot stay waits for somebody to take over."""
 READ_LIMIT, CANCEL_LIMIT, RECORD_LIMIT = 30.0, 120.0, 10.0
 ONE_TRY, AGAIN_PAUSE = 10.0, 1.0
 """Seconds: see `_insist`."""
-LOG_PATIENCE = 5.0
-"""Seconds that the end waits for the last lines of its log to be written."""
-TERM_PATIENCE = 20.0
-"""Seconds after SIGTERM that a node waits for its head's order to end."""
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raylaunch.timing import LONELY, PATIENCE, PUBLISH_LIMIT, TOGETHER, TURN, VERDICT
+
 Answer = Literal["sees", "lost"]
 """What another agent says of the head: it is connected to it, or it has lost it, too."""
-
-VERDICT = 4.5
-"""Seconds within which a living head would have written that it holds us for lost."""
-TOGETHER = 10.0
-"""Seconds between two losses that a cut-off head may see of one cut."""
-LONELY = 1.0
-"""Seconds that the only other node waits for the head's word, even if the connection was closed."""
-TURN = 1.5
-"""Seconds that each candidate waits for the one before it."""
-PUBLISH_LIMIT = 15.0
-"""Seconds that the winner of an election has to say where it is."""
-PATIENCE = 600.0
-"""Seconds without a head after which a node gives up: longer than a switch reboots, and than Slurm takes to call dead
-nodes down (SlurmdTimeout: 300), without which a smaller half has no majority."""
 
 
 @dataclass(frozen=True)

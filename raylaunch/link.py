@@ -20,12 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-PING_EVERY = 0.5
-PING_LIMIT = 3.0
-HANDSHAKE_LIMIT = 5.0
-ASK_LIMIT = 1.5
-ALREADY_LIMIT = 5.0
-"""Seconds to insist where another job's agent seems to have the node: one that has just died is found by then."""
+from raylaunch.timing import ASK_LIMIT, HANDSHAKE_LIMIT, PING_EVERY, PING_LIMIT
+
 _LINE_LIMIT = 1 << 16
 
 log = logging.getLogger(__name__)

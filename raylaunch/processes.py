@@ -14,6 +14,8 @@ import time
 
 import psutil
 
+from raylaunch.timing import TREE_LIMIT
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -51,7 +53,7 @@ def is_same(pid: int, started: float) -> bool:
     return now is not None and abs(now - started) < 0.05
 
 
-def end_tree(root: int, keep_root: bool = False, limit: float = 5.0, spare: int = 0) -> int:
+def end_tree(root: int, keep_root: bool = False, limit: float = TREE_LIMIT, spare: int = 0) -> int:
     """SIGKILL a process and all its descendants, again and again until none is left; the process
     `spare` and its descendants stay.
 

@@ -21,14 +21,13 @@ from raylaunch.election import Claim, Leave
 from raylaunch.errors import BringUpError, RaylaunchError
 from raylaunch.layout import Head
 from raylaunch.link import AlreadyHere, Link, Refused
+from raylaunch.timing import ALREADY_LIMIT, CONNECT_LIMIT, FILES_EVERY, PUBLISH_LIMIT, SLURM_EVERY, TURN
 
 log = logging.getLogger("raylaunch.seek")
 
 LOOK_EVERY = 0.1
 ASK_EVERY = 0.4
-FILES_EVERY = 0.3
-SLURM_AFTER, SLURM_EVERY = 4.0, 5.0
-CONNECT_LIMIT = 2.0
+SLURM_AFTER = 4.0
 STORAGE_PAUSE = 1.0
 EAGER = 5
 """So many candidates ask at once; the others only when these bring nothing about."""
@@ -71,7 +70,7 @@ class Seeker:
                 for helper in helpers:
                     if helper.done():
                         helper.result()
-                if self._newer is None or time.monotonic() - self._began > election.PUBLISH_LIMIT:
+                if self._newer is None or time.monotonic() - self._began > PUBLISH_LIMIT:
                     await self._judge()
                 await asyncio.sleep(LOOK_EVERY)
             return self._found
@@ -159,14 +158,14 @@ class Seeker:
                 found.close()
             except AlreadyHere:
                 already = already or time.monotonic()
-                if time.monotonic() - already > link.ALREADY_LIMIT:
+                if time.monotonic() - already > ALREADY_LIMIT:
                     raise
             except Refused as error:
                 self.gone = self.gone or isinstance(error, link.NotHead)
                 log.info("not the head: %s", error)
             except OSError as error:
                 log.debug("no answer node=%s error=%r", head.node, str(error))
-            if head is self._newer and time.monotonic() - self._began > election.PUBLISH_LIMIT:
+            if head is self._newer and time.monotonic() - self._began > PUBLISH_LIMIT:
                 self.lost, self._newer, self.gone = head, None, False  # it died right after its election
                 self._began = time.monotonic()
             await asyncio.sleep(0.2)
@@ -177,7 +176,7 @@ class Seeker:
             names = self._candidates()
             others = [row for row in self._rows if row["name"] in names and row["name"] != self.node]
             late = self.node in names and names.index(self.node) >= EAGER
-            if not late or time.monotonic() - self._began > 4 * election.TURN:
+            if not late or time.monotonic() - self._began > 4 * TURN:
                 gate = asyncio.Semaphore(64)
                 await asyncio.gather(*(self._ask_one(row, gate) for row in others))
             await asyncio.sleep(ASK_EVERY)
