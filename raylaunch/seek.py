@@ -27,6 +27,7 @@ log = logging.getLogger("raylaunch.seek")
 
 LOOK_EVERY = 0.1
 ASK_EVERY = 0.4
+RECONNECT_EVERY = 0.2
 SLURM_AFTER = 4.0
 STORAGE_PAUSE = 1.0
 EAGER = 5
@@ -47,7 +48,7 @@ class Seeker:
     missing: Callable[[], frozenset[str]]
     lost: Head
     gone: bool
-    _began: float = field(default_factory=time.monotonic)
+    _began: float = 0.0
     _answers: dict[str, election.Answer] = field(default_factory=dict)
     _refusing: set[str] = field(default_factory=set)
     _down: frozenset[str] = frozenset()
@@ -62,6 +63,7 @@ class Seeker:
     async def seek(self) -> tuple[Link, Head]:
         """The connection to the head that is, old or new; BringUpError when there will be none, AlreadyHere
         when it has this node by another job's agent."""
+        self._began = time.monotonic()
         with contextlib.suppress(RaylaunchError, OSError):
             await self._look_at_files()
         helpers = [asyncio.create_task(work) for work in (self._files(), self._reconnect(), self._ask(), self._slurm())]
@@ -168,7 +170,7 @@ class Seeker:
             if head is self._newer and time.monotonic() - self._began > PUBLISH_LIMIT:
                 self.lost, self._newer, self.gone = head, None, False  # it died right after its election
                 self._began = time.monotonic()
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(RECONNECT_EVERY)
 
     async def _ask(self) -> None:
         """Ask the other candidates, over and over."""

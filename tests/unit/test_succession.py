@@ -86,7 +86,7 @@ def seeker(directory: Path) -> Seeker:
     async def lead(number: int, why: str) -> Head:
         raise AssertionError(f"{number} {why}")
 
-    return Seeker(directory, "c", "n2", "token", dict, lead, frozenset, lost=head(3), gone=False, _began=0.0)
+    return Seeker(directory, "c", "n2", "token", dict, lead, frozenset, lost=head(3), gone=False)
 
 
 def test_a_claim_has_a_while_to_be_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
