@@ -560,7 +560,7 @@ async def give_back_orphaned(here: Here, terminated: asyncio.Event, env: Mapping
         log.warning("members.json cannot be read error=%r", str(error))
         disowned = False
     if disowned:
-        log.warning("the head holds this node for lost: leaving quietly")
+        log.warning("the head has marked this node as lost: not cancelling the job")
         return
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(terminated.wait(), 0.5 * here.index)
@@ -568,7 +568,7 @@ async def give_back_orphaned(here: Here, terminated: asyncio.Event, env: Mapping
     try:
         await _insist(functools.partial(Slurm().cancel, [env["SLURM_JOB_ID"]]), CANCEL_LIMIT)
     except (RaylaunchError, OSError) as error:
-        log.error("the job could not be given back error=%r", str(error))
+        log.error("the job could not be cancelled error=%r", str(error))
 
 
 def _is_disowned(table: Mapping[str, Any] | None, node: str) -> bool:
@@ -586,7 +586,7 @@ async def _insist(work: Callable[[], T], limit: float) -> T:
         except (RaylaunchError, OSError) as error:  # a TimeoutError is an OSError
             if time.monotonic() >= deadline:
                 raise
-            log.warning("failed, and is tried again error=%r", str(error))
+            log.warning("attempt failed, retrying error=%r", str(error))
         await asyncio.sleep(AGAIN_PAUSE)
 
 
