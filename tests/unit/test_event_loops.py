@@ -33,8 +33,8 @@ METHODS = {
     "resolve", "samefile",
 }  # fmt: skip
 """Of pathlib.Path, and of nothing else here."""
-ELSEWHERE = ("cli/", "alerts/", "pulse.py")
-"""Event loops of other processes (pulse's is in the driver and the workers): they answer no agent's pings."""
+ELSEWHERE = ("cli/", "alerts/")
+"""Event loops of other processes: they answer no pings."""
 UNUSED = ("chaos/", "checkpoint/", "convert/", "data/", "live/", "observe/", "plan/", "sandbox/", "tracking/", "why/")
 """Rooms without an event loop, which agents do not use: left out for speed."""
 EVERYBODYS = {
