@@ -89,8 +89,16 @@ def made(link: FakeLink, here: Here = HERE) -> Any:
     return found
 
 
-def live(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[list[Any]], Awaitable[None]]) -> None:
-    """`scenario` gets the list of the Rays that are started one after the other."""
+def live(
+    monkeypatch: pytest.MonkeyPatch, scenario: Callable[[list[Any]], Awaitable[None]], ended: list[int] | None = None
+) -> None:
+    """`scenario` gets the list of the Rays that are started one after the other; `ended`: who was spared each time when
+    our processes were ended."""
+
+    def end_tree(*_: Any, spare: int = 0, **__: Any) -> int:
+        if ended is not None:
+            ended.append(spare)
+        return 0
 
     async def main() -> None:
         rays: list[Any] = []
@@ -99,7 +107,7 @@ def live(monkeypatch: pytest.MonkeyPatch, scenario: Callable[[list[Any]], Awaita
             return rays.pop(0)
 
         monkeypatch.setattr(agent.RayProcess, "prepare", prepare)
-        monkeypatch.setattr(agent.processes, "end_tree", lambda *_, **__: 0)
+        monkeypatch.setattr(agent.processes, "end_tree", end_tree)
         await scenario(rays)
 
     virtual.run(monkeypatch, main)
@@ -235,3 +243,37 @@ def test_a_node_whose_job_ends_looks_for_no_head(monkeypatch: pytest.MonkeyPatch
         assert node.reason == "signal SIGTERM" and not node.orphaned
 
     virtual.run(monkeypatch, main)
+
+
+def test_under_a_newer_head_ray_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next Ray imports while the old one ends, and waits for the newer head's order."""
+    ended: list[int] = []
+
+    async def scenario(rays: list[Any]) -> None:
+        first, second = Ray(), Ray()
+        second.pid = 4712
+        rays += [first, second]
+        kept: list[tuple[Any, Head, bool]] = []
+        node, link, heads = made(FakeLink()), FakeLink(), [NEWER, None]
+
+        async def first_head() -> Any:
+            return link, HEAD
+
+        async def serve_(head: Head, keeping: Any) -> Head | None:
+            await asyncio.sleep(1.0)
+            return heads.pop(0)
+
+        async def keep(ray: Any, head: Head) -> None:
+            kept.append((ray, head, node.may_join.is_set()))
+            await asyncio.Event().wait()
+
+        async def nothing(*_: Any) -> None: ...
+
+        node._first_head, node._serve, node._keep_ray, node.members.serve = first_head, serve_, keep, nothing
+        node.temp.claim = lambda: None
+        await node.live()
+        assert kept == [(first, HEAD, True), (second, NEWER, False)] and states(link) == ["starting"]
+
+    monkeypatch.setattr(agent.sample, "start", lambda *_: None)
+    live(monkeypatch, scenario, ended)
+    assert ended == [4712]
