@@ -12,50 +12,57 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-import logging.handlers
 import os
-import queue
 import random
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import hostlist
 
 from raylaunch import configfile, hosts, layout, processes, raynode, state
+from raylaunch.appender import Appender, AppendingHandler
 from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, StateError
 from raylaunch.head import HeadDuties
 from raylaunch.layout import Cluster, Head
-from raylaunch.link import ALREADY_LIMIT, AlreadyHere, Closed, Link, Members, Refused
+from raylaunch.link import AlreadyHere, Closed, Link, Members, Refused
 from raylaunch.load import sample
 from raylaunch.preflight import quick
 from raylaunch.raynode import RayNode, RayProcess
 from raylaunch.seek import Seeker
 from raylaunch.slurm import script as slurm_script
 from raylaunch.slurm.client import Slurm
+from raylaunch.timing import (
+    ALREADY_LIMIT,
+    CANARY_PATIENCE,
+    COMPANY_PATIENCE,
+    CONNECT_PATIENCE,
+    LOG_PATIENCE,
+    TERM_PATIENCE,
+)
 
 log = logging.getLogger("raylaunch.agent")
+T = TypeVar("T")
 
 AGAIN = 75
 """The exit code that asks the keeper for another agent: this one was the head, and is no more."""
 
-CANARY_PATIENCE = 10.0  # NFS shows a new file late
 HEAD_PATIENCE = 300.0
-CONNECT_PATIENCE = 20.0
 RAY_PATIENCE = 120.0
 RAY_TRIES = 3
 RESTART_BACKOFF = 30.0
 GROUND_EVERY = 2.0
 DASHBOARD_PATIENCE = 15.0
-COMPANY_PATIENCE = 20.0
-"""Seconds that a head which cannot stay waits for somebody to take over."""
-TERM_PATIENCE = 20.0
-"""Seconds after SIGTERM that a node waits for its head's order to end."""
+READ_LIMIT, CANCEL_LIMIT, RECORD_LIMIT = 30.0, 120.0, 10.0
+ONE_TRY, AGAIN_PAUSE = 10.0, 1.0
+"""Seconds: see `_insist`."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +117,20 @@ def _ports_before(here: Here) -> hosts.Ports | None:
     return None
 
 
+def _cluster_if_shared(here: Here) -> Cluster | None:
+    """The cluster's record; None while the canary beside it is not the one that `up` wrote. Blocking."""
+    with contextlib.suppress(OSError, StateError):
+        if (here.directory / layout.CANARY_FILE).read_text() == here.canary:
+            return Cluster.read(here.directory)
+    return None
+
+
 async def check_canary(here: Here) -> Cluster:
     """The cluster's record, once it is certain that this node sees the same directory as the others."""
     deadline = time.monotonic() + CANARY_PATIENCE
     while True:
-        with contextlib.suppress(OSError, StateError):
-            cluster = Cluster.read(here.directory)
-            if (here.directory / layout.CANARY_FILE).read_text() == here.canary and cluster is not None:
-                return cluster
+        if (cluster := await asyncio.to_thread(_cluster_if_shared, here)) is not None:
+            return cluster
         if time.monotonic() > deadline:
             raise StateError(
                 f"the state directory is not shared: {here.directory} on {here.node} is not what `raylaunch up` wrote",
@@ -134,7 +147,7 @@ async def wait_for_head(here: Here) -> Head:
         head = await asyncio.to_thread(Head.read, here.directory)
         if head is not None and not here.is_over(head):
             return head
-        if (here.directory / layout.ENDED_FILE).exists():
+        if await asyncio.to_thread((here.directory / layout.ENDED_FILE).exists):
             raise BringUpError("the head could not start")
         if time.monotonic() > deadline:
             raise BringUpError(f"no head within {HEAD_PATIENCE:g} s", f"See {here.directory / layout.LOGS}.")
@@ -142,36 +155,62 @@ async def wait_for_head(here: Here) -> Head:
         pause = min(0.5, pause * 1.2)
 
 
-class Agent:
-    """The life of one node."""
+@dataclass(frozen=True)
+class NodeSetup:
+    """What an agent finds on its node, and takes of it, before anything else."""
 
-    def __init__(self, here: Here, cluster: Cluster, config: Config) -> None:
-        self.here, self.cluster, self.config = here, cluster, config
-        self.token_file = here.directory / layout.TOKEN_FILE
+    token: str
+    temp: hosts.TempDir
+    address: str
+    resources: hosts.Resources
+    lease: hosts.PortLease
+
+    @classmethod
+    def prepare(cls, here: Here, cluster: Cluster, config: Config) -> NodeSetup:
+        """Blocking: it reads shared storage, resolves host names, asks nvidia-smi."""
         try:
-            self.token = self.token_file.read_text().strip()
+            token = (here.directory / layout.TOKEN_FILE).read_text().strip()
         except FileNotFoundError as error:
             raise BringUpError("the cluster has ended already") from error
         quick.ground(here.node)
-        self.ray_log = here.directory / layout.LOGS / f"{here.node}-ray.log"
         # A joiner may be on the node of the base job, or of another joiner: each has a directory of its own.
         suffix = str(here.index + 1) if here.local else here.job if here.joiner else None
-        self.temp = hosts.TempDir(config.cluster.temp_dir, str(here.directory), suffix)
+        temp = hosts.TempDir(config.cluster.temp_dir, str(here.directory), suffix)
         peer = next((n for n in here.peers if n != here.node), None)
-        self.address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
-        # Without an own GPU request, what nvidia-smi lists on a shared node is other people's.
-        asked = here.local or config.slurm.exclusive or slurm_script.gpus_per_node(config.slurm) > 0
-        self.resources = hosts.resources(
-            os.environ, len(here.peers) if here.local else 1, config.cluster.object_store_memory, look_for_gpus=asked
+        address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
+        resources = _resources(here, cluster, config)
+        return cls(token, temp, address, resources, hosts.lease_ports(_ports_before(here)))
+
+
+def _resources(here: Here, cluster: Cluster, config: Config) -> hosts.Resources:
+    """What Ray gets here; BringUpError when GPUs are missing."""
+    # Without an own GPU request, what nvidia-smi lists on a shared node is other people's.
+    asked = here.local or config.slurm.exclusive or slurm_script.gpus_per_node(config.slurm) > 0
+    share = len(here.peers) if here.local else 1
+    found = hosts.resources(os.environ, share, config.cluster.object_store_memory, look_for_gpus=asked)
+    gpus, workers = len(found.gpus), cluster.workers_per_node
+    if gpus < workers and (gpus or (asked and not here.local and not config.slurm.exclusive)):
+        raise BringUpError(
+            f"{gpus} GPUs on {here.node} for {workers} workers",
+            "Check the node's GPUs (nvidia-smi), slurm.gpus_per_node and slurm.ntasks_per_node.",
         )
-        gpus, workers = len(self.resources.gpus), cluster.workers_per_node
-        if gpus < workers and (gpus or (asked and not here.local and not config.slurm.exclusive)):
-            raise BringUpError(
-                f"{gpus} GPUs on {here.node} for {workers} workers",
-                "Check the node's GPUs (nvidia-smi), slurm.gpus_per_node and slurm.ntasks_per_node.",
-            )
+    return found
+
+
+class Agent:
+    """The life of one node.
+
+    Its event loop answers pings, so no file work on shared storage is done in it: a storage that stalls must not look
+    like a dead node. (tests/unit/test_event_loops.py looks for it.)
+    """
+
+    def __init__(self, here: Here, cluster: Cluster, config: Config, setup: NodeSetup) -> None:
+        self.here, self.cluster, self.config = here, cluster, config
+        self.token, self.temp, self.address = setup.token, setup.temp, setup.address
+        self.resources, self.lease = setup.resources, setup.lease
+        self.token_file = here.directory / layout.TOKEN_FILE
+        self.ray_log = here.directory / layout.LOGS / f"{here.node}-ray.log"
         self.workers_cpus = max(1, self.resources.cpus // cluster.workers_per_node)
-        self.lease = hosts.lease_ports(_ports_before(here))
         self.control_port = self.lease.ports.control
         self.end = asyncio.Event()
         self.terminated = asyncio.Event()
@@ -203,7 +242,7 @@ class Agent:
 
     async def live(self) -> None:
         """This node's part, until it is cancelled; raises what kept the node from starting."""
-        self.temp.claim()
+        await asyncio.to_thread(self.temp.claim)
         await self.members.serve(self.address, self.control_port)
         loop = asyncio.get_running_loop()
         sample.start(self.resources, self.here.job, lambda load: loop.call_soon_threadsafe(self._tell_load, load))
@@ -268,15 +307,16 @@ class Agent:
 
     async def _seek(self, lost: Head, gone: bool) -> tuple[Link, Head]:
         return await Seeker(
-            self.here.directory, self.here.canary, self.here.node, self.token, self.info, self._lead, self._missing
-        ).seek(lost, gone)
+            self.here.directory, self.here.canary, self.here.node, self.token, self.info, self._lead, self._missing,
+            lost, gone,
+        ).seek()  # fmt: skip
 
     async def _lead(self, incarnation: int, why: str) -> Head:
         """Be the head from now on. A joiner leads the allocation that it joined, not its own."""
         before = await asyncio.to_thread(Head.read, self.here.directory) if self.here.joiner else None
         head = self._as_head(incarnation, before.life if before is not None else self.here.life)
-        self.duties = HeadDuties(
-            self.here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
+        self.duties = await asyncio.to_thread(  # it reads what the head before it left
+            HeadDuties, self.here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
             nodes=self.cluster.max_nodes if self.here.local else len(self.here.peers),
         )  # fmt: skip
         try:
@@ -424,11 +464,11 @@ class Agent:
                         await asyncio.wait_for(self.duties.enough.wait(), DASHBOARD_PATIENCE)
                     ray.start_dashboard()
                 status = await self._until_it_ends(ray)
-                words = ray.own_words(self.temp.path)
+                words = await ray.own_words(self.temp.path)
                 if time.monotonic() - began > 10 * RESTART_BACKOFF:
                     failures = 0
             else:
-                words = ray.own_words(self.temp.path)
+                words = await ray.own_words(self.temp.path)
                 status = await self._give_up(ray)
             failures += 1
             log.warning("ray ended status=%s failures=%d words=%r", status, failures, words)
@@ -490,7 +530,7 @@ class Agent:
                 log.exception("the head could not end in order")
                 self.duties.exit_code = 1
         left = await asyncio.to_thread(processes.end_tree, os.getpid(), True)
-        left += self.temp.remove()
+        left += await asyncio.to_thread(self.temp.remove)
         if self.link is not None:
             self.link.tell(state="ended", left=left)
             self.link.close()
@@ -500,6 +540,9 @@ class Agent:
                 await asyncio.to_thread(self.duties.write_end, self.reason, left)
             except (RaylaunchError, OSError) as error:
                 log.error("the end could not be written error=%r", str(error))
+            except Exception:
+                log.exception("the end could not be written")
+                self.duties.exit_code = 1
         self.lease.close()
         log.info("ended reason=%r left=%d", self.reason, left)
 
@@ -510,17 +553,41 @@ async def give_back_orphaned(here: Here, terminated: asyncio.Event, env: Mapping
     One survivor does it, the next one half a second later if the first could not, and so on. A head
     that has written that we are lost has outlived us: then it is we who are cut off.
     """
-    table = state.read_json(here.directory / layout.MEMBERS_FILE) or {"nodes": []}
-    if any(row["name"] == here.node and row["state"] == "lost" for row in table["nodes"]):
-        log.warning("the head holds this node for lost: leaving quietly")
+    try:
+        table = await _insist(functools.partial(state.read_json, here.directory / layout.MEMBERS_FILE), READ_LIMIT)
+        disowned = _is_disowned(table, here.node)
+    except Exception as error:  # noqa: BLE001  whatever is wrong with it: the job would keep its nodes
+        log.warning("members.json cannot be read error=%r", str(error))
+        disowned = False
+    if disowned:
+        log.warning("the head has marked this node as lost: not cancelling the job")
         return
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(terminated.wait(), 0.5 * here.index)
         return
     try:
-        await asyncio.to_thread(Slurm().cancel, [env["SLURM_JOB_ID"]])
-    except RaylaunchError as error:
-        log.error("the job could not be given back error=%r", str(error))
+        await _insist(functools.partial(Slurm().cancel, [env["SLURM_JOB_ID"]]), CANCEL_LIMIT)
+    except (RaylaunchError, OSError) as error:
+        log.error("the job could not be cancelled error=%r", str(error))
+
+
+def _is_disowned(table: Mapping[str, Any] | None, node: str) -> bool:
+    """Whether the head has written, last of all, that it holds this node for lost."""
+    return any(row["name"] == node and row["state"] == "lost" for row in (table or {"nodes": []})["nodes"])
+
+
+async def _insist(work: Callable[[], T], limit: float) -> T:
+    """Blocking work on what may not answer for a moment (storage, Slurm). A try that fails is repeated for `limit`
+    seconds, then its error is raised. One that hangs is left to itself after that, or after ONE_TRY."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(work), max(ONE_TRY, deadline - time.monotonic()))
+        except (RaylaunchError, OSError) as error:  # a TimeoutError is an OSError
+            if time.monotonic() >= deadline:
+                raise
+            log.warning("attempt failed, retrying error=%r", str(error))
+        await asyncio.sleep(AGAIN_PAUSE)
 
 
 async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
@@ -529,9 +596,11 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
     failure: Exception | None = None
     try:
         cluster = await check_canary(here)
-        at_end.callback(_log_to(here.directory / layout.LOGS / f"{here.node}.log").stop)
-        config = configfile.load_resolved(here.directory / layout.CONFIG_FILE)
-        agent = Agent(here, cluster, config)
+        log_file = Appender(here.directory / layout.LOGS / f"{here.node}.log")
+        at_end.callback(log_file.close, LOG_PATIENCE)
+        _log_to(log_file)
+        config = await asyncio.to_thread(configfile.load_resolved, here.directory / layout.CONFIG_FILE)
+        agent = Agent(here, cluster, config, await asyncio.to_thread(NodeSetup.prepare, here, cluster, config))
         _handle_signals(agent)
         tasks = [asyncio.create_task(t) for t in (agent.live(), agent.until_gpus_fail(), agent.end.wait())]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -547,7 +616,7 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
     if failure is not None:
         if agent is not None and agent.duties is not None:
             agent.duties.exit_code = 1
-        _report(here, agent, failure)
+        await _report(here, agent, failure)
     if agent is not None:
         await agent.close()
         if agent.orphaned and not here.local:
@@ -559,26 +628,39 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
     return 1
 
 
-def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
-    """Say why this node cannot go on: to the head, in the cluster directory, and in the job's output."""
+async def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
+    """Say why this node cannot go on: to the head, in the job's output, and in the cluster directory."""
     text = (
         " ".join(". ".join(filter(None, (failure.message, failure.hint))).split())
         if isinstance(failure, RaylaunchError)
         else f"{type(failure).__name__}: {failure}"
     )
     log.error("failed error=%r", text, exc_info=None if isinstance(failure, RaylaunchError) else failure)
-    print(f"{layout.FAILED_LINE} {here.node}: {text}", flush=True)
-    with contextlib.suppress(StateError):  # a directory that is not shared cannot take it: the line above does
-        state.write_json(here.directory / layout.NODES / f"{here.node}.json", {"node": here.node, "error": text})
-        head = Head.read(here.directory)
-        led = head is not None and head.node != here.node and not here.is_over(head)  # we were the head, and are not
-        leads = agent is not None and agent.duties is not None
-        if here.is_first and not led and not leads:  # nobody else will say that it is over
-            layout.write_end(here.directory, here.canary, text, {}, [], exit_code=1)
     if agent is not None:
         agent.stop(text)
         if agent.link is not None:
             agent.link.tell(state="failed", error=text)
+    await asyncio.to_thread(print, f"{layout.FAILED_LINE} {here.node}: {text}", flush=True)
+    leads = agent is not None and agent.duties is not None
+    # Without an agent, the directory may not be shared at all: only the line above tells then.
+    limit = RECORD_LIMIT if agent is not None else 0.0
+    record = here.directory / layout.NODES / f"{here.node}.json"
+    for work in (
+        functools.partial(state.write_json, record, {"node": here.node, "error": text}),
+        functools.partial(_end_life, here, text, leads),
+    ):
+        try:
+            await _insist(work, limit)
+        except (RaylaunchError, OSError) as error:
+            log.error("the failure could not be recorded error=%r", str(error))
+
+
+def _end_life(here: Here, text: str, leads: bool) -> None:
+    """The last word on a life of the cluster that has no head to say it: its first node could not begin. Blocking."""
+    head = Head.read(here.directory)
+    led = head is not None and head.node != here.node and not here.is_over(head)  # we were the head, and are not
+    if here.is_first and not led and not leads:
+        layout.write_end(here.directory, here.canary, text, {}, [], exit_code=1)
 
 
 def _handle_signals(agent: Agent) -> None:
@@ -604,17 +686,13 @@ def _handle_signals(agent: Agent) -> None:
     loop.add_signal_handler(signal.SIGUSR1, out_of_time)
 
 
-def _log_to(path: Path) -> logging.handlers.QueueListener:
-    """Log into a file, from a thread of its own: shared storage that stalls must not look like a dead node."""
-    file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
-    writer = logging.handlers.QueueListener(lines, file)
+def _log_to(out: Appender) -> None:
+    """Log into a file, from a thread of its own."""
+    handler = AppendingHandler(out)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     root = logging.getLogger()
-    root.handlers[:] = [logging.handlers.QueueHandler(lines)]
+    root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    writer.start()
-    return writer
 
 
 def main() -> int:

@@ -23,13 +23,12 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.layout import Cluster
 from raylaunch.slurm.client import Slurm
 from raylaunch.slurm.parse import JobState
+from raylaunch.timing import ALLOCATION_ENDING as ENDING
 
 log = logging.getLogger("raylaunch.allocation")
 
 SIGNAL_EARLY = 90.0
 """Slurm may send --signal up to a minute early (sbatch(1)); with more time left than that it is a preemption."""
-ENDING = 15.0
-"""Seconds to end the agents and to requeue."""
 LEAST = 20.0
 _ENDED = re.compile(r"CANCELLED AT \S+ DUE TO (PREEMPTION|TIME LIMIT|NODE FAILURE)")
 _TAKEN = {"PREEMPTED", "TIMEOUT", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "DEADLINE"}

@@ -14,8 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-END_LIMIT = 30.0
-"""Seconds that a run's end waits for all of them."""
+from raylaunch.timing import BESIDE_LIMIT
 
 
 def command(module: str, run_dir: Path) -> list[str]:
@@ -28,12 +27,12 @@ def start(module: str, run_dir: Path) -> subprocess.Popen[bytes]:
 
 
 def end(*processes: subprocess.Popen[bytes]) -> None:
-    """Let them finish, all at the same time, within END_LIMIT. One that has died gets another go at what is left."""
+    """Let them finish, all at the same time, within BESIDE_LIMIT. One that has died gets another go at what is left."""
     living = [subprocess.Popen(p.args, stdin=subprocess.PIPE, stdout=2) if p.poll() else p for p in processes]
     for process in living:
         assert process.stdin is not None
         process.stdin.close()
-    deadline = time.monotonic() + END_LIMIT
+    deadline = time.monotonic() + BESIDE_LIMIT
     for process in living:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, deadline - time.monotonic()))

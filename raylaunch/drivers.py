@@ -15,6 +15,7 @@ from typing import Any
 from raylaunch import alerts, beside, configfile, layout, runs
 from raylaunch.errors import RaylaunchError
 from raylaunch.runs import Run
+from raylaunch.timing import RUN_TELL_LIMIT as TELL_LIMIT
 
 TRIES = 3
 """Drivers that may be lost one after the other without a step between them,"""
@@ -22,7 +23,6 @@ LONG = 600.0
 """or, where no steps are told, without one that lived so many seconds."""
 BROKEN_PAUSE = 2.0
 """Seconds, after the first driver that broke; more after the next."""
-TELL_LIMIT = 25.0
 
 
 class Drivers:

@@ -13,20 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from raylaunch.timing import LONELY, PATIENCE, PUBLISH_LIMIT, TOGETHER, TURN, VERDICT
+
 Answer = Literal["sees", "lost"]
 """What another agent says of the head: it is connected to it, or it has lost it, too."""
-
-VERDICT = 4.5
-"""Seconds within which a living head would have written that it holds us for lost."""
-TOGETHER = 10.0
-"""Seconds between two losses that a cut-off head may see of one cut."""
-LONELY = 1.0
-"""Seconds that the only other node waits for the head's word, even if the connection was closed."""
-TURN = 1.5
-"""Seconds that each candidate waits for the one before it."""
-PATIENCE = 600.0
-"""Seconds without a head after which a node gives up: longer than a switch reboots, and than Slurm takes to call dead
-nodes down (SlurmdTimeout: 300), without which a smaller half has no majority."""
 
 
 @dataclass(frozen=True)
@@ -117,3 +107,9 @@ def decide(facts: Facts) -> Wait | Claim | Leave:
     if facts.silent < turn * TURN:
         return Wait(f"{voters[0]} comes first")
     return Claim(f"{len(voters)} of {len(electorate)} agents have lost {facts.head or 'the head'}", voters)
+
+
+def may_claim(lost: int, newest: int, seen: float) -> bool:
+    """Whether to claim the incarnation after `newest`, the newest claim, first seen `seen` seconds ago. Somebody who
+    claimed one after the `lost` head's may be slow to write where it is; after a while it counts as dead."""
+    return newest <= lost or seen >= PUBLISH_LIMIT

@@ -31,6 +31,7 @@ from raylaunch.memory import Memory
 from raylaunch.metrics import serve as metrics
 from raylaunch.nodeloop import NodeLoop, Turn
 from raylaunch.runs import Run
+from raylaunch.timing import BLAME_AFTER, ENDING_LIMIT, FOLLOW_LIMIT, SAVE_LIMIT, TELL_LIMIT, TERM_LIMIT
 
 log = logging.getLogger("raylaunch.head")
 T = TypeVar("T")
@@ -40,19 +41,11 @@ FENCE_EVERY = 0.5
 ABOARD_LIMIT, LATE_LIMIT = 300.0, 5.0
 """Seconds that a submitted run waits for the minimum of nodes, and then for the rest."""
 LOOP_LEAST = 1.0
-BLAME_AFTER = 2.0
 END_MOVES = 30.0
 """Seconds by which the end of the job's time must have moved to be told anew: squeue is no clock."""
-FOLLOW_LIMIT = 20.0
-"""Seconds within which the nodes come to a new head."""
 _TROUBLE = (RaylaunchError, OSError, ValueError, KeyError, TypeError, AttributeError)
 """What one bad file or a full disk raises: logged, and the next one tried."""
-SAVE_LIMIT = 60.0
-"""Seconds that a run gets to save when the cluster is to end, unless the request says otherwise."""
-ENDING_LIMIT, TELL_LIMIT = 10.0, 8.0
 JOB_ENDS = "its job was told to end"
-TERM_LIMIT = 20.0
-"""Seconds after SIGTERM in which the run may leave the head's own node."""
 
 
 class HeadDuties:

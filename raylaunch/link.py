@@ -20,12 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-PING_EVERY = 0.5
-PING_LIMIT = 3.0
-HANDSHAKE_LIMIT = 5.0
-ASK_LIMIT = 1.5
-ALREADY_LIMIT = 5.0
-"""Seconds to insist where another job's agent seems to have the node: one that has just died is found by then."""
+from raylaunch.timing import ASK_LIMIT, HANDSHAKE_LIMIT, PING_EVERY, PING_LIMIT
+
 _LINE_LIMIT = 1 << 16
 
 log = logging.getLogger(__name__)
@@ -48,7 +44,21 @@ class Closed(ConnectionError):
 
 
 def _proof(token: str, *parts: object) -> str:
-    return hmac.new(token.encode(), "\x1f".join(map(str, parts)).encode(), hashlib.sha256).hexdigest()
+    text = "\x1f".join(map(str, parts))
+    return hmac.new(token.encode(), text.encode(errors="surrogatepass"), hashlib.sha256).hexdigest()
+
+
+def _proves(given: object, expected: str) -> bool:
+    """Whether the other side knows the token. `given` may be anything that JSON can say."""
+    return isinstance(given, str) and hmac.compare_digest(given.encode(errors="surrogatepass"), expected.encode())
+
+
+def _text(message: dict[str, Any], key: str) -> str:
+    """A field that has to be a string: the other side may be anybody."""
+    value = message.get(key)
+    if not isinstance(value, str):
+        raise ConnectionError(f"no usable message: {key} is missing or not a string")
+    return value
 
 
 async def _receive(reader: asyncio.StreamReader, limit: float) -> dict[str, Any]:
@@ -58,10 +68,12 @@ async def _receive(reader: asyncio.StreamReader, limit: float) -> dict[str, Any]
         message = json.loads(line) if line else None
     except ConnectionResetError as error:
         raise Closed("the connection was reset") from error
-    except (TimeoutError, ValueError) as error:
+    except (TimeoutError, ValueError, RecursionError) as error:
         raise ConnectionError(f"no usable message in {limit:g} s") from error
-    if not isinstance(message, dict):
+    if not line:
         raise Closed("the connection was closed")
+    if not isinstance(message, dict):
+        raise ConnectionError("no usable message: not an object")
     return message
 
 
@@ -132,7 +144,7 @@ class Members:
                 message = await _receive(reader, PING_LIMIT)
                 if "load" in message:
                     self._loaded(member.node, message["load"])
-                elif "info" in message:
+                elif isinstance(message.get("info"), dict):
                     if message["info"].get("state") != member.info.get("state"):
                         member.since = time.time()
                     member.info |= message["info"]
@@ -152,18 +164,20 @@ class Members:
         nonce = secrets.token_hex(16)
         _send(writer, {"nonce": nonce})
         hello = await _receive(reader, HANDSHAKE_LIMIT)
-        node = str(hello.get("node"))
-        if not hmac.compare_digest(str(hello.get("proof")), _proof(self._token, "agent", nonce, node)):
+        node, theirs = _text(hello, "node"), _text(hello, "nonce")
+        if not _proves(hello.get("proof"), _proof(self._token, "agent", nonce, node)):
             _send(writer, {"refused": "wrong token: this is another cluster's head"})
             raise ConnectionError("wrong token")
-        proof = _proof(self._token, "head", hello.get("nonce"))
+        proof = _proof(self._token, "head", theirs)
         if hello.get("ask"):
             _send(writer, {"proof": proof, "answer": "sees" if self._incarnation else self._witness()})
             raise ConnectionError("answered")
         if not self._incarnation or hello.get("incarnation") != self._incarnation:
             _send(writer, {"proof": proof, "head_of": self._incarnation})
             raise ConnectionError("not the head that was asked for")
-        there, info = self.table.get(node), dict(hello.get("info") or {})
+        there, info = self.table.get(node), hello.get("info")
+        if not isinstance(info, dict):
+            raise ConnectionError("no usable message: info is not an object")
         if there is not None and there.alive and there.info.get("job") != info.get("job"):
             # Two small jobs may land on one shared node; a second agent there would fight over it.
             why = f"{node} is in the cluster already, by job {there.info.get('job')}"
@@ -190,12 +204,12 @@ async def _greet(
     try:
         greeting = await _receive(reader, limit)
         nonce = secrets.token_hex(16)
-        proof = _proof(token, "agent", greeting.get("nonce"), node)
+        proof = _proof(token, "agent", _text(greeting, "nonce"), node)
         _send(writer, {"node": node, "nonce": nonce, "proof": proof, **more})
         answer = await _receive(reader, limit)
         if "refused" in answer:
-            raise (AlreadyHere if answer.get("already") else Refused)(str(answer["refused"]))
-        if not hmac.compare_digest(str(answer.get("proof")), _proof(token, "head", nonce)):
+            raise (AlreadyHere if answer.get("already") else Refused)(_text(answer, "refused"))
+        if not _proves(answer.get("proof"), _proof(token, "head", nonce)):
             raise Refused(f"{address}:{port} does not know this cluster's token")
     except BaseException:
         writer.close()
@@ -211,12 +225,15 @@ async def ask(address: str, port: int, token: str, node: str) -> str:
 
 
 class Link:
-    """An agent's side: one connection to the head."""
+    """An agent's side: one connection to the head. Pings are answered until `close`, whatever else the agent does."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ahead: float | None = None) -> None:
         self._reader, self._writer = reader, writer
         self.ahead = ahead
         """Seconds by which our clock is at least before the head's (behind: negative); None: it did not say."""
+        self._orders: asyncio.Queue[str | OSError] = asyncio.Queue()
+        """The last one is why there are no more."""
+        self._listening = asyncio.create_task(self._listen())
 
     @classmethod
     async def connect(
@@ -251,12 +268,25 @@ class Link:
         _send(self._writer, {"load": load})
 
     async def orders(self) -> str:
-        """Answer pings until the head gives an order, which is returned; ConnectionError when it is gone."""
-        while True:
-            message = await _receive(self._reader, PING_LIMIT)
-            if "order" in message:
-                return str(message["order"])
-            _send(self._writer, {"pong": message.get("ping")})
+        """The head's next order; ConnectionError when it is gone."""
+        found = await self._orders.get()
+        if isinstance(found, OSError):
+            self._orders.put_nowait(found)  # whoever asks again is told the same
+            raise found
+        return found
+
+    async def _listen(self) -> None:
+        """Answer pings and keep orders, until the head is gone."""
+        try:
+            while True:
+                message = await _receive(self._reader, PING_LIMIT)
+                if "order" in message:
+                    self._orders.put_nowait(str(message["order"]))
+                else:
+                    _send(self._writer, {"pong": message.get("ping")})
+        except OSError as error:
+            self._orders.put_nowait(error)
 
     def close(self) -> None:
+        self._listening.cancel()
         self._writer.close()

@@ -41,10 +41,8 @@ from raylaunch.data import order
 from raylaunch.errors import RunError
 from raylaunch.randomness import seed_step
 from raylaunch.session import AT_COMMIT, NOW, Session
+from raylaunch.timing import PATIENCE_AT_END, PATIENCE_AT_STOP
 from raylaunch.watchdog import DONE
-
-PATIENCE_AT_STOP, PATIENCE_AT_END = 60.0, 600.0
-"""Seconds for which the last save of an attempt, and of the run, is tried again when it fails."""
 
 
 class Stateful(Protocol):

@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from raylaunch.config import ElasticConfig
+from raylaunch.timing import BOOT_LIMIT as BOOT_LIMIT  # others ask for it here
+from raylaunch.timing import REJOIN_GRACE
 
-REJOIN_GRACE = 5.0
-"""Seconds that a lost node gets to come back by itself before it costs a joiner."""
-BOOT_LIMIT = 180.0
-"""Seconds after its job's start within which a node that has not been heard of still counts as coming."""
 SLURM_NOTICES = 60.0
 """Seconds within which Slurm has noticed a dead node: before, a joiner could be sent to it."""
 JOINER_NODES = 8

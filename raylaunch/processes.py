@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from raylaunch.timing import TREE_LIMIT
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -60,7 +62,7 @@ def kill_child(process: subprocess.Popen[Any], limit: float = 1.0) -> None:
         process.wait(limit)
 
 
-def end_tree(root: int, keep_root: bool = False, limit: float = 5.0, spare: int = 0) -> int:
+def end_tree(root: int, keep_root: bool = False, limit: float = TREE_LIMIT, spare: int = 0) -> int:
     """SIGKILL a process and all its descendants, again and again until none is left; the process
     `spare` and its descendants stay.
 

@@ -27,11 +27,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raylaunch.timing import BEAT_EVERY
 from raylaunch.watchdog import Beat
 
 log = logging.getLogger("raylaunch.pulse")
 
-LOOK_EVERY, BEAT_EVERY = 0.5, 2.0
+LOOK_EVERY = 0.5
 HANDSHAKE_LIMIT = 5.0
 _LINE_LIMIT = 1 << 14
 

@@ -16,15 +16,18 @@ import signal
 import subprocess
 import sys
 from asyncio.subprocess import Process
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from raylaunch import hosts
+from raylaunch.appender import Appender
 
 STARTED = "Ray runtime started"
 WORKER_RESOURCE = "raylaunch_worker"
 """A custom Ray resource, one unit per training worker that a node takes."""
+_TAIL = 16384
+"""Bytes at the end of a log in which the reason of an end is looked for."""
 
 # Ray's defaults find a dead node after 15 s or more. A second of silence, thrice, is quick without
 # false deaths on a loaded machine (half of it was not).
@@ -116,11 +119,16 @@ def environment(
 
 
 class RayProcess:
-    """`ray start --block` as a child: made early, begun when the head is known, heard while it runs."""
+    """`ray start --block` as a child: made early, begun when the head is known, heard while it runs.
+
+    `log` is on shared storage, and we run in the event loop that answers pings: what Ray prints is read here and
+    written in a thread (see `appender`).
+    """
 
     def __init__(self, process: Process, log: Path) -> None:
-        self._process, self._log = process, log
-        self._begins_at = log.stat().st_size if log.exists() else 0  # earlier lives wrote there, too
+        self._process, self._log = process, Appender(log)
+        self._said = b""
+        """The end of what it printed."""
         self.started = asyncio.Event()
         self._pump = asyncio.create_task(self._copy())
 
@@ -155,24 +163,25 @@ class RayProcess:
         await asyncio.shield(self._pump)  # whoever gives up waiting does not stop the copying
         return await self._process.wait()
 
-    def own_words(self, temp_dir: Path, most: int = 3) -> str:
+    async def own_words(self, temp_dir: Path, most: int = 3) -> str:
         """Why Ray ended, in its own logs' words: the last telling lines."""
+        logs = await asyncio.to_thread(_session_logs, temp_dir)
         found: list[str] = []
-        for path, start in [*((path, 0) for path in _session_logs(temp_dir)), (self._log, self._begins_at)]:
-            found += [line for line in _tail(path, start) if _TROUBLE.search(line) and not _NOISE.search(line)][-most:]
+        for lines in (*logs, self._said.decode(errors="replace").splitlines()):
+            found += [line for line in lines if _TROUBLE.search(line) and not _NOISE.search(line)][-most:]
         return " | ".join(dict.fromkeys(line.strip()[:400] for line in found[-most:])) or "Ray said nothing"
 
     async def _copy(self) -> None:
         """Copy what it prints to the node's log, and notice the line that says it has started."""
         assert self._process.stdout is not None
-        with self._log.open("ab", buffering=0) as out:
-            last = b""
+        try:
             while chunk := await self._process.stdout.read(1 << 16):
-                with contextlib.suppress(OSError):  # a full disk is no end of Ray
-                    out.write(chunk)
-                if STARTED.encode() in last + chunk:  # it may be cut in two
+                self._log.write(chunk)
+                if STARTED.encode() in self._said[-len(STARTED) :] + chunk:  # it may be cut in two
                     self.started.set()
-                last = chunk[-len(STARTED) :]
+                self._said = (self._said + chunk)[-_TAIL:]
+        finally:
+            self._log.close()
 
 
 _TROUBLE = re.compile(r"(error|exception|fail|unable|refused|denied|in use|no space|not found|check failed)", re.I)
@@ -181,18 +190,17 @@ _NOISE = re.compile(
 )
 
 
-def _session_logs(temp_dir: Path) -> Iterator[Path]:
+def _session_logs(temp_dir: Path) -> list[list[str]]:
+    """The last lines of each log that tells why Ray's processes end."""
     logs = temp_dir / "r" / "session_latest" / "logs"
-    for name in ("gcs_server.out", "gcs_server.err", "dashboard.err", "raylet.out", "raylet.err"):
-        if (logs / name).exists():
-            yield logs / name
+    names = ("gcs_server.out", "gcs_server.err", "dashboard.err", "raylet.out", "raylet.err")
+    return [_last_lines(logs / name) for name in names]
 
 
-def _tail(path: Path, start: int, size: int = 16384) -> list[str]:
-    """The last lines of a file, of what was written after `start`."""
+def _last_lines(path: Path) -> list[str]:
     try:
         with path.open("rb") as source:
-            source.seek(max(start, os.fstat(source.fileno()).st_size - size))
+            source.seek(max(0, os.fstat(source.fileno()).st_size - _TAIL))
             return source.read().decode(errors="replace").splitlines()
     except OSError:
         return []

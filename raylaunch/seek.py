@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,14 @@ from raylaunch.election import Claim, Leave
 from raylaunch.errors import BringUpError, RaylaunchError
 from raylaunch.layout import Head
 from raylaunch.link import AlreadyHere, Link, Refused
+from raylaunch.timing import ALREADY_LIMIT, CONNECT_LIMIT, FILES_EVERY, PUBLISH_LIMIT, SLURM_EVERY, TURN
 
 log = logging.getLogger("raylaunch.seek")
 
 LOOK_EVERY = 0.1
 ASK_EVERY = 0.4
-FILES_EVERY = 0.3
-SLURM_AFTER, SLURM_EVERY = 4.0, 5.0
-CONNECT_LIMIT = 2.0
-PUBLISH_LIMIT = 15.0
-"""Seconds that the winner of an election has to say where it is."""
+RECONNECT_EVERY = 0.2
+SLURM_AFTER = 4.0
 STORAGE_PAUSE = 1.0
 EAGER = 5
 """So many candidates ask at once; the others only when these bring nothing about."""
@@ -38,8 +36,8 @@ EAGER = 5
 
 @dataclass
 class Seeker:
-    """One search. `lead` is called with the incarnation and the voters of a won claim; `missing` asks
-    Slurm which nodes are gone."""
+    """One search for the head after `lost`; `gone`: its process has ended for sure. `lead` is called with the incarnation
+    and the voters of a won claim; `missing` asks Slurm which nodes are gone."""
 
     directory: Path
     canary: str
@@ -48,21 +46,24 @@ class Seeker:
     info: Callable[[], dict[str, Any]]
     lead: Callable[[int, str], Awaitable[Head]]
     missing: Callable[[], frozenset[str]]
+    lost: Head
+    gone: bool
+    _began: float = 0.0
+    _answers: dict[str, election.Answer] = field(default_factory=dict)
+    _refusing: set[str] = field(default_factory=set)
+    _down: frozenset[str] = frozenset()
+    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _disowned: bool = False
+    _newer: Head | None = None
+    _found: tuple[Link, Head] | None = None
+    _reason: str = ""
+    _claimed: tuple[int, float] = (0, 0.0)
+    """The newest claim that was seen, and since when."""
 
-    async def seek(self, lost: Head, gone: bool) -> tuple[Link, Head]:
+    async def seek(self) -> tuple[Link, Head]:
         """The connection to the head that is, old or new; BringUpError when there will be none, AlreadyHere
         when it has this node by another job's agent."""
-        self._lost, self._gone, self._began = lost, gone, time.monotonic()
-        self._answers: dict[str, election.Answer] = {}
-        self._refusing: set[str] = set()
-        self._down: frozenset[str] = frozenset()
-        self._rows: list[dict[str, Any]] = []
-        self._disowned = False
-        self._newer: Head | None = None
-        self._found: tuple[Link, Head] | None = None
-        self._reason = ""
-        self._claimed: tuple[int, float] = (0, 0.0)
-        """The newest claim that was seen, and since when."""
+        self._began = time.monotonic()
         with contextlib.suppress(RaylaunchError, OSError):
             await self._look_at_files()
         helpers = [asyncio.create_task(work) for work in (self._files(), self._reconnect(), self._ask(), self._slurm())]
@@ -81,38 +82,43 @@ class Seeker:
             await asyncio.gather(*helpers, return_exceptions=True)
 
     def _candidates(self) -> tuple[str, ...]:
-        return election.candidates(self._rows, self.node, self._lost.node)
+        return election.candidates(self._rows, self.node, self.lost.node)
 
     async def _judge(self) -> None:
         facts = election.Facts(
             me=self.node, candidates=self._candidates(), answers=self._answers,
-            silent=time.monotonic() - self._began, gone=self._gone, disowned=self._disowned,
-            down=self._down | frozenset(self._refusing), head=self._lost.node,
+            silent=time.monotonic() - self._began, gone=self.gone, disowned=self._disowned,
+            down=self._down | frozenset(self._refusing), head=self.lost.node,
         )  # fmt: skip
         decision = election.decide(facts)
         if decision.reason != self._reason:
             self._reason = decision.reason
             log.info("without a head %s: %s", type(decision).__name__.lower(), decision.reason)
         if isinstance(decision, Leave):
-            raise BringUpError(f"the head {self._lost.node} is gone, and no other was elected: {decision.reason}")
+            raise BringUpError(f"the head {self.lost.node} is gone, and no other was elected: {decision.reason}")
         if isinstance(decision, Claim):
             try:
                 if number := await self._claim():
                     head = await self.lead(number, f"{decision.reason} ({', '.join(decision.voters)})")
-                    self._found = await self._connected(head), head
+                    self._take(await self._connected(head), head)
             except (RaylaunchError, OSError) as error:  # storage that is full or gone may be back at the next look
                 log.error("this node cannot lead error=%r", str(error))
                 await asyncio.sleep(STORAGE_PAUSE)
 
+    def _take(self, link_: Link, head: Head) -> None:
+        """Follow this one; a connection that was found meanwhile would keep an old head's table wrong."""
+        if self._found is not None:
+            self._found[0].close()
+        self._found = link_, head
+
     async def _claim(self) -> int:
-        """Try to be the next head; the incarnation, 0 when somebody else was first: that one has a while to begin."""
-        newest = max([self._lost.incarnation, *await asyncio.to_thread(layout.claims, self.directory)])
-        if newest > self._lost.incarnation:
-            if newest != self._claimed[0]:
-                self._began = time.monotonic()  # a new patience for that one
-                self._claimed = newest, self._began
-            if time.monotonic() - self._claimed[1] < PUBLISH_LIMIT:
-                return 0
+        """Try to be the next head; the incarnation, 0 when somebody else was first."""
+        newest = max([self.lost.incarnation, *await asyncio.to_thread(layout.claims, self.directory)])
+        if newest > self.lost.incarnation and newest != self._claimed[0]:
+            self._began = time.monotonic()  # a new patience for that one
+            self._claimed = newest, self._began
+        if not election.may_claim(self.lost.incarnation, newest, time.monotonic() - self._claimed[1]):
+            return 0
         return newest + 1 if await asyncio.to_thread(layout.claim, self.directory, newest + 1, self.node) else 0
 
     async def _connected(self, head: Head, limit: float = CONNECT_LIMIT) -> Link:
@@ -129,7 +135,7 @@ class Seeker:
     async def _look_at_files(self) -> None:
         """What the lost head wrote last, and whether there is a newer one."""
         head = await asyncio.to_thread(Head.read, self.directory)
-        if head is not None and head.canary == self.canary and head.incarnation > self._lost.incarnation:
+        if head is not None and head.canary == self.canary and head.incarnation > self.lost.incarnation:
             if self._newer is None or head.incarnation > self._newer.incarnation:
                 self._newer, self._began = head, time.monotonic()
                 log.info("a newer head node=%s incarnation=%d", head.node, head.incarnation)
@@ -138,33 +144,33 @@ class Seeker:
         if table and table["canary"] == self.canary:
             self._rows = list(table["nodes"])
             mine = next((row for row in self._rows if row["name"] == self.node), None)
-            of_lost = table.get("incarnation") == self._lost.incarnation
+            of_lost = table.get("incarnation") == self.lost.incarnation
             self._disowned = of_lost and mine is not None and mine["state"] == "lost"
 
     async def _reconnect(self) -> None:
         """Try the head that is: the newer one, else the lost one."""
         already: float | None = None
         while self._found is None:
-            head = self._newer or self._lost
+            head = self._newer or self.lost
             try:
                 found = await self._connected(head)
                 if self._found is None and head.incarnation >= (self._newer or head).incarnation:
-                    self._found = found, head
+                    self._take(found, head)
                     return
                 found.close()
             except AlreadyHere:
                 already = already or time.monotonic()
-                if time.monotonic() - already > link.ALREADY_LIMIT:
+                if time.monotonic() - already > ALREADY_LIMIT:
                     raise
             except Refused as error:
-                self._gone = self._gone or isinstance(error, link.NotHead)
+                self.gone = self.gone or isinstance(error, link.NotHead)
                 log.info("not the head: %s", error)
             except OSError as error:
                 log.debug("no answer node=%s error=%r", head.node, str(error))
             if head is self._newer and time.monotonic() - self._began > PUBLISH_LIMIT:
-                self._lost, self._newer, self._gone = head, None, False  # it died right after its election
+                self.lost, self._newer, self.gone = head, None, False  # it died right after its election
                 self._began = time.monotonic()
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(RECONNECT_EVERY)
 
     async def _ask(self) -> None:
         """Ask the other candidates, over and over."""
@@ -172,7 +178,7 @@ class Seeker:
             names = self._candidates()
             others = [row for row in self._rows if row["name"] in names and row["name"] != self.node]
             late = self.node in names and names.index(self.node) >= EAGER
-            if not late or time.monotonic() - self._began > 4 * election.TURN:
+            if not late or time.monotonic() - self._began > 4 * TURN:
                 gate = asyncio.Semaphore(64)
                 await asyncio.gather(*(self._ask_one(row, gate) for row in others))
             await asyncio.sleep(ASK_EVERY)

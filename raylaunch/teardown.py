@@ -19,12 +19,7 @@ from raylaunch import backends, configfile, jobview, layout, state, submits
 from raylaunch.backends import Backend, Job
 from raylaunch.errors import ConfigError
 from raylaunch.layout import Cluster, Head
-
-TAKEN_LIMIT = 15.0
-"""Seconds within which a living head takes a request."""
-ENDING_LIMIT = 20.0
-GONE_LIMIT = 60.0
-"""Slurm kills what is left KillWait (30 s by default) after a cancel."""
+from raylaunch.timing import DOWN_LIMIT, GONE_LIMIT, SAVE_LIMIT, TAKEN_LIMIT
 
 
 @dataclass
@@ -84,7 +79,7 @@ def cancel(directory: Path, cluster: Cluster, backend: Backend, limit: float = G
 
 
 def down(
-    directory: Path, cluster: Cluster, save_limit: float = 60.0, show: Callable[[str], None] = lambda _: None
+    directory: Path, cluster: Cluster, save_limit: float = SAVE_LIMIT, show: Callable[[str], None] = lambda _: None
 ) -> Ended:
     """End a cluster, saving its run first; what became of it."""
     backend = backends.of(cluster.backend)
@@ -117,7 +112,7 @@ def _ask_head(
     request = layout.request(directory, "down", save_limit=save_limit)
     show("saving and ending")
     taken_by = time.monotonic() + TAKEN_LIMIT
-    ended_by = time.monotonic() + save_limit + ENDING_LIMIT
+    ended_by = time.monotonic() + save_limit + DOWN_LIMIT
     ask_again = time.monotonic() + 1.0
     while not (directory / layout.ENDED_FILE).exists():
         now = time.monotonic()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raylaunch.config import ElasticConfig
+from raylaunch.timing import SILENCE
 
 LONG_PHASES = {"load", "validate", "save"}
 DONE = "done"
@@ -22,8 +23,6 @@ LONG_LIMIT = 600.0
 START_FACTOR = 10.0
 """The start of all workers may take this many hang_timeouts, and so may the first step (imports, compilation, the
 first collectives)."""
-SILENCE = 5.0
-"""Seconds without a sign of life after which a worker, which gives one every two, is called silent."""
 
 _ORDER = {"load": 0, "step": 1, "sync": 2, "validate": 3, "save": 4}
 

@@ -26,6 +26,7 @@ from raylaunch.config import Config
 from raylaunch.errors import RunError
 from raylaunch.randomness import seed_step
 from raylaunch.session import AT_COMMIT, NOW, Session
+from raylaunch.timing import PATIENCE_AT_END, PATIENCE_AT_STOP
 from raylaunch.trainers import float8, hf, models, parallel, snapshots
 from raylaunch.trainers.average import Average
 from raylaunch.trainers.compiling import Compiled
@@ -48,9 +49,6 @@ from raylaunch.trainers.pipeline import Pipeline
 from raylaunch.trainers.profiling import Profile
 
 __all__ = ["check", "export", "train"]
-
-PATIENCE_AT_STOP, PATIENCE_AT_END = 60.0, 600.0
-"""Seconds for which the last save of an attempt, and of the run, is tried again when it fails."""
 
 
 def train(config: Config, session: Session) -> None:

@@ -32,6 +32,7 @@ from raylaunch.config import Config
 from raylaunch.errors import StateError, first_line
 from raylaunch.roster import Roster
 from raylaunch.runs import Run
+from raylaunch.timing import LAST_LIMIT
 
 MEMORY = "alerts.json"
 PAUSE = 1.0
@@ -40,8 +41,8 @@ REMEMBER_EVERY = 60.0
 """Seconds between two writings of what is read, where nothing is to be sent."""
 DETAILS_LIMIT = 5.0
 """Seconds for the details of all that one look has found."""
-LAST_LIMIT, HANDOVER_LIMIT = 15.0, 3.0
-"""Seconds that the end waits for sinks: the run's, after which nobody tries again, and that of one driver."""
+HANDOVER_LIMIT = 3.0
+"""Seconds that the end of one driver waits for sinks. (LAST_LIMIT: the end of the run, after which nobody tries again.)"""
 
 
 class Follower:

@@ -10,12 +10,13 @@ from raylaunch import audit, cluster, teardown
 from raylaunch.cli import options
 from raylaunch.cli.show import LiveLine, note
 from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.timing import SAVE_LIMIT
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="All clusters of the state directory.")
-@click.option("--save-limit", default=60.0, show_default=True, help="Seconds that a run gets to save.")
+@click.option("--save-limit", default=SAVE_LIMIT, show_default=True, help="Seconds that a run gets to save.")
 @options.state_dir_option
 def down(name: str | None, everything: bool, save_limit: float, state_dir: Path | None) -> None:
     """Save what runs, end everything that belongs to the cluster, and verify it."""

@@ -20,9 +20,10 @@ from typing import Any
 from raylaunch import state
 from raylaunch.errors import StateError
 from raylaunch.load.table import Table
+from raylaunch.timing import LOAD_EVERY as LATEST_EVERY
 
 LATEST_FILE, ROWS_FILE, HISTORY_FILE = "load.json", "load.jsonl", "load-nodes.json"
-LATEST_EVERY, ROW_EVERY, HISTORY_EVERY = 5.0, 30.0, 60.0
+ROW_EVERY, HISTORY_EVERY = 30.0, 60.0
 log = logging.getLogger(__name__)
 
 

@@ -18,9 +18,8 @@ from typing import Any
 from raylaunch import hosts
 from raylaunch.hosts import Resources
 from raylaunch.load.kernel import KernelLog
+from raylaunch.timing import LOAD_EVERY as EVERY
 
-EVERY = 5.0
-"""Seconds between two samples."""
 Load = dict[str, Any]
 """cpu, memory: 0 to 1 of what the job has here. oom_kills: so far, by the kernel, in the job's cgroup. gpus: a list
 of {util, memory: 0 to 1, watts, temperature, throttled: why, ecc_errors}, of each what its driver tells. kernel: its news,

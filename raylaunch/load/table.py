@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylaunch.timing import GONE_AFTER
+
 POINTS = 64
 FIRST_PERIOD = 30.0
 """Seconds of a point, before any were merged."""
 MEASURES = ("cpu", "memory", "gpu", "gpu_memory")
-GONE_AFTER = 60.0
-"""Seconds without word from a node after which it is not part of the mean."""
 
 
 @dataclass

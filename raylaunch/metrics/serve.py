@@ -29,6 +29,7 @@ LOG_FILE = "metrics.log"
 SLOW_CLIENT = 10.0
 AGAIN_AFTER = 30.0
 """Seconds until another is started in place of one that ended."""
+log = logging.getLogger(__name__)
 
 
 def token(state_dir: Path) -> str:
@@ -42,17 +43,24 @@ def token(state_dir: Path) -> str:
 async def keep(directory: Path, address: str, port: int, env: Mapping[str, str]) -> None:
     """Have it run, for as long as this is not cancelled."""
     while True:
-        with (directory / "logs" / LOG_FILE).open("ab") as out:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "raylaunch.metrics.serve", str(directory), address, str(port),
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env,
-            )  # fmt: skip
         try:
-            await process.wait()
-        finally:
-            if process.returncode is None:
-                process.kill()
+            await _run_once(directory, address, port, env)
+        except OSError as error:  # the log cannot be opened, say: metrics are no reason to end a head
+            log.warning("the metrics server could not be started error=%r", str(error))
         await asyncio.sleep(AGAIN_AFTER)
+
+
+async def _run_once(directory: Path, address: str, port: int, env: Mapping[str, str]) -> None:
+    with await asyncio.to_thread((directory / "logs" / LOG_FILE).open, "ab") as out:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-P", "-m", "raylaunch.metrics.serve", str(directory), address, str(port),
+            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env,
+        )  # fmt: skip
+    try:
+        await process.wait()
+    finally:
+        if process.returncode is None:
+            process.kill()
 
 
 class Server(ThreadingHTTPServer):
@@ -72,6 +80,10 @@ class Server(ThreadingHTTPServer):
         """A Reader has one reader."""
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(Reader(directory))
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """One line a failure: clients go away in the middle, and storage does not answer."""
+        log.warning("a request failed client=%s error=%r", client_address, sys.exc_info()[1])
 
 
 class _Handler(BaseHTTPRequestHandler):

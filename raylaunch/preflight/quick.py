@@ -55,7 +55,7 @@ def clock(ahead: float) -> str:
 
 async def gpu_trouble(limit: float = LIMIT) -> str:
     """Why the GPUs of this node cannot be used, by nvidia-smi; "" when they answer, or where there is no nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
+    if await asyncio.to_thread(shutil.which, "nvidia-smi") is None:  # $PATH may lead to shared storage
         return ""
     process = await asyncio.create_subprocess_exec("nvidia-smi", "-L", stdout=PIPE, stderr=STDOUT)
     try:

@@ -85,7 +85,7 @@ SWITCHES = (
         "other ports", "raylaunch/agent.py", "if not same_ports:", "if False:", ("processes::test_the_raylet_is_killed",),
     ),
     Switch(
-        "silence", "raylaunch/link.py", "PING_LIMIT = 3.0", "PING_LIMIT = 3e3",
+        "silence", "raylaunch/link.py", "await _receive(reader, PING_LIMIT)", "await _receive(reader, 3e3)",
         ("nodes::test_a_node_falls_silent_and_comes_back[freeze]", "nodes::test_a_node_falls_silent_and_comes_back[cut]"),
     ),
     Switch(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import json
+import logging
 from collections.abc import Awaitable, Callable
 
 import pytest
 
-from raylaunch.link import AlreadyHere, Link, Member, Members, Refused
+from raylaunch.link import AlreadyHere, Closed, Link, Member, Members, Refused, _proof
 
 TOKEN = "correct horse"
 
@@ -118,5 +122,94 @@ def test_garbage_does_no_harm() -> None:
     run(scenario)
 
 
+NOBODY = '"node": "n", "nonce": "00"'
+BAD_GREETINGS = {
+    "closed at once": b"",
+    "not JSON": b"GET / HTTP/1.1\r\n",
+    "not UTF-8": b"\xff\xfe\n",
+    "not an object": b"[1]\n",
+    "null": b"null\n",
+    "too long": b"x" * 200_000 + b"\n",
+    "too deep": b"[" * 60_000 + b"\n",
+    "nothing in it": b"{}\n",
+    "a number as node": b'{"node": 1, "nonce": "00", "proof": "00"}\n',
+    "a number as nonce": b'{"node": "n", "nonce": 1, "proof": "00"}\n',
+    "no proof": f"{{{NOBODY}}}\n".encode(),
+    "a list as proof": f'{{{NOBODY}, "proof": [[[1]]]}}\n'.encode(),
+    "a proof that is not ASCII": f'{{{NOBODY}, "proof": "h\u00e9"}}\n'.encode(),
+    "half a surrogate as proof": f'{{{NOBODY}, "proof": "\\ud800"}}\n'.encode(),
+    "half a surrogate as node": b'{"node": "\\ud800", "nonce": "\\udfff", "proof": "00"}\n',
+}
+
+
+@pytest.mark.parametrize("greeting", BAD_GREETINGS.values(), ids=BAD_GREETINGS)
+def test_who_cannot_greet_is_refused_with_one_line(greeting: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(greeting)
+        writer.write_eof()
+        with contextlib.suppress(ConnectionResetError):  # it need not read all of it
+            await reader.read()  # until the other side closes
+        writer.close()
+        await until(lambda: bool(caplog.records))
+        gc.collect()  # asyncio (3.11) tells of a handler's exception when its task goes
+        assert not members.table and not seen
+
+    run(scenario)
+    assert [(r.levelname, r.exc_info) for r in caplog.records] == [("INFO", None)], caplog.text
+    assert "connection refused" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("nonce", "answer"),
+    [
+        ('"00"', '{"proof": "h\u00e9"}'), ('"00"', '{"proof": "\\ud800"}'), ('"00"', '{"proof": [1]}'), ('"00"', '{"refused": [1]}'),
+        ("[[1]]", "{}"), ("null", "{}"),
+    ],
+)  # fmt: skip
+def test_an_impostor_that_says_nonsense_is_no_head(nonce: str, answer: str) -> None:
+    async def main() -> None:
+        async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(f'{{"nonce": {nonce}}}\n'.encode())
+            await reader.readline()
+            writer.write(answer.encode() + b"\n")
+            writer.close()
+
+        async with asyncio.timeout(60), await asyncio.start_server(impostor, "127.0.0.1", 0) as server:
+            with pytest.raises((Refused, OSError)):
+                await Link.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+
+    asyncio.run(main())
+
+
 def test_member_states_are_per_node() -> None:
     assert Member("a", {}).info is not Member("b", {}).info
+
+
+def test_pings_are_answered_while_the_agent_does_something_else() -> None:
+    """As it does while a change of head ends its old Ray. Orders that come meanwhile are kept."""
+
+    async def main() -> None:
+        answers: asyncio.Queue[bytes] = asyncio.Queue()
+
+        async def head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b'{"nonce": "00"}\n')
+            hello = json.loads(await reader.readline())
+            writer.write(json.dumps({"proof": _proof(TOKEN, "head", hello["nonce"])}).encode() + b"\n")
+            writer.write(b'{"ping": 1}\n{"order": "join"}\n{"ping": 2}\n')
+            for _ in range(2):
+                answers.put_nowait(await reader.readline())
+            writer.close()
+
+        async with asyncio.timeout(60), await asyncio.start_server(head, "127.0.0.1", 0) as server:
+            link = await Link.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+            assert [json.loads(await answers.get()) for _ in range(2)] == [{"pong": 1}, {"pong": 2}]
+            assert await link.orders() == "join"
+            for _ in range(2):
+                with pytest.raises(Closed):
+                    await link.orders()
+            link.close()
+
+    asyncio.run(main())

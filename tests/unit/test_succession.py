@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from raylaunch import drivers, layout, runs, seek, state
+from raylaunch import drivers, election, layout, runs, seek, state
 from raylaunch.checkpoint import store
 from raylaunch.config import Config
 from raylaunch.drivers import Drivers
@@ -86,9 +86,7 @@ def seeker(directory: Path) -> Seeker:
     async def lead(number: int, why: str) -> Head:
         raise AssertionError(f"{number} {why}")
 
-    made = Seeker(directory, "c", "n2", "token", dict, lead, frozenset)
-    made._lost, made._claimed, made._began = head(3), (0, 0.0), 0.0
-    return made
+    return Seeker(directory, "c", "n2", "token", dict, lead, frozenset, lost=head(3), gone=False)
 
 
 def test_a_claim_has_a_while_to_be_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,22 +100,44 @@ def test_a_claim_has_a_while_to_be_published(tmp_path: Path, monkeypatch: pytest
         return await made._claim()
 
     assert asyncio.run(look()) == 0 and made._began == 100.0
-    now[0] += seek.PUBLISH_LIMIT - 0.1
+    now[0] += election.PUBLISH_LIMIT - 0.1
     assert asyncio.run(look()) == 0 and made._began == 100.0
     now[0] += 0.2  # it died
     assert asyncio.run(look()) == 5
     assert layout.claims(tmp_path) == [3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("lost", "newest", "seen", "may"),
+    [
+        (3, 3, 0.0, True),  # nobody has
+        (3, 4, 0.0, False),
+        (3, 4, election.PUBLISH_LIMIT, True),  # it died before it said where it is
+    ],
+)
+def test_who_may_claim(lost: int, newest: int, seen: float, may: bool) -> None:
+    assert election.may_claim(lost, newest, seen) is may
+
+
+def test_a_search_keeps_one_connection(tmp_path: Path) -> None:
+    """A won election counts more than the old head that answered meanwhile."""
+
+    class Connection:
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    made, old, own = seeker(tmp_path), Connection(), Connection()
+    made._take(old, head(3))  # type: ignore[arg-type]
+    made._take(own, head(4))  # type: ignore[arg-type]
+    assert old.closed and not own.closed and made._found is not None and made._found[1].incarnation == 4
+
+
 def test_a_claim_on_a_full_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, tries = seeker(tmp_path), []
-    made._rows, made._answers, made._down, made._refusing = (
-        [{"name": "n2", "state": "ready", "since": 0}],
-        {},
-        frozenset(),
-        set(),
-    )
-    made._gone, made._disowned, made._reason, made._began = True, False, "", time.monotonic() - 5
+    made._rows = [{"name": "n2", "state": "ready", "since": 0}]
+    made.gone, made._began = True, time.monotonic() - 5
 
     def full(*_: object) -> bool:
         tries.append(1)

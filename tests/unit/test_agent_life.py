@@ -1,0 +1,279 @@
+"""An agent's life, in virtual time with a made-up Ray and head: restarts of Ray, a lost head, a newer one, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import virtual
+
+from raylaunch import agent, hosts, layout
+from raylaunch.agent import Agent, Here, NodeSetup
+from raylaunch.config import Config
+from raylaunch.errors import BringUpError
+from raylaunch.layout import Head
+from raylaunch.link import Closed
+
+HERE = Here(Path("/nowhere"), "c", "n2", 1, ("n1", "n2"), local=False, job="7", life="7:0")
+HEAD = Head(canary="c", incarnation=1, node="n1", hostname="n1", address="a1", control_port=1, gcs="a1:2",
+            dashboard_port=1, time=0.0, life="7:0")  # fmt: skip
+NEWER = replace(HEAD, incarnation=2, node="n3")
+
+
+class Ray:
+    """Starts (or not), and ends after so many seconds."""
+
+    pid = 4711
+
+    def __init__(self, starts: bool = True, lives: float = 1e6) -> None:
+        self.starts, self.lives = starts, lives
+        self.started, self.begun, self.dashboard = asyncio.Event(), False, False
+
+    async def begin(self, node: Any) -> None:
+        self.begun = True
+        self.ends = time.monotonic() + self.lives
+        if self.starts:
+            self.started.set()
+
+    async def exited(self) -> int:
+        await asyncio.sleep(max(0.0, self.ends - time.monotonic()))
+        return 1
+
+    async def own_words(self, temp: Path) -> str:
+        return "port in use"
+
+    def start_dashboard(self) -> None:
+        self.dashboard = True
+
+
+class FakeLink:
+    """Gives these orders; then it is lost (`error`), or silent."""
+
+    ahead = None
+
+    def __init__(self, *orders: str, error: Exception | None = None) -> None:
+        self.left, self.error = list(orders), error
+        self.told: list[dict[str, Any]] = []
+        self.closed = False
+
+    async def orders(self) -> str:
+        if self.left:
+            return self.left.pop(0)
+        if self.error is not None:
+            raise self.error
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    def tell(self, **info: Any) -> None:
+        self.told.append(info)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def made(link: FakeLink, here: Here = HERE) -> Any:
+    setup = NodeSetup(
+        "token", hosts.TempDir("/nowhere", "/c", None), "10.0.0.2", hosts.Resources(8, 1, 1, ()),
+        hosts.PortLease(hosts.Ports(10240), None),  # type: ignore[arg-type]
+    )  # fmt: skip
+    found: Any = Agent(here, layout.Cluster("c", "slurm", 1, "c", 0.0, 1, 2, workers_per_node=1), Config(), setup)
+    found.link = link
+    found.may_join.set()
+    found._fresh_ground = lambda same_ports: None
+    found.temp = type("Temp", (), {"path": Path("/nowhere"), "is_whole": lambda self: True})()
+    return found
+
+
+def live(
+    monkeypatch: pytest.MonkeyPatch, scenario: Callable[[list[Any]], Awaitable[None]], ended: list[int] | None = None
+) -> None:
+    """`scenario` gets the list of the Rays that are started one after the other; `ended`: who was spared each time when
+    our processes were ended."""
+
+    def end_tree(*_: Any, spare: int = 0, **__: Any) -> int:
+        if ended is not None:
+            ended.append(spare)
+        return 0
+
+    async def main() -> None:
+        rays: list[Any] = []
+
+        async def prepare(*_: Any) -> Any:
+            return rays.pop(0)
+
+        monkeypatch.setattr(agent.RayProcess, "prepare", prepare)
+        monkeypatch.setattr(agent.processes, "end_tree", end_tree)
+        await scenario(rays)
+
+    virtual.run(monkeypatch, main)
+
+
+def states(link: FakeLink) -> list[str]:
+    return [told["state"] for told in link.told]
+
+
+def test_ray_that_ends_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(rays: list[Any]) -> None:
+        link = FakeLink()
+        rays += [second := Ray()]
+        keeping = asyncio.create_task(made(link)._keep_ray(Ray(lives=10.0), HEAD))
+        await asyncio.sleep(30.0)
+        assert states(link) == ["ready", "restarting", "restarting", "ready"]
+        assert link.told[1]["error"] == "port in use" and not second.dashboard
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+    live(monkeypatch, scenario)
+
+
+def test_ray_that_never_starts_is_the_node_s_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(rays: list[Any]) -> None:
+        rays += [Ray(starts=False, lives=1.0) for _ in range(agent.RAY_TRIES)]
+        with pytest.raises(BringUpError, match=r"Ray on n2 ended \(exit code 1\): port in use"):
+            await made(FakeLink())._keep_ray(rays.pop(0), HEAD)
+        assert not rays
+
+    live(monkeypatch, scenario)
+
+
+def test_a_head_whose_ray_ends_resigns(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(rays: list[Any]) -> None:
+        head = made(FakeLink())
+        head.duties = type("Duties", (), {"enough": asyncio.Event()})()
+        ray = Ray(lives=100.0)
+        await head._keep_ray(ray, replace(HEAD, node="n2"))
+        assert head.again and "the head's Ray ended" in head.reason
+        assert ray.dashboard  # without the minimum of nodes, after a while all the same
+
+    live(monkeypatch, scenario)
+
+
+def test_ray_waits_for_the_head_s_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(rays: list[Any]) -> None:
+        node, ray = made(FakeLink()), Ray()
+        node.may_join.clear()
+        keeping = asyncio.create_task(node._keep_ray(ray, HEAD))
+        await asyncio.sleep(100.0)
+        assert not ray.begun
+        node.may_join.set()
+        await asyncio.sleep(0.1)
+        assert ray.begun
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+    live(monkeypatch, scenario)
+
+
+async def serve(node: Any, found: Any) -> Head | None:
+    """Follow HEAD until that is over; `found`: what the search for another one brings."""
+
+    async def seek(lost: Head, gone: bool) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    node._seek = seek
+    keeping: asyncio.Task[None] = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
+    try:
+        return await node._serve(HEAD, keeping)
+    finally:
+        keeping.cancel()
+
+
+def test_the_head_s_order_ends_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        node = made(FakeLink("join", "end"))
+        node.may_join.clear()
+        assert await serve(node, None) is None
+        assert node.may_join.is_set() and node.end.is_set() and not node.orphaned
+
+    virtual.run(monkeypatch, main)
+
+
+def test_a_newer_head_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        first, second = FakeLink(error=Closed("gone")), FakeLink("end")
+        node = made(first)
+        assert await serve(node, (second, NEWER)) == NEWER
+        assert first.closed and node.link is second and not node.end.is_set()
+
+    virtual.run(monkeypatch, main)
+
+
+def test_the_same_head_after_a_hiccup_is_told_how_the_node_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        again = FakeLink("end")
+        node = made(FakeLink(error=ConnectionError("silent")))
+        node.state = "ready"
+        assert await serve(node, (again, HEAD)) is None
+        assert states(again) == ["ready"]
+
+    virtual.run(monkeypatch, main)
+
+
+def test_a_head_that_finds_a_newer_one_resigns(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        node = made(FakeLink(error=Closed("gone")))
+        node.duties = type("Duties", (), {"head": HEAD})()
+        assert await serve(node, (FakeLink(), NEWER)) is None
+        assert node.again and "incarnation 2" in node.reason
+
+    virtual.run(monkeypatch, main)
+
+
+def test_no_head_at_all_orphans_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        node = made(FakeLink(error=Closed("gone")))
+        assert await serve(node, BringUpError("no other was elected")) is None
+        assert node.orphaned and node.reason == "no other was elected"
+
+    virtual.run(monkeypatch, main)
+
+
+def test_a_node_whose_job_ends_looks_for_no_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        node = made(FakeLink(error=Closed("gone")))
+        node.terminated.set()
+        assert await serve(node, AssertionError()) is None
+        assert node.reason == "signal SIGTERM" and not node.orphaned
+
+    virtual.run(monkeypatch, main)
+
+
+def test_under_a_newer_head_ray_starts_afresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next Ray imports while the old one ends, and waits for the newer head's order."""
+    ended: list[int] = []
+
+    async def scenario(rays: list[Any]) -> None:
+        first, second = Ray(), Ray()
+        second.pid = 4712
+        rays += [first, second]
+        kept: list[tuple[Any, Head, bool]] = []
+        node, link, heads = made(FakeLink()), FakeLink(), [NEWER, None]
+
+        async def first_head() -> Any:
+            return link, HEAD
+
+        async def serve_(head: Head, keeping: Any) -> Head | None:
+            await asyncio.sleep(1.0)
+            return heads.pop(0)
+
+        async def keep(ray: Any, head: Head) -> None:
+            kept.append((ray, head, node.may_join.is_set()))
+            await asyncio.Event().wait()
+
+        async def nothing(*_: Any) -> None: ...
+
+        node._first_head, node._serve, node._keep_ray, node.members.serve = first_head, serve_, keep, nothing
+        node.temp.claim = lambda: None
+        await node.live()
+        assert kept == [(first, HEAD, True), (second, NEWER, False)] and states(link) == ["starting"]
+
+    monkeypatch.setattr(agent.sample, "start", lambda *_: None)
+    live(monkeypatch, scenario, ended)
+    assert ended == [4712]
