@@ -12,9 +12,10 @@ PACKAGES := $(SLURM_PACKAGES) $(READER_PACKAGES)
 
 env: $(STAMP)  ## .venv with everything in it
 
+# Not compiled: of 2.4 GB little is ever imported, and Python compiles that when it is.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 demo: env  ## two local nodes, one language model, a visibly lower loss
@@ -27,10 +28,11 @@ test: env packages  ## all tests; the Slurm ones where root and Debian's package
 unit: env  ## the tests that need nothing, in seconds
 	$(BIN)/pytest tests/unit
 
-lint: env  ## style and types
+lint: env  ## style, types, undeclared dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry .
 
 chaos: env packages  ## the long one: 100 random faults with a fixed seed, and their ledger
 	BIN=$(BIN) sh tests/chaos/campaign.sh 100 7
