@@ -56,8 +56,11 @@ def is_same(pid: int, started: float) -> bool:
 
 
 def kill_child(process: subprocess.Popen[Any], limit: float = 1.0) -> None:
-    """SIGKILL a child of ours and reap it; one that hangs in the kernel is left after `limit` seconds."""
+    """SIGKILL a child of ours, close our ends of its pipes and reap it; one that hangs in the kernel is left after
+    `limit` seconds."""
     process.kill()
+    for pipe in filter(None, (process.stdin, process.stdout, process.stderr)):
+        pipe.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(limit)
 

@@ -85,6 +85,7 @@ def test_an_impostor_head_is_refused() -> None:
             writer.write(b'{"nonce": "00", "incarnation": 7}\n')
             await reader.readline()
             writer.write(b'{"proof": "made up"}\n')
+            writer.close()
 
         server = await asyncio.start_server(impostor, "127.0.0.1", 0)
         with pytest.raises(Refused, match="does not know"):
