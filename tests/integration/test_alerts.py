@@ -160,6 +160,7 @@ def test_a_server_that_fails_and_recovers_gets_every_alert_once_and_in_order(run
     assert secret == ["config.yaml"] and "HTTP 500" in (run / "logs" / "driver.log").read_text()
 
 
+@pytest.mark.long
 def test_what_a_killed_process_had_not_sent_the_next_one_sends(run: Path) -> None:
     """With nobody at that port at first: connection refused."""
     with socket.socket() as probe:
@@ -183,6 +184,7 @@ def test_what_a_killed_process_had_not_sent_the_next_one_sends(run: Path) -> Non
     assert len(told(run)) == 4 and told(run)[0]["sinks"]["webhook"]["outcome"] == "sent"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["hang", "drip"])
 def test_a_server_that_hangs_keeps_nobody_waiting(run: Path, site: Site, way: str) -> None:
     site.plan = [way] * 99
@@ -200,6 +202,7 @@ def test_a_server_that_hangs_keeps_nobody_waiting(run: Path, site: Site, way: st
     other.server_close()
 
 
+@pytest.mark.long
 def test_between_two_drivers_nothing_is_given_up(run: Path, site: Site) -> None:
     """The end of a driver is not that of the run: its alerts wait for the next one, and rows are read once."""
     site.plan = [500] * 99
@@ -214,6 +217,7 @@ def test_between_two_drivers_nothing_is_given_up(run: Path, site: Site) -> None:
     assert site.texts("json")[1:] == [*lost(1), "failed: it was so"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("why", [[], ["its cluster ended (signal SIGTERM)"]])
 def test_a_driver_that_died_without_a_word_is_spoken_for(run: Path, site: Site, why: list[str]) -> None:
     """By the head: it has settled the run, or ends itself."""

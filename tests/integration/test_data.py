@@ -58,6 +58,7 @@ def test_cut_off_it_goes_on_and_is_the_same(inputs: Path, tmp_path: Path) -> Non
     assert shown["documents"] == 32000 and shown["damaged"] == [] and len(shown["samples"]) == 3
 
 
+@pytest.mark.long
 def test_bad_input_says_what_to_do(inputs: Path, tmp_path: Path) -> None:
     for args, code, words in [
         (("prepare", inputs), 2, "--out"),

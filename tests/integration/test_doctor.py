@@ -54,6 +54,7 @@ def test_three_nodes_are_checked_and_measured(tmp_path: Path) -> None:
     assert not (state / "doctor").exists() and not nodes_of(state)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(60)
 def test_a_problem_is_an_exit_code(tmp_path: Path) -> None:
     (tmp_path / "file").touch()

@@ -89,6 +89,7 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
     assert one.data.params["model.dim"] == "128" and not any("slurm" in key for key in one.data.params)
 
 
+@pytest.mark.long
 def test_wandb_offline_is_one_run(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", wandb={"project": "tests", "mode": "offline"})
     report(run, range(1, 4))
@@ -103,6 +104,7 @@ def test_wandb_offline_is_one_run(tmp_path: Path) -> None:
         assert [loss in text for text in told] == [step < 4, step >= 4]
 
 
+@pytest.mark.long
 def test_a_tracker_that_fails_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     run = a_run(

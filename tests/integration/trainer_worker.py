@@ -35,6 +35,7 @@ from trainers import fsdp
 from trainers.data import Loader
 from trainers.model import FeedForward
 
+
 def arrange_faults(case: dict[str, Any], session: Session) -> None:
     """What the case asks for."""
     arrange_stops(case, session)
