@@ -89,6 +89,8 @@ def _git(directory: Path, deadline: float, *words: str) -> str | None:
         said, _ = process.communicate(timeout=max(0.01, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
+        if process.stdout is not None:
+            process.stdout.close()
         return None
     except OSError:
         return None

@@ -20,7 +20,7 @@ from raylaunch.watchdog import LONG_LIMIT, START_FACTOR, Beat, Pace, judge
 ELASTIC = ElasticConfig(hang_timeout=5, hang_factor=20)
 
 
-def until(condition: Callable[[], object], limit: float = 10.0) -> None:
+def until(condition: Callable[[], object], limit: float = 60.0) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, "not in time"
