@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from raylaunch.config import Config
 from raylaunch.drivers import Drivers
 from raylaunch.sandbox.procs import wait_for
 
+PATIENCE = 120.0
 PATH = "/services/s3cr3t"
 LIMITS = "sinks.HTTP_LIMIT, follow.LAST_LIMIT, follow.PAUSE = 1.0, 3.0, 0.1"
 
@@ -109,6 +109,13 @@ def begin(run: Path, limits: str = LIMITS) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stderr=out)
 
 
+def kill(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.kill()
+    process.wait()
+    process.stdin.close()
+
+
 def lose(run: Path, *nodes: int) -> None:
     for node in nodes:
         state.append_event(run.parents[1] / "clusters" / "main", "node_lost", node=f"n{node}", reason="silent")
@@ -134,11 +141,13 @@ def test_a_server_that_fails_and_recovers_gets_every_alert_once_and_in_order(run
     site.plan = [500, (429, {"Retry-After": "1"}), "close", 503, 302]
     hand_over(run, webhook=site.address("json"), slack=site.address("slack"))
     process = begin(run, "follow.PAUSE = 0.1")
-    wait_for("the process looks", lambda: (run / "alerts.json").exists(), 20)
+    wait_for("the process looks", lambda: (run / "alerts.json").exists(), PATIENCE)
     for node in range(1, 7):
         lose(run, node)
-        wait_for("each alert by itself", lambda: (run / "alerts.json").read_text().count(f"n{node} is lost") > 0, 10)  # noqa: B023
-    wait_for("all have come", lambda: len(site.got.get("json", [])) == len(site.got.get("slack", [])) == 7, 30)
+        wait_for(
+            "each alert by itself", lambda: (run / "alerts.json").read_text().count(f"n{node} is lost") > 0, PATIENCE
+        )  # noqa: B023
+    wait_for("all have come", lambda: len(site.got.get("json", [])) == len(site.got.get("slack", [])) == 7, PATIENCE)
     end(run, process)
     started, *middle, failed = site.texts("json")
     assert started.startswith("started on 1 nodes") and failed == "failed: it was so" and middle == lost(*range(1, 7))
@@ -167,10 +176,9 @@ def test_what_a_killed_process_had_not_sent_the_next_one_sends(run: Path) -> Non
     hand_over(run, webhook=f"http://127.0.0.1:{port}{PATH}/json", command=["sh", "-c", f"cat >> {got}; echo >> {got}"])
     process = begin(run)
     lose(run, 1)
-    wait_for("the other sink has them", lambda: got.exists() and "n1 is lost" in got.read_text(), 30)
-    wait_for("it is remembered", lambda: (run / "alerts.json").read_text().count('"outcome": "sent"') == 2, 10)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    wait_for("the other sink has them", lambda: got.exists() and "n1 is lost" in got.read_text(), PATIENCE)
+    wait_for("it is remembered", lambda: (run / "alerts.json").read_text().count('"outcome": "sent"') == 2, PATIENCE)
+    kill(process)
     lose(run, 2)
     late = Site(port)
     end(run, begin(run))
@@ -189,8 +197,8 @@ def test_a_server_that_hangs_keeps_nobody_waiting(run: Path, site: Site, way: st
     hand_over(run, webhook=site.address("json"), slack=other.address("slack"))
     process = begin(run)
     lose(run, 1)
-    wait_for("the other sink has them", lambda: len(other.got.get("slack", [])) == 2, 30)
-    wait_for("it has timed out", lambda: "no answer in 1 s" in (run / "logs" / "driver.log").read_text(), 10)
+    wait_for("the other sink has them", lambda: len(other.got.get("slack", [])) == 2, PATIENCE)
+    wait_for("it has timed out", lambda: "no answer in 1 s" in (run / "logs" / "driver.log").read_text(), PATIENCE)
     end(run, process)
     assert [row["sinks"]["slack"]["outcome"] for row in told(run)] == ["sent"] * 3 and site.got == {}
     given_up = [row["sinks"]["webhook"]["outcome"] for row in told(run)]
@@ -205,7 +213,7 @@ def test_between_two_drivers_nothing_is_given_up(run: Path, site: Site) -> None:
     site.plan = [500] * 99
     hand_over(run, webhook=site.address("json"))
     process = begin(run, f"{LIMITS}; follow.HANDOVER_LIMIT = 0.5")
-    wait_for("it was tried", lambda: site.asked > 0, 30)
+    wait_for("it was tried", lambda: site.asked > 0, PATIENCE)
     beside.end(process)
     assert told(run) == [] and site.got == {}
     site.plan = []
@@ -220,10 +228,9 @@ def test_a_driver_that_died_without_a_word_is_spoken_for(run: Path, site: Site, 
     """By the head: it has settled the run, or ends itself."""
     hand_over(run, webhook=site.address("json"))
     process = begin(run)
-    wait_for("the start is told", lambda: len(told(run)) == 1, 30)
-    wait_for("and remembered", lambda: state.read_json(run / "alerts.json")["outbox"] == [], 10)
-    process.kill()
-    process.wait()
+    wait_for("the start is told", lambda: len(told(run)) == 1, PATIENCE)
+    wait_for("and remembered", lambda: state.read_json(run / "alerts.json")["outbox"] == [], PATIENCE)
+    kill(process)
     record = runs.Run.read(run)
     assert record is not None
     if not why:
@@ -246,4 +253,5 @@ def test_nothing_is_started_where_nobody_wants_to_know(run: Path) -> None:
     assert alerts.start(Config(), run) is None
     hand_over(run)
     process = begin(run)
-    assert process.wait(30) == 0 and told(run) == []
+    assert process.wait(60) == 0 and told(run) == []
+    kill(process)

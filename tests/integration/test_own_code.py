@@ -62,7 +62,7 @@ class Site:
         return path.read_text() if path.exists() else ""
 
 
-def until(what: str, condition: Callable[[], Any], limit: float = 120.0) -> Any:
+def until(what: str, condition: Callable[[], Any], limit: float = 240.0) -> Any:
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         if found := condition():

@@ -83,8 +83,8 @@ class Workers:
 
     def close(self) -> None:
         for process in self._processes:
-            process.kill()
-            process.wait()
+            with process:  # closes its pipes
+                process.kill()
 
 
 @pytest.fixture(scope="module")
