@@ -20,12 +20,12 @@ import pytest
 
 from raylaunch.checkpoint import store
 
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("local")]
+
 ROOT = Path(__file__).parents[2]
 STEPS = 40
 LONGER = ["--set", "step_scheduler.max_steps=100000"]
 """It ends when it is told to."""
-
-pytestmark = pytest.mark.xdist_group("local")
 
 CONFIG = """
 model: {{size: tiny}}
@@ -52,7 +52,7 @@ class Site:
 
     def __call__(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [self.binary, *words], env=self.env, cwd=self.state.parent, capture_output=True, text=True, timeout=200
+            [self.binary, *words], env=self.env, cwd=self.state.parent, capture_output=True, text=True, timeout=400
         )
         assert "Traceback" not in done.stdout + done.stderr, done.stderr
         if code is not None:
@@ -132,7 +132,6 @@ def appending_to(path: Path) -> str:
     return f"[sh, -c, 'cat >> {path}; echo >> {path}']"
 
 
-@pytest.mark.timeout(600)
 def test_a_killed_worker_leaves_no_trace_in_the_curve(site: Site) -> None:
     plain = site("train", str(site.config), "--cluster", "two", "--run", "plain")
     assert "run plain is finished at step 40" in plain.stdout
@@ -182,7 +181,6 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve(site: Site) -> None:
     assert asked == [("up", "two", None), ("train", "two", "plain"), ("train", "two", "hurt")]
 
 
-@pytest.mark.timeout(400)
 def test_a_lost_node_is_left_at_once_and_grown_back_onto_at_a_commit(site: Site) -> None:
     more = [*LONGER, "--set", "elastic.grow_after=2"]
     site("train", str(site.config), "--cluster", "two", "--run", "lose", "--detach", *more)
@@ -225,7 +223,7 @@ def the_load_of_all_nodes_is_known(site: Site) -> None:
     at = json.loads((cluster / "metrics.json").read_text())
     bearer = {"Authorization": f"Bearer {(site.state / 'metrics.token').read_text().strip()}"}
     request = urllib.request.Request(f"http://{at['address']}:{at['port']}/metrics", headers=bearer)
-    with urllib.request.urlopen(request, timeout=10) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         told = answer.read().decode()
     assert 'raylaunch_run_world_size{cluster="two",run="lose"} 2.0' in told
 
@@ -338,7 +336,6 @@ def elastic_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(400)
 def test_a_hang_is_found_with_its_line_and_stops_the_run_when_it_is_the_code(elastic_site: Site) -> None:
     site = elastic_site
     own = ["--set", "trainer=hanger:train", "--set", "elastic.hang_timeout=8"]
@@ -358,7 +355,6 @@ def test_a_hang_is_found_with_its_line_and_stops_the_run_when_it_is_the_code(ela
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_a_plan_of_two_workers_goes_on_with_two_when_a_node_of_three_dies(tmp_path: Path) -> None:
     """One of three nodes is idle, as the plan has no use for it, and takes the dead one's part."""
     site = Site(tmp_path)
@@ -395,7 +391,6 @@ def test_agents_that_were_killed_leave_nothing(tmp_path: Path) -> None:
     assert ours(site) == [] and not any(Path(p).exists() for p in temp_dirs(site))
 
 
-@pytest.mark.timeout(600)
 def test_the_built_wheel_trains_away_from_the_checkout(tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT))
     run(sys.executable, "-m", "venv", str(tmp_path / "venv"))

@@ -26,6 +26,8 @@ from raylaunch.memory import Memory
 from raylaunch.metrics import export, serve
 from raylaunch.runs import Run
 
+pytestmark = pytest.mark.xdist_group("metrics")  # one server
+
 NOW = 1_700_000_000.0
 
 
@@ -86,7 +88,7 @@ def until(condition: Any, what: str, limit: float = 120.0) -> Any:
 def get(url: str, token: str = "") -> tuple[int, str]:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, ""
