@@ -168,7 +168,7 @@ def test_resume_at_the_same_size_is_bitwise_the_same(run: Run, straight: Run, be
 def test_a_save_in_the_background_holds_the_step_it_was_made_at(run: Run, straight: Run) -> None:
     """Training goes on while it is written: nothing of the later steps may get into it."""
     run.config["checkpoint"]["async_save"] = True
-    run.train(2, slow_save=0.6)
+    run.train(2, held_save=1)
     assert run.commits() == [3, 6, 9, 10]
     assert run.events("commit")[0]["time"] > run.metrics("time")[4]  # it really was in the background
     for step in (6, 9, 10):

@@ -77,8 +77,8 @@ def arrange_stops(case: dict[str, Any], session: Session) -> None:
 
 def arrange_saves(case: dict[str, Any], session: Session) -> None:
     """`kill_in_save` / `full_in_saves`: rank 1 dies, or finds the disk full, while it writes its part of that
-    save (or those) of the attempt; `slow_save`: seconds that every write takes longer; `commit_fails`: commits
-    that rank 0's storage refuses; `fence_in_commit`: the commit just before which somebody newer takes over.
+    save (or those) of the attempt; `held_save`: the save whose writes wait until the training has done another step;
+    `commit_fails`: commits that rank 0's storage refuses; `fence_in_commit`: the commit just before which somebody newer takes over.
 
     Of a process that saves beside the worker: `kill_saver_at`: the step in which rank 1's is killed; `fence_at`: the one
     in which somebody newer takes over."""
@@ -87,7 +87,9 @@ def arrange_saves(case: dict[str, Any], session: Session) -> None:
 
     def faulty_write(*args: Any, **kwargs: Any) -> Any:
         save = next(saves)
-        time.sleep(case.get("slow_save", 0.0))
+        began = session.step
+        while save == case.get("held_save") and session.step <= began:
+            time.sleep(0.01)
         if session.rank == 1 and save == case.get("kill_in_save"):
             os.kill(os.getpid(), signal.SIGKILL)
         if session.rank == 1 and save in case.get("full_in_saves", ()):
