@@ -24,7 +24,8 @@ from raylaunch.sandbox.procs import wait_for
 
 PATIENCE = 120.0
 PATH = "/services/s3cr3t"
-LIMITS = "sinks.HTTP_LIMIT, follow.LAST_LIMIT, follow.PAUSE = 1.0, 3.0, 0.1"
+QUICK = "follow.PAUSE = 0.1"
+IMPATIENT = f"{QUICK}; sinks.HTTP_LIMIT, follow.LAST_LIMIT = 1.0, 3.0"
 
 
 class Site(ThreadingHTTPServer):
@@ -103,7 +104,7 @@ def hand_over(run: Path, **own: Any) -> None:
     state.append_event(run, "attempt_started", attempt=1, workers=2, nodes=1, on=["n1"], from_step=0)
 
 
-def begin(run: Path, limits: str = LIMITS) -> subprocess.Popen[bytes]:
+def begin(run: Path, limits: str = QUICK) -> subprocess.Popen[bytes]:
     code = f"from raylaunch.alerts import follow, sinks; {limits}; follow.main()"
     with (run / "logs" / "driver.log").open("ab") as out:
         return subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stderr=out)
@@ -140,7 +141,7 @@ def lost(*nodes: int) -> list[str]:
 def test_a_server_that_fails_and_recovers_gets_every_alert_once_and_in_order(run: Path, site: Site) -> None:
     site.plan = [500, (429, {"Retry-After": "1"}), "close", 503, 302]
     hand_over(run, webhook=site.address("json"), slack=site.address("slack"))
-    process = begin(run, "follow.PAUSE = 0.1")
+    process = begin(run)
     wait_for("the process looks", lambda: (run / "alerts.json").exists(), PATIENCE)
     for node in range(1, 7):
         lose(run, node)
@@ -193,7 +194,7 @@ def test_a_server_that_hangs_keeps_nobody_waiting(run: Path, site: Site, way: st
     site.plan = [way] * 99
     other = Site()
     hand_over(run, webhook=site.address("json"), slack=other.address("slack"))
-    process = begin(run)
+    process = begin(run, IMPATIENT)
     lose(run, 1)
     wait_for("the other sink has them", lambda: len(other.got.get("slack", [])) == 2, PATIENCE)
     wait_for("it has timed out", lambda: "no answer in 1 s" in (run / "logs" / "driver.log").read_text(), PATIENCE)
@@ -210,7 +211,7 @@ def test_between_two_drivers_nothing_is_given_up(run: Path, site: Site) -> None:
     """The end of a driver is not that of the run: its alerts wait for the next one, and rows are read once."""
     site.plan = [500] * 99
     hand_over(run, webhook=site.address("json"))
-    process = begin(run, f"{LIMITS}; follow.HANDOVER_LIMIT = 0.5")
+    process = begin(run, f"{QUICK}; follow.HANDOVER_LIMIT = 0.5")
     wait_for("it was tried", lambda: site.asked > 0, PATIENCE)
     beside.end(process)
     assert told(run) == [] and site.got == {}
