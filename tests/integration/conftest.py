@@ -9,6 +9,7 @@ import pytest
 from attempts import Run, Workers
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at them
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`--dist loadgroup`: the tests that share the trainer's workers and its reference run stay in one process."""
     for item in items:
