@@ -9,14 +9,6 @@ import pytest
 from attempts import Run, Workers
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at them
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`--dist loadgroup`: the tests that share the trainer's workers and its reference run stay in one process."""
-    for item in items:
-        if item.path.parent == Path(__file__).parent and "workers" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("trainer"))
-
-
 @pytest.fixture(scope="session")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     pool = Workers(tmp_path_factory.mktemp("workers") / "stderr.log")

@@ -20,7 +20,7 @@ import pytest
 
 from raylaunch.checkpoint import store
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("local")]
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40

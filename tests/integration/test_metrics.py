@@ -26,8 +26,6 @@ from raylaunch.memory import Memory
 from raylaunch.metrics import export, serve
 from raylaunch.runs import Run
 
-pytestmark = pytest.mark.xdist_group("metrics")  # one server
-
 NOW = 1_700_000_000.0
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 EXAMPLES = ROOT / "examples"
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("own-code")]
+pytestmark = pytest.mark.timeout(600)
 
 
 class Site:

@@ -19,8 +19,6 @@ from raylaunch.config import SIZES, Config
 from raylaunch.plan import memory, shape, shards
 from trainers import models, parallel
 
-pytestmark = pytest.mark.xdist_group("plan")  # one pair of processes
-
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240.0  # of a machine that is busy with other things
 
