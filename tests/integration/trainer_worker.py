@@ -110,7 +110,7 @@ def arrange_saves(case: dict[str, Any], session: Session) -> None:
         if phase == "step" and session.rank == 1 and step == case.get("kill_saver_at"):
             living = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
             savers = [p for p in living if "raylaunch.checkpoint.process" in p.cmdline()]
-            max(savers, key=psutil.Process.create_time).kill()  # others are of cases that ended by an error
+            max(savers, key=psutil.Process.create_time).kill()
         if phase == "step" and session.rank == 0 and step == case.get("fence_at"):
             store.fence(session.checkpoint_dir, session.incarnation + 1, 1)
         progress(step, phase)
