@@ -11,6 +11,8 @@ from raylaunch.data import chat, dataset, looking, prepare, tokenize
 from raylaunch.data.prepare import Request
 from raylaunch.errors import DataError, UsageError
 
+pytestmark = pytest.mark.long
+
 CHATML = (
     "{% for message in messages %}{% if message['role'] not in ['system', 'user', 'assistant'] %}"
     "{{ raise_exception('no such role') }}{% endif %}<|im_start|>{{ message['role'] }}\n"

@@ -13,6 +13,8 @@ from test_trainer_hf import a_qwen
 
 from raylaunch import configfile
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
 MOST = {"tp_size": 2, "cp_size": 2, "pp_size": 2, "ep_size": 2}
 STEPS = {"max_steps": 4, "global_batch_size": 8, "local_batch_size": 2, "warmup_steps": 0}

@@ -75,7 +75,7 @@ def served(cluster: Path) -> Iterator[str]:
         process.wait()
 
 
-def until(condition: Any, what: str, limit: float = 30.0) -> Any:
+def until(condition: Any, what: str, limit: float = 120.0) -> Any:
     deadline = time.monotonic() + limit
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {limit:g} s: {what}"
@@ -86,7 +86,7 @@ def until(condition: Any, what: str, limit: float = 30.0) -> Any:
 def get(url: str, token: str = "") -> tuple[int, str]:
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, ""
@@ -135,10 +135,9 @@ def test_a_real_prometheus_scrapes_it(cluster: Path, served: str, tmp_path: Path
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address=127.0.0.1:{port}"],
-        stderr=(tmp_path / "log").open("wb"),
-    )  # fmt: skip
+    command = ["prometheus", f"--config.file={file}", f"--storage.tsdb.path={tmp_path}/data"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stderr=log)
 
     def answer(query: str) -> Any:
         try:

@@ -20,7 +20,7 @@ from raylaunch.plan import memory, shape, shards
 from raylaunch.trainers import models, parallel
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 60.0
+SECONDS = 240.0  # of a machine that is busy with other things
 
 SMALL = {"dim": 128, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 512}
 WIDE = {"dim": 192, "n_layers": 8, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 768, "vocab_size": 1024}
@@ -49,6 +49,9 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "moving average": (1, {"model": WIDE, "rows": 1, "tokens": 32, "optimizer": {"ema": 0.9}}),
     "padded experts": (2, {"model": EXPERTS | {"n_experts": 3, "ffn_dim": 768}, "rows": 1, "tokens": 32}),
 }
+
+GATE = {"dense", "experts", "tensor parallel", "logits", "sharded"}
+"""One of each kind; the others are for `make test-long`."""
 
 
 class Workers:
@@ -80,8 +83,8 @@ class Workers:
 
     def close(self) -> None:
         for process in self._processes:
-            process.kill()
-            process.wait()
+            with process:  # closes its pipes
+                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +103,9 @@ def most_of(steps: list[tuple[int, int]], world: int) -> int:
     return min(most - begin for begin, most in steps) + steps[0][0]
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in GATE else pytest.param(name, marks=pytest.mark.long) for name in CASES]
+)
 def test_the_modelled_peak_is_the_real_one(
     pair: Workers, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -144,6 +148,7 @@ def test_parameters_are_those_of_the_real_model(model: dict[str, Any]) -> None:
     assert shape.of(config).parameters["total"] == sum(p.numel() for p in real.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen2Config", "Qwen3Config", "MistralConfig"])
 @pytest.mark.parametrize("lora", [0, 4])
 def test_parameters_are_those_of_transformers(tmp_path: Path, kind: str, lora: int) -> None:

@@ -73,6 +73,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made.close()
 
 
+@pytest.mark.long
 def test_training_reads_shards_at_a_url_as_if_they_were_here(
     run: Run, straight: Run, server: Server, text: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,8 @@ from raylaunch.errors import RunError
 from raylaunch.sandbox.procs import wait_for
 from raylaunch.tracking import follow, sinks
 
+PATIENCE = 120.0
+
 
 @pytest.fixture(autouse=True)
 def _files_for_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +54,7 @@ def passed_on(run: Path, name: str) -> int:
 
 def until_passed_on(run: Path, *names: str) -> None:
     size = (run / state.METRICS_FILE).stat().st_size
-    wait_for(f"{names} have it all", lambda: all(passed_on(run, name) == size for name in names), 60)
+    wait_for(f"{names} have it all", lambda: all(passed_on(run, name) == size for name in names), PATIENCE)
 
 
 def tensorboard(run: Path) -> dict[int, float]:
@@ -71,8 +73,8 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
     report(run, range(1, 11))
     first = begin(run)
     until_passed_on(run, "tensorboard", "mlflow")
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    with first:  # closes its stdin
+        first.send_signal(signal.SIGKILL)
     report(run, range(8, 21), attempt=2)
     beside.end(begin(run))
     found = tensorboard(run)
@@ -89,6 +91,7 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
     assert one.data.params["model.dim"] == "128" and not any("slurm" in key for key in one.data.params)
 
 
+@pytest.mark.long
 def test_wandb_offline_is_one_run(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", wandb={"project": "tests", "mode": "offline"})
     report(run, range(1, 4))
@@ -103,6 +106,7 @@ def test_wandb_offline_is_one_run(tmp_path: Path) -> None:
         assert [loss in text for text in told] == [step < 4, step >= 4]
 
 
+@pytest.mark.long
 def test_a_tracker_that_fails_does_not_keep_the_others_waiting(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     run = a_run(

@@ -19,6 +19,8 @@ from raylaunch.checkpoint import store
 from raylaunch.config import StepSchedulerConfig
 from raylaunch.trainers.optim import learning_rate
 
+LONG = pytest.mark.long
+
 
 def saves(run: Run, beside: str | None) -> None:
     """Where this run's saves are made; None: in the step."""
@@ -48,18 +50,18 @@ def test_the_curve_is_the_same_at_any_world_size(run: Run, straight: Run, world_
 @pytest.mark.parametrize(
     ("plan", "world_size", "local"),
     [
-        ({"strategy": "ddp"}, 2, 1),
-        ({"strategy": "ddp"}, 3, 3),
-        ({"strategy": "hsdp"}, 4, 2),
-        ({"strategy": "hsdp"}, 2, 2),
-        ({"strategy": "hsdp"}, 3, 1),
+        pytest.param(*({"strategy": "ddp"}, 2, 1), marks=LONG),
+        pytest.param(*({"strategy": "ddp"}, 3, 3), marks=LONG),
+        pytest.param(*({"strategy": "hsdp"}, 4, 2), marks=LONG),
+        pytest.param(*({"strategy": "hsdp"}, 2, 2), marks=LONG),
+        pytest.param(*({"strategy": "hsdp"}, 3, 1), marks=LONG),
         ({"tp_size": 2}, 2, 2),
-        ({"tp_size": 2, "strategy": "ddp"}, 4, 4),
-        ({"cp_size": 2}, 4, 1),
+        pytest.param(*({"tp_size": 2, "strategy": "ddp"}, 4, 4), marks=LONG),
+        pytest.param(*({"cp_size": 2}, 4, 1), marks=LONG),
         ({"cp_size": 2, "tp_size": 2, "activation_checkpointing": "full"}, 4, 4),
-        ({"pp_size": 2}, 2, 1),
-        ({"pp_size": 2, "strategy": "hsdp"}, 4, 1),
-        ({"pp_size": 2, "tp_size": 2}, 4, 2),
+        pytest.param(*({"pp_size": 2}, 2, 1), marks=LONG),
+        pytest.param(*({"pp_size": 2, "strategy": "hsdp"}, 4, 1), marks=LONG),
+        pytest.param(*({"pp_size": 2, "tp_size": 2}, 4, 2), marks=LONG),
     ],
     ids=str,
 )
@@ -70,27 +72,43 @@ def test_the_curve_is_the_same_under_any_plan(
     assert_same_curve(run.train(world_size, local_world_size=local), straight)
 
 
-def test_saved_under_one_plan_and_resumed_under_others(run: Run, straight: Run) -> None:
-    plans: list[tuple[dict[str, Any], int]] = [
-        ({}, 3), ({"strategy": "hsdp"}, 4), ({"tp_size": 2}, 4), ({"cp_size": 2, "pp_size": 2}, 4), ({}, 2),
-    ]  # fmt: skip
-    for plan, world_size in plans:
+@pytest.mark.parametrize(
+    "plans",
+    [
+        [({"tp_size": 2}, 2), ({}, 3)],
+        pytest.param(
+            [({}, 3), ({"strategy": "hsdp"}, 4), ({"tp_size": 2}, 4), ({"cp_size": 2, "pp_size": 2}, 4), ({}, 2)],
+            marks=LONG,
+        ),
+    ],
+    ids=len,
+)
+def test_saved_under_one_plan_and_resumed_under_others(
+    run: Run, straight: Run, plans: list[tuple[dict[str, Any], int]]
+) -> None:
+    *first, last = plans
+    for plan, world_size in first:
         run.config["distributed"] = plan
-        run.train(world_size, local_world_size=2, **({"stop_at": 2} if plan or world_size == 3 else {}))
-    assert [e["step"] for e in run.events("resumed")] == [2, 4, 6, 8]
+        run.train(world_size, local_world_size=2, stop_at=2)
+    run.config["distributed"] = last[0]
+    run.train(last[1])
+    assert [e["step"] for e in run.events("resumed")] == [2 * (n + 1) for n in range(len(first))]
     assert_same_curve(run, straight)
 
 
+@pytest.mark.long
 def test_a_world_that_the_plan_cannot_use(run: Run) -> None:
     run.config["distributed"] = {"tp_size": 2}
     assert all("3 workers are no multiple" in error for error in run.attempt(3))
 
 
+@pytest.mark.long
 def test_hsdp_wants_nodes_that_are_alike(run: Run) -> None:
     run.config["distributed"] = {"strategy": "hsdp"}
     assert all("as many workers on every node" in error for error in run.attempt(3, local_world_size=2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["selective", "full"])
 def test_what_is_computed_again_is_the_same(run: Run, straight: Run, what: str) -> None:
     run.config["distributed"] = {"activation_checkpointing": what}
@@ -117,6 +135,7 @@ def test_schedules() -> None:
     assert rates("wsd", lr_decay_steps=8)[12:] == pytest.approx([1 - 0.9 * i / 8 for i in range(9)])
 
 
+@pytest.mark.long
 def test_more_workers_than_samples(run: Run, straight: Run) -> None:
     run.config["step_scheduler"]["max_steps"] = 3
     run.train(3, global_batch_size=2)
@@ -137,7 +156,7 @@ def test_stop_then_resume_with_another_number_of_workers(run: Run, straight: Run
     assert run.outcome() == {"outcome": "finished", "step": 10}
 
 
-@pytest.mark.parametrize("beside", [None, "thread", "process"])
+@pytest.mark.parametrize("beside", [None, pytest.param("thread", marks=LONG), "process"])
 def test_resume_at_the_same_size_is_bitwise_the_same(run: Run, straight: Run, beside: str | None) -> None:
     saves(run, beside)
     run.train(2, stop_at=5)
@@ -145,10 +164,11 @@ def test_resume_at_the_same_size_is_bitwise_the_same(run: Run, straight: Run, be
     assert_same_curve(run, straight, rel=0)
 
 
+@pytest.mark.long
 def test_a_save_in_the_background_holds_the_step_it_was_made_at(run: Run, straight: Run) -> None:
     """Training goes on while it is written: nothing of the later steps may get into it."""
     run.config["checkpoint"]["async_save"] = True
-    run.train(2, slow_save=0.6)
+    run.train(2, held_save=1)
     assert run.commits() == [3, 6, 9, 10]
     assert run.events("commit")[0]["time"] > run.metrics("time")[4]  # it really was in the background
     for step in (6, 9, 10):
@@ -159,6 +179,7 @@ def test_a_save_in_the_background_holds_the_step_it_was_made_at(run: Run, straig
     assert_same_curve(run, straight, first=4, rel=0)
 
 
+@pytest.mark.long
 def test_only_the_newest_checkpoints_are_kept(run: Run) -> None:
     run.config["checkpoint"]["keep_last_n_checkpoints"] = 2
     run.train(1)
@@ -166,6 +187,7 @@ def test_only_the_newest_checkpoints_are_kept(run: Run) -> None:
     assert len(list(run.checkpoints.iterdir())) == 2
 
 
+@pytest.mark.long
 def test_a_finished_run_has_nothing_left_to_do(run: Run) -> None:
     run.config["step_scheduler"]["max_steps"] = 3
     run.train(1).train(2)
@@ -186,7 +208,7 @@ def test_a_worker_killed_while_saving_costs_that_save_only(run: Run, straight: R
 # Saves that fail.
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [False, pytest.param(True, marks=LONG)])
 def test_a_full_disk_on_one_rank_costs_that_save_only(run: Run, straight: Run, async_save: bool) -> None:
     run.config["checkpoint"]["async_save"] = async_save
     run.train(2, full_in_saves=[2])
@@ -197,6 +219,7 @@ def test_a_full_disk_on_one_rank_costs_that_save_only(run: Run, straight: Run, a
     assert_same_curve(run, straight, rel=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_commit_that_fails_on_rank_0_alone_costs_that_save_only(run: Run, async_save: bool) -> None:
     run.config["checkpoint"]["async_save"] = async_save
@@ -206,6 +229,7 @@ def test_a_commit_that_fails_on_rank_0_alone_costs_that_save_only(run: Run, asyn
     assert failed["step"] == 3 and "Read-only file system" in failed["error"]
 
 
+@pytest.mark.long
 def test_the_last_save_is_tried_again(run: Run) -> None:
     run.config["step_scheduler"]["max_steps"] = 3
     run.train(2, full_in_saves=[1], commit_fails=[1])
@@ -213,6 +237,7 @@ def test_the_last_save_is_tried_again(run: Run) -> None:
     assert ["No space" in e["error"] for e in run.events("checkpoint_failed")] == [True, False]
 
 
+@pytest.mark.long
 def test_the_last_save_is_not_tried_for_ever(run: Run) -> None:
     for error in run.attempt(2, stop_at=2, full_in_saves=[1, 2, 3, 4], patience=0.2):
         assert error.startswith("StateError: cannot write checkpoint") and "No space left" in error
@@ -220,7 +245,7 @@ def test_the_last_save_is_not_tried_for_ever(run: Run) -> None:
     assert run.outcome() is None
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [False, pytest.param(True, marks=LONG)])
 def test_a_fenced_attempt_ends_at_once_on_all_ranks(run: Run, async_save: bool) -> None:
     run.config["checkpoint"]["async_save"] = async_save
     for error in run.attempt(2, fence_in_commit=2):
@@ -236,11 +261,13 @@ def test_a_resize_waits_for_the_next_commit(run: Run, straight: Run) -> None:
     assert_same_curve(run, straight)
 
 
+@pytest.mark.long
 def test_a_resize_may_be_withdrawn(run: Run) -> None:
     run.train(2, resize_at=4, resize_until=6)
     assert run.outcome() == {"outcome": "finished", "step": 10}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("async_save", [False, True])
 def test_a_resize_waits_for_a_commit_that_works(run: Run, async_save: bool) -> None:
     run.config["checkpoint"]["async_save"] = async_save
@@ -260,6 +287,7 @@ def flip_a_bit(path: Path) -> None:
 # Saves in a process beside the worker, which the tests' workers cannot be made to fail in: real failures.
 
 
+@pytest.mark.long
 def test_a_process_saves_what_a_thread_does(run: Run, straight: Run) -> None:
     """Under another plan than the one that reads it, with experts' and plain tensors' shards."""
     saves(run, "process")
@@ -273,6 +301,7 @@ def test_a_process_saves_what_a_thread_does(run: Run, straight: Run) -> None:
     assert_same_curve(run, straight)
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_a_process_that_save_only(run: Run, straight: Run) -> None:
     saves(run, "process")
     run.config["step_scheduler"]["max_steps"] = 9
@@ -283,6 +312,7 @@ def test_a_full_disk_costs_a_process_that_save_only(run: Run, straight: Run) -> 
         assert run.commits() == []
 
 
+@pytest.mark.long
 def test_a_process_that_is_killed_ends_the_attempt(run: Run, straight: Run) -> None:
     """On all ranks, whose own processes are told by their connections; the next attempt has new ones."""
     saves(run, "process")
@@ -295,6 +325,7 @@ def test_a_process_that_is_killed_ends_the_attempt(run: Run, straight: Run) -> N
     assert run.commits() == [3, 6, 9, 10]
 
 
+@pytest.mark.long
 def test_a_fenced_process_does_not_commit(run: Run) -> None:
     saves(run, "process")
     for error in run.attempt(2, fence_at=7):
@@ -302,7 +333,7 @@ def test_a_fenced_process_does_not_commit(run: Run) -> None:
     assert 3 in run.commits() and 9 not in run.commits()
 
 
-@pytest.mark.parametrize("damage", ["flipped bit", "torn commit"])
+@pytest.mark.parametrize("damage", ["flipped bit", pytest.param("torn commit", marks=LONG)])
 def test_a_bad_checkpoint_is_named_set_aside_and_done_without(run: Run, straight: Run, damage: str) -> None:
     run.train(2, stop_at=7)
     newest = run.checkpoints / "step-00000007"
@@ -320,6 +351,7 @@ def test_a_bad_checkpoint_is_named_set_aside_and_done_without(run: Run, straight
     assert_same_curve(run, straight, rel=0)
 
 
+@pytest.mark.long
 def test_when_no_checkpoint_verifies_the_run_begins_anew(run: Run, straight: Run) -> None:
     run.train(2, stop_at=4)
     for commit in store.committed(run.checkpoints):
@@ -330,6 +362,7 @@ def test_when_no_checkpoint_verifies_the_run_begins_anew(run: Run, straight: Run
     assert_same_curve(run, straight, rel=0)
 
 
+@pytest.mark.long
 def test_one_rank_alone_does_not_condemn_a_checkpoint(run: Run) -> None:
     run.train(2, stop_at=4)
     run.train(2, blind_rank=1)
@@ -340,7 +373,7 @@ def test_one_rank_alone_does_not_condemn_a_checkpoint(run: Run) -> None:
 # Numbers that are none.
 
 
-@pytest.mark.parametrize("bad_gradient", [False, True])
+@pytest.mark.parametrize("bad_gradient", [False, pytest.param(True, marks=LONG)])
 def test_a_loss_that_is_no_number_ends_the_attempt_unsaved(run: Run, bad_gradient: bool) -> None:
     for error in run.attempt(2, nan_at=[3], bad_gradient=bad_gradient):
         assert error.startswith("RunError: step 3: loss") and "optimizer.lr" in error
@@ -350,7 +383,7 @@ def test_a_loss_that_is_no_number_ends_the_attempt_unsaved(run: Run, bad_gradien
     assert event["what"] == ("gradient" if bad_gradient else "loss")
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize("policy", ["skip", pytest.param("rollback", marks=LONG)])
 def test_one_bad_batch_is_left_out(run: Run, straight: Run, policy: str) -> None:
     """The same either way: all steps but one, and the steps before it as if nothing had been."""
     run.config["optimizer"]["on_nonfinite"] = policy
@@ -368,6 +401,7 @@ def test_one_bad_batch_is_left_out(run: Run, straight: Run, policy: str) -> None
     assert written == 11 + (1 if policy == "rollback" else 0)  # step 4 came again; and two validations
 
 
+@pytest.mark.long
 def test_skip_and_rollback_come_to_the_same(run: Run) -> None:
     other = Run(run.directory / "other", Path(run.config["data"]["text"][0]), run._workers)
     state.make_dir(other.directory)
@@ -378,6 +412,7 @@ def test_skip_and_rollback_come_to_the_same(run: Run) -> None:
     assert [e["step"] for e in other.events("nonfinite")] == [2, 5, 6]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_too_many_bad_steps_in_a_row_end_the_attempt(run: Run, policy: str) -> None:
     run.config["step_scheduler"].update(max_steps=20, val_every_steps=0)
@@ -388,6 +423,7 @@ def test_too_many_bad_steps_in_a_row_end_the_attempt(run: Run, policy: str) -> N
     assert actions == [*((step, policy) for step in range(5, 15)), (15, "stop")]
 
 
+@pytest.mark.long
 def test_random_numbers_are_those_of_the_step(run: Run) -> None:
     """A model with dropout, stopped and resumed, is bitwise the one that was not."""
     other = Run(run.directory / "other", Path(run.config["data"]["text"][0]), run._workers)
@@ -397,6 +433,7 @@ def test_random_numbers_are_those_of_the_step(run: Run) -> None:
     assert_same_curve(other, run, rel=0)
 
 
+@pytest.mark.long
 def test_progress_is_told_on_every_rank(run: Run) -> None:
     run.config["step_scheduler"]["max_steps"] = 5
     run.train(2, record_progress=True)
@@ -410,6 +447,7 @@ def test_progress_is_told_on_every_rank(run: Run) -> None:
         assert {(3, "save"), (5, "save"), (5, "validate")} <= set(told)
 
 
+@pytest.mark.long
 def test_a_window_of_steps_is_traced_on_every_rank(run: Run) -> None:
     run.config["step_scheduler"]["max_steps"] = 4
     run.config["logging"] = {"profile_steps": [2, 3]}
@@ -422,6 +460,7 @@ def test_a_window_of_steps_is_traced_on_every_rank(run: Run) -> None:
     assert (told["first"], told["last"]) == (2, 3)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_batch_size_is_refused(run: Run) -> None:
     run.config["step_scheduler"]["max_steps"] = 3
     run.train(2)
@@ -429,6 +468,7 @@ def test_a_checkpoint_of_another_batch_size_is_refused(run: Run) -> None:
         assert "global_batch_size: 8 → 4" in error
 
 
+@pytest.mark.long
 def test_bfloat16_learns_too(run: Run, straight: Run) -> None:
     run.config["distributed"] = {"dtype": "bfloat16"}
     run.train(2)

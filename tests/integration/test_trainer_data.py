@@ -21,12 +21,14 @@ from raylaunch.trainers import corpus, data, datasets, fsdp, parallel
 from raylaunch.trainers.model import Decoder
 
 
+@pytest.mark.long
 def test_missing_text_is_an_error_on_every_rank(run: Run, tmp_path: Path) -> None:
     run.config["data"]["text"] = [str(tmp_path / "nothing")]
     for error in run.attempt(3):
         assert error.startswith("RunError") and "nothing matches" in error
 
 
+@pytest.mark.long
 def test_too_little_text_is_an_error_on_every_rank(run: Run) -> None:
     run.config["data"]["seq_len"] = 100_000
     for error in run.attempt(2):
@@ -92,6 +94,7 @@ def test_a_prepared_dataset_reads_as_one_row(tmp_path: Path) -> None:
             assert row.read(start, length).tolist() == whole[start : start + length]
 
 
+@pytest.mark.long
 def test_training_on_a_prepared_dataset(run: Run, straight: Run, text: Path, tmp_path: Path) -> None:
     """The same tokens are the same losses, and another dataset is refused when a run goes on."""
     run.config["data"] = {"prepared": prepared(text, tmp_path / "out"), "seq_len": 32, "val_fraction": 0.1}
@@ -168,6 +171,7 @@ def test_training_on_a_mixture(mixed: Run, tmp_path: Path, workers: Workers) -> 
     assert all("another order of samples" in error for error in mixed.attempt(2))
 
 
+@pytest.mark.long
 def test_a_dataset_of_its_own_to_validate_on(run: Run, straight: Run, text: Path, tmp_path: Path) -> None:
     """Nothing of the text is held out then."""
     other = tmp_path / "other.txt"
@@ -193,6 +197,7 @@ def test_two_tokenizers_do_not_mix(run: Run, text: Path, tmp_path: Path) -> None
             fsdp.check(Config.model_validate(run.config))
 
 
+@pytest.mark.long
 def test_the_loss_counts_the_answers_alone_and_conversations_do_not_see_each_other(run: Run, tmp_path: Path) -> None:
     """Gradients too: those of the mean over what counts, whoever has how much of it."""
     rows = [{"prompt": f"{n} and {n}?", "completion": f"That is {2 * n}."} for n in range(300)]
@@ -245,6 +250,7 @@ def test_conversations_are_the_same_at_any_size_and_under_any_plan(run: Run, tmp
     assert_same_curve(run.train(3), other.train(4))
 
 
+@pytest.mark.long
 def test_a_billion_samples_are_read_like_a_few(run: Run, text: Path, tmp_path: Path) -> None:
     """One shard under sixty thousand names: nothing is as large as the data."""
     shard = dataset.BATCH_TOKENS

@@ -70,6 +70,7 @@ def with_experts(run: Run) -> Run:
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("plan", "world_size"),
     [({}, 3), ({"ep_size": 2, "activation_checkpointing": "full"}, 2), ({"ep_size": 4, "cp_size": 2}, 4)],
@@ -82,6 +83,7 @@ def test_the_curve_is_the_same_wherever_they_are(
     assert_same_curve(run.train(world_size), straight_mixture)
 
 
+@pytest.mark.long
 def test_saved_under_one_plan_and_resumed_under_another(run: Run, straight_mixture: Run) -> None:
     with_experts(run).config["distributed"] = {"ep_size": 2, "strategy": "hsdp"}
     run.train(4, local_world_size=2, stop_at=5)
@@ -89,6 +91,7 @@ def test_saved_under_one_plan_and_resumed_under_another(run: Run, straight_mixtu
     assert_same_curve(run.train(3), straight_mixture)
 
 
+@pytest.mark.long
 def test_the_balance_loss_evens_the_load_out(run: Run, straight_mixture: Run) -> None:
     with_experts(run).config["model"]["router_aux_loss"] = 0.0
     assert run.train(1).metrics("loss") != straight_mixture.metrics("loss")

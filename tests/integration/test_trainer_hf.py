@@ -17,6 +17,8 @@ from raylaunch.config import Config
 from raylaunch.errors import RunError
 from raylaunch.trainers import data, datasets, fsdp, hf, models
 
+pytestmark = pytest.mark.long
+
 
 def a_llama(directory: Path, **changes: Any) -> Any:
     """A small model of `transformers`' own making, of the shape of `tiny`, saved there."""

@@ -32,6 +32,7 @@ def saved(run: Run, prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [{}, {"activation_checkpointing": "selective"}, {"activation_checkpointing": "full"}])
 def test_a_model_of_ones_own_gives_the_same_curve_at_any_size(
     run: Run, tmp_path_factory: pytest.TempPathFactory, text: Path, workers: Workers, more: dict[str, str]
@@ -46,6 +47,7 @@ def test_a_model_of_ones_own_gives_the_same_curve_at_any_size(
     assert alone.metrics("loss")[10] < alone.metrics("loss")[1]
 
 
+@pytest.mark.long
 def test_documents_are_kept_apart_by_models_that_can(run: Run) -> None:
     run.config["model"] = OWN
     run.config["data"] |= {"document_mask": True}
@@ -74,6 +76,7 @@ def test_what_is_no_model_is_said_before_it_trains(run: Run, model: dict[str, An
         fsdp.check(Config.model_validate(run.config))
 
 
+@pytest.mark.long
 def test_a_model_of_ones_own_is_exported_for_itself(run: Run, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -87,6 +90,7 @@ def test_a_model_of_ones_own_is_exported_for_itself(run: Run, tmp_path: Path) ->
     assert missing == ["head.weight"] and not unexpected  # which is the embedding
 
 
+@pytest.mark.long
 def test_a_moving_average_is_what_its_definition_says_across_sizes_and_attempts(run: Run, straight: Run) -> None:
     """Checkpoints of every step give the parameters; the average is computed from them by hand."""
     decay = 0.7
@@ -113,6 +117,7 @@ def test_a_moving_average_is_what_its_definition_says_across_sizes_and_attempts(
         assert not torch.equal(tensor, now[name]) or "norm" in name
 
 
+@pytest.mark.long
 def test_averages_are_validated_and_exported(run: Run, straight: Run, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -141,12 +146,14 @@ def test_averages_are_validated_and_exported(run: Run, straight: Run, tmp_path: 
     assert run.metrics("val_loss")[10] == pytest.approx(averaged[10], rel=1e-5)
 
 
+@pytest.mark.long
 def test_offloaded_parameters_give_the_same_curve(run: Run, straight: Run) -> None:
     run.config["distributed"] = {"cpu_offload": True}
     run.train(3)
     assert_same_curve(run, straight)
 
 
+@pytest.mark.long
 def test_float8_is_near_at_any_size(
     run: Run, straight: Run, tmp_path_factory: Any, text: Path, workers: Workers
 ) -> None:
@@ -162,6 +169,7 @@ def test_float8_is_near_at_any_size(
     assert run.metrics("loss") != straight.metrics("loss")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("how", ["full", "selective"])
 def test_compiled_blocks_compute_again_what_they_are_told_to(run: Run, straight: Run, how: str) -> None:
@@ -170,6 +178,7 @@ def test_compiled_blocks_compute_again_what_they_are_told_to(run: Run, straight:
     assert_same_curve(run, straight)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_what_was_compiled_is_not_compiled_again(run: Run, straight: Run, tmp_path: Path) -> None:
     """The second attempt has an empty cache of torch's own, as on another node."""
@@ -185,6 +194,7 @@ def test_what_was_compiled_is_not_compiled_again(run: Run, straight: Run, tmp_pa
     assert sorted((run.directory / "compiled").glob("*/*.bin")) == made
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("plan", [{"cp_size": 2}, {"pp_size": 2}, {"ep_size": 2}])
 def test_compiled_plans_compute_what_they_do_without(

@@ -43,7 +43,7 @@ class Terminal:
         )  # fmt: skip
         os.close(there)
 
-    def until(self, words: str, limit: float = 30.0) -> None:
+    def until(self, words: str, limit: float = 120.0) -> None:
         """Read on until it shows them."""
         shown, deadline = "", time.monotonic() + limit
         while words not in shown:

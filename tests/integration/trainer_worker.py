@@ -1,8 +1,8 @@
-"""One worker process of the trainer's tests: stays alive and runs the cases it is told to.
+"""The workers of the trainer's tests: this process imports torch once, and forks one process per rank for each case.
 
-`test_trainer.Workers` writes one JSON line per case to stdin and reads one line back when the case
-is over; processes are reused because importing torch takes seconds. A process whose rank lies outside
-the case's world answers at once. Faults that a case may ask for are in the `arrange_…` functions.
+`attempts.Workers` writes one JSON line per case to stdin and reads one line back when the case is over: the error of
+each rank. A case's processes are fresh, so that nothing of torch's caches, random numbers or patches outlives it.
+Faults that a case may ask for are in the `arrange_…` functions.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import select
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
@@ -33,23 +35,9 @@ from raylaunch.trainers import fsdp
 from raylaunch.trainers.data import Loader
 from raylaunch.trainers.model import FeedForward
 
-_ORIGINALS = (
-    (FileSystemWriter, "write_data"),
-    (store, "commit"),
-    (digests, "check"),
-    (Loader, "training"),
-    (fsdp, "summed_loss"),
-    (FeedForward, "forward"),
-    (fsdp, "PATIENCE_AT_END"),
-    (fsdp, "PATIENCE_AT_STOP"),
-)
-ORIGINALS = [(owner, name, getattr(owner, name)) for owner, name in _ORIGINALS]
-
 
 def arrange_faults(case: dict[str, Any], session: Session) -> None:
-    """What the case asks for, and nothing of the case before it."""
-    for owner, name, value in ORIGINALS:
-        setattr(owner, name, value)
+    """What the case asks for."""
     arrange_stops(case, session)
     arrange_saves(case, session)
     arrange_numbers(case, session)
@@ -89,8 +77,8 @@ def arrange_stops(case: dict[str, Any], session: Session) -> None:
 
 def arrange_saves(case: dict[str, Any], session: Session) -> None:
     """`kill_in_save` / `full_in_saves`: rank 1 dies, or finds the disk full, while it writes its part of that
-    save (or those) of the attempt; `slow_save`: seconds that every write takes longer; `commit_fails`: commits
-    that rank 0's storage refuses; `fence_in_commit`: the commit just before which somebody newer takes over.
+    save (or those) of the attempt; `held_save`: the save whose writes wait until the training has done another step;
+    `commit_fails`: commits that rank 0's storage refuses; `fence_in_commit`: the commit just before which somebody newer takes over.
 
     Of a process that saves beside the worker: `kill_saver_at`: the step in which rank 1's is killed; `fence_at`: the one
     in which somebody newer takes over."""
@@ -99,7 +87,9 @@ def arrange_saves(case: dict[str, Any], session: Session) -> None:
 
     def faulty_write(*args: Any, **kwargs: Any) -> Any:
         save = next(saves)
-        time.sleep(case.get("slow_save", 0.0))
+        began = session.step
+        while save == case.get("held_save") and session.step <= began:
+            time.sleep(0.01)
         if session.rank == 1 and save == case.get("kill_in_save"):
             os.kill(os.getpid(), signal.SIGKILL)
         if session.rank == 1 and save in case.get("full_in_saves", ()):
@@ -120,7 +110,7 @@ def arrange_saves(case: dict[str, Any], session: Session) -> None:
         if phase == "step" and session.rank == 1 and step == case.get("kill_saver_at"):
             living = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
             savers = [p for p in living if "raylaunch.checkpoint.process" in p.cmdline()]
-            max(savers, key=psutil.Process.create_time).kill()  # others are of cases that ended by an error
+            max(savers, key=psutil.Process.create_time).kill()
         if phase == "step" and session.rank == 0 and step == case.get("fence_at"):
             store.fence(session.checkpoint_dir, session.incarnation + 1, 1)
         progress(step, phase)
@@ -197,23 +187,50 @@ def run_case(case: dict[str, Any], rank: int) -> None:
         dist.destroy_process_group()
 
 
+def error_of(case: dict[str, Any], rank: int) -> str:
+    try:
+        run_case(case, rank)
+    except Exception as raised:  # noqa: BLE001  the test looks at it
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def fork(case: dict[str, Any], rank: int) -> tuple[int, int]:
+    """A worker for that rank: its pid, and a file descriptor with its answer."""
+    reader, writer = os.pipe()
+    if pid := os.fork():
+        os.close(writer)
+        return pid, reader
+    try:
+        os.write(writer, json.dumps({"error": error_of(case, rank)}).encode())
+    finally:
+        os._exit(0)
+
+
+def answer(pid: int, reader: int, deadline: float) -> str:
+    """The error that the worker ends with, "died" without a word of it."""
+    with os.fdopen(reader) as words:
+        if not select.select([words], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return "no answer"
+        said = words.read()
+    os.waitpid(pid, 0)
+    error: str = json.loads(said)["error"] if said else "died"
+    return error
+
+
 def main() -> None:
     # Answers have a pipe to themselves: gloo prints to stdout.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.use_deterministic_algorithms(True)
-    rank = int(os.environ["RANK"])
+    pyarrow.array([0]).to_numpy()  # imports pandas: here rather than in each worker
     for line in sys.stdin:
         case = json.loads(line)
-        error = ""
-        if rank < case["world_size"]:
-            try:
-                run_case(case, rank)
-            except Exception as raised:  # noqa: BLE001  the test looks at it
-                error = f"{type(raised).__name__}: {raised}"
-        answers.write(json.dumps({"error": error}) + "\n")
-        if case["ends"]:
-            return
+        workers = [fork(case, rank) for rank in range(case["world_size"])]
+        deadline = time.monotonic() + case["limit"]
+        answers.write(json.dumps([answer(*worker, deadline) for worker in workers]) + "\n")
 
 
 if __name__ == "__main__":

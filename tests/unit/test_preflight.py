@@ -527,7 +527,7 @@ def test_asking_a_peer_for_the_time() -> None:
     place = Place(index=3, node="n3", address="127.0.0.3", port=lease.ports.control, store=1)
     try:
         found = peers.ask_all([place, place.model_copy(update={"index": 4, "port": lease.ports.gcs})], "secret")
-        assert not found[3].error and found[3].seconds < 5 and abs(found[3].ahead) < 1
+        assert not found[3].error and abs(found[3].ahead) <= found[3].seconds  # the same clock, read on the way
         assert "refused" in found[4].error
         assert peers.ask(place, "wrong").error
     finally:
