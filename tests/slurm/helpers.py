@@ -45,7 +45,7 @@ __all__ = [
 
 BIN = Path(sys.executable).parent
 NOBODY = 65534
-LIMIT = float(os.environ.get("RAYLAUNCH_TEST_PATIENCE", "150"))
+LIMIT = float(os.environ.get("RAYLAUNCH_TEST_PATIENCE", "300"))
 """Seconds that a command or a wait gets; far more than any needs on a busy machine."""
 SLURM_COMMANDS = ("sacct", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 

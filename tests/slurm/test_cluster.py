@@ -538,7 +538,7 @@ def test_the_script_is_what_is_submitted(site: Site) -> None:
         "  setup: ['echo \"hello\"']\n  comment: two words\n  time: 1:30:00\n  exclude: node4\n"
     )
     options = ["-c", config, "--name", "shown", "--nodes", "2:3", "--mem", "2G"]
-    options += ["--", "--dependency", "singleton"]
+    options += ["--", "--dependency", "singleton", "--hold"]
     env = {"OUR_SECRET": SECRET}
     shown = site.run("up", "--dry-run", *options, env=env).expect(0)
     assert site.run("script", *options, env=env).expect(0).out == shown.out
@@ -574,7 +574,7 @@ def test_the_script_is_what_is_submitted(site: Site) -> None:
 
 def test_two_at_once(site: Site) -> None:
     """Of one name: one comes up, the other is refused; never half of each."""
-    commands = [site.start("up", "--name", "race", "--nodes", 1, "--no-wait") for _ in range(2)]
+    commands = [site.start("up", "--name", "race", "--nodes", 1, "--no-wait", "--", "--hold") for _ in range(2)]
     done = sorted((command.ended() for command in commands), key=lambda one: one.code)
     assert [one.code for one in done] == [0, 2] and "race" in done[1].err, [str(one) for one in done]
     assert len(site.jobs()) == 1
@@ -584,7 +584,7 @@ def test_two_at_once(site: Site) -> None:
 
 def test_down_all(site: Site) -> None:
     for name in ("one", "two"):
-        site.run("up", "--name", name, "--nodes", 1, "--no-wait").expect(0)
+        site.run("up", "--name", name, "--nodes", 1, "--no-wait", "--", "--hold").expect(0)
     assert {row["name"] for row in site.status()["clusters"] if row["state"] != "down"} == {"one", "two"}
     site.run("down").expect(2, "one", "two", "--all")
     site.run("down", "one", "--all").expect(2)

@@ -19,7 +19,7 @@ from raylaunch import state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
-STEPS = 40
+STEPS = 20
 EVERY = 5
 """Steps between commits."""
 ALONE = ("--set", "elastic.replace=false", "--set", "elastic.max_requeues=0")
@@ -106,7 +106,7 @@ def test_metrics_of_a_run(main: Up, reference: Smooth) -> None:
     assert {(row["world_size"], row["attempt"]) for row in steps} == {(3, 1)}
     assert [row["tokens"] for row in steps] == [step * 10 * 64 for step in range(1, STEPS + 1)]
     losses = reference.losses
-    assert losses[STEPS] < 0.9 * losses[1] and abs(losses[1] - 5.58) < 0.3  # ln 264 at first
+    assert losses[STEPS] < 0.95 * losses[1] and abs(losses[1] - 5.58) < 0.3  # ln 264 at first
     assert [row["step"] for row in rows if "val_loss" in row] == [STEPS]
 
 
