@@ -106,7 +106,7 @@ def test_metrics_of_a_run(main: Up, reference: Smooth) -> None:
     assert {(row["world_size"], row["attempt"]) for row in steps} == {(3, 1)}
     assert [row["tokens"] for row in steps] == [step * 10 * 64 for step in range(1, STEPS + 1)]
     losses = reference.losses
-    assert losses[STEPS] < 0.95 * losses[1] and abs(losses[1] - 5.58) < 0.3  # ln 264 at first
+    assert losses[STEPS] < 0.9 * losses[1] and abs(losses[1] - 5.58) < 0.3  # ln 264 at first
     assert [row["step"] for row in rows if "val_loss" in row] == [STEPS]
 
 
@@ -238,6 +238,7 @@ def test_a_killed_node_then_other_sizes(site: Site) -> None:
 # --- handing over, letting go, ending ------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_stopped_and_begun_anew(main: Up) -> None:
     """`stop` saves the run and leaves the cluster; `--fresh` keeps the old run aside."""
     site, config = main.site, write_config(main.site, "anew", step_scheduler={"max_steps": 5000})
