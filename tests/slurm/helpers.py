@@ -30,6 +30,7 @@ from raylaunch.sandbox.procs import wait_for
 
 __all__ = [
     "BIN",
+    "LIMIT",
     "NOBODY",
     "Command",
     "Done",

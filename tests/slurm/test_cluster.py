@@ -473,7 +473,7 @@ def test_an_old_lifes_leftovers_are_cleaned(site: Site, cluster: Callable[..., D
 @pytest.fixture
 def full(site: Site) -> Iterator[None]:
     """All four nodes belong to somebody else."""
-    what = ["-N4", "--exclusive", "-t5", "-o/dev/null", "--wrap", "sleep 300"]
+    what = ["-N4", "--exclusive", "-t60", "-o/dev/null", "--wrap", "sleep infinity"]
     job = site.slurm("sbatch", "--parsable", *what).strip()
     wait_for("the queue full", lambda: f"{job} RUNNING" in site.jobs(), LIMIT)
     yield
