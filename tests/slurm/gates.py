@@ -9,7 +9,7 @@ from raylaunch.config import Config, TrainerConfig
 from raylaunch.entry import function
 from raylaunch.session import Session
 
-GATES = (11, 41)
+GATES = (11, 21)
 """Steps done. RUN_DIR/at-N says that the run waits there, RUN_DIR/go-N lets it pass; so does a request to stop."""
 
 
