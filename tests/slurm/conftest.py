@@ -20,6 +20,7 @@ GROUNDS = {"busy": "slurm-main", "idle": "slurm-idle"}
 """Fixture → the xdist group of the tests that use it: what is shared lives in one process."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a sandbox run one after the other; where no sandbox can be made, they are skipped by a mark:
     pytest then says why in one line a file."""
