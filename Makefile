@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env  ## two local nodes, one language model, a visibly lower loss
 	@BIN=$(BIN) sh examples/stdlib-lm/demo.sh
 
-# Two files of tests at a time, in the order of pyproject's testpaths: the longest begins first.
-PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20
+# Two groups of tests at a time (files, or what shares a cluster), in the order of pyproject's testpaths: the longest begins first.
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20
 
 test: env packages  ## the gate: what a change must pass (12 minutes; the Slurm tests where root and Debian's packages can be had)
 	$(PYTEST) -m "not long"

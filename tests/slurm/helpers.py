@@ -30,6 +30,7 @@ from raylaunch.sandbox.procs import wait_for
 
 __all__ = [
     "BIN",
+    "LIMIT",
     "NOBODY",
     "Command",
     "Done",
@@ -45,8 +46,9 @@ __all__ = [
 
 BIN = Path(sys.executable).parent
 NOBODY = 65534
-LIMIT = 150.0
-"""Seconds that a command gets; far more than any needs on a busy machine."""
+LIMIT = float(os.environ.get("RAYLAUNCH_TEST_PATIENCE", "300"))
+"""Seconds that a command or a wait gets; far more than any needs on a busy machine."""
+SLURM_COMMANDS = ("sacct", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,19 @@ class Site:
 
     # -- looking ---------------------------------------------------------------------------------
 
+    @contextmanager
+    def slurm_calls(self) -> Iterator[tuple[dict[str, str], list[str]]]:
+        """An environment for `run` in which Slurm's commands are written down, and the list of them, filled at the end."""
+        calls: list[str] = []
+        with tempfile.TemporaryDirectory(dir=self.state / "home") as place:
+            log, path = Path(place, "log"), self.env["PATH"]
+            for command in SLURM_COMMANDS:
+                shim = Path(place, command)
+                shim.write_text(f'#!/bin/sh\necho "{command} $*" >> {log}\nPATH={path!r} exec {command} "$@"\n')
+                shim.chmod(0o755)
+            yield {"PATH": f"{place}{os.pathsep}{path}"}, calls
+            calls += log.read_text().splitlines() if log.exists() else []
+
     def cluster(self, name: str) -> Path:
         return state.cluster_dir(self.state, name)
 
@@ -273,7 +288,7 @@ class Site:
             if not row[2].startswith(("slurmd ", "ps -ww")) and "<defunct>" not in row[2]
         ]
 
-    def wait_clean(self, limit: float = 15.0) -> None:
+    def wait_clean(self, limit: float = LIMIT) -> None:
         """Nothing is left, after the moment that Slurm needs to notice the end of a job."""
         wait_for("nothing left", lambda: not self.left(), limit, lambda: self.with_logs(self.left()))
 
@@ -290,12 +305,16 @@ class Site:
         assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
         return str(done.stdout)
 
-    def end(self) -> None:
-        """End whatever a failed test may have left; no test's assertion."""
+    def end_commands(self) -> None:
+        """Kill the commands that still run."""
         for command in self._commands:
             if command.process.poll() is None:
                 command.process.kill()
                 command.process.wait()
+
+    def end(self) -> None:
+        """End whatever a failed test may have left; no test's assertion."""
+        self.end_commands()
         for job in self.jobs():
             self.slurm("scancel", job.split()[0])
         wait_for("jobs gone", lambda: not self.jobs(), 60, lambda: str(self.jobs()))

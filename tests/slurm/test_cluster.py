@@ -5,26 +5,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
-import resource
 import subprocess
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import BIN, NOBODY, Done, Site, own_sandbox, python_for_all, wait_for
+from helpers import BIN, LIMIT, NOBODY, Done, Site, wait_for
+from shared import SECRET, Ground, Up
 
 from raylaunch import hosts, state
 from raylaunch.link import Link, Refused
-from raylaunch.sandbox import Sandbox
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
-
-SECRET = "correct-horse-battery-staple"
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 LISTENING = "ss -Hltnp | awk '{print $4, $6}'"
 GCS = """
@@ -50,34 +47,6 @@ held[0].accept()
 """Hold one port of every free block but one, whose base is said."""
 
 
-@pytest.fixture(scope="module")
-def common_python() -> Iterator[Path]:
-    with python_for_all() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def machine(common_python: Path) -> Iterator[Sandbox]:  # its mounts come first
-    with own_sandbox("cluster", nodes=4, cpus=4) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def site(machine: Sandbox) -> Iterator[Site]:
-    made = Site.make(machine, "alice")
-    yield made
-    made.end()
-
-
-@pytest.fixture(scope="module")
-def main(site: Site) -> Done:
-    """The cluster `main` on node1 and node2, shared by the tests up to the one that takes it down."""
-    config = site.state / "home" / "main.yaml"
-    config.write_text('slurm: {cpus_per_task: 2, comment: "two words", env: {OUR_KEY: "${OUR_SECRET}"}}\n')
-    done = site.run("up", "-c", config, "--nodes", 2, "--", "--nice=7", env={"OUR_SECRET": SECRET})
-    return done.expect(0)
-
-
 @pytest.fixture
 def cluster(site: Site) -> Iterator[Callable[..., Done]]:
     """`cluster(name, …)`: a cluster for one test, taken down behind it, with nothing left."""
@@ -96,68 +65,68 @@ def cluster(site: Site) -> Iterator[Callable[..., Done]]:
 # --- a cluster that is up ---------------------------------------------------------------------------
 
 
-def test_up_says_where_it_stands_and_what_is_next(site: Site, main: Done) -> None:
-    port = state.read_json(site.cluster("main") / "head.json")["dashboard_port"]
-    for line in ("the head starts on node1", "2 nodes are ready"):
-        assert line in main.err
-    assert "cluster main is ready: 2 nodes (node1, node2), 4 CPUs" in main.out
-    assert f"http://127.0.0.1:{port} on node1" in main.out
-    assert re.search(rf"ssh -N -L {port}:127\.0\.0\.1:{port} \S+@node1$", main.out, re.MULTILINE)
-    assert main.out.rstrip().splitlines()[-1].split(None, 1)[1] == "raylaunch train cfg.yaml"
-    assert "\x1b" not in main.all  # plain lines where there is no terminal
-    (job,) = site.slurm("squeue", "-h", "-o", "%T %j %D %k").splitlines()
-    assert re.fullmatch(r"RUNNING raylaunch-main 2 raylaunch cluster=main life=\w+; two words", job)
-    assert "Nice=7" in site.slurm("scontrol", "show", "job")
+def dashboard_port(site: Site) -> int:
+    return int(state.read_json(site.cluster("main") / "head.json")["dashboard_port"])
 
 
-@pytest.mark.usefixtures("main")
-def test_status_as_json(site: Site) -> None:
-    found = site.cluster_status("main")
+def test_up_says_where_it_stands_and_what_is_next(main: Up) -> None:
+    site, said, port = main.site, main.said, dashboard_port(main.site)
+    for line in ("the head starts on node1", "3 nodes are ready"):
+        assert line in said.err
+    assert "cluster main is ready: 3 nodes (node1, node2, node3), 6 CPUs" in said.out
+    assert f"http://127.0.0.1:{port} on node1" in said.out
+    assert re.search(rf"ssh -N -L {port}:127\.0\.0\.1:{port} \S+@node1$", said.out, re.MULTILINE)
+    assert said.out.rstrip().splitlines()[-1].split(None, 1)[1] == "raylaunch train cfg.yaml"
+    assert "\x1b" not in said.all  # plain lines where there is no terminal
+    (job,) = site.slurm("squeue", "-h", "-n", "raylaunch-main", "-u", "0", "-o", "%i %T %j %D %k").splitlines()
+    number, _, rest = job.partition(" ")
+    assert re.fullmatch(r"RUNNING raylaunch-main 3 raylaunch cluster=main life=\w+; two words", rest)
+    assert "Nice=7" in site.slurm("scontrol", "show", "job", number)
+
+
+def test_status_as_json(main: Up) -> None:
+    site, found = main.site, main.site.cluster_status("main")
     wanted = {"name", "backend", "state", "incarnation", "jobs", "nodes", "dashboard", "runs"}
     assert wanted <= found.keys()
     assert (found["backend"], found["state"], found["incarnation"]) == ("slurm", "ready", 1)
-    assert found["runs"] == []
+    assert {run["cluster"] for run in found["runs"]} <= {"main"}  # those of other tests
     (job,) = found["jobs"]
     assert {"id", "state", "nodes"} <= job.keys()
-    assert (job["state"], job["nodes"]) == ("RUNNING", ["node1", "node2"])
-    spec = site.sandbox.spec
+    assert (job["state"], job["nodes"]) == ("RUNNING", ["node1", "node2", "node3"])
     rows = [(n["name"], n["address"], n["role"], n["state"]) for n in found["nodes"]]
-    assert rows == [
-        ("node1", spec.address("node1"), "head", "ready"),
-        ("node2", spec.address("node2"), "worker", "ready"),
-    ]
-    port = state.read_json(site.cluster("main") / "head.json")["dashboard_port"]
-    assert str(port) in json.dumps(found["dashboard"])
+    roles = {"node1": "head", "node2": "worker", "node3": "worker"}
+    assert rows == [(name, site.sandbox.spec.address(name), role, "ready") for name, role in roles.items()]
+    assert str(dashboard_port(site)) in json.dumps(found["dashboard"])
 
 
-@pytest.mark.usefixtures("main")
-def test_status_is_quick_and_asks_slurm_once(site: Site) -> None:
-    shims = site.state / "home" / "shims"
-    shims.mkdir()
-    log = shims / "log"
-    path = site.env["PATH"]
-    for command in ("squeue", "scontrol", "sinfo", "sacct", "sbatch", "srun"):
-        shim = shims / command
-        shim.write_text(f'#!/bin/sh\necho "{command} $*" >> {log}\nPATH={path!r} exec {command} "$@"\n')
-        shim.chmod(0o755)
-    done = site.run("status", env={"PATH": f"{shims}{os.pathsep}{path}"})
+OPENED = """
+import os, sys
+place, log = os.environ["RAYLAUNCH_STATE_DIR"], os.open(os.environ["OPENED"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def look(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(place):
+        os.write(log, f"{arguments[0]}\\n".encode())
+sys.addaudithook(look)
+from raylaunch.cli import main
+main()
+"""
+"""The command line, with each file of the state directory that it opens noted down."""
+
+
+def test_status_asks_slurm_once_and_reads_each_file_at_most_twice(main: Up) -> None:
+    opened = main.site.state / "home" / "opened"
+    opened.unlink(missing_ok=True)
+    site = replace(main.site, command=(sys.executable, "-c", OPENED))
+    with site.slurm_calls() as (noted, calls):
+        done = site.run("status", env={**noted, "OPENED": str(opened)})
     done.expect(0, "main", "ready", "node1", "head", "node2", "worker", "RUNNING")
-    (call,) = log.read_text().splitlines()
-    assert call.startswith("squeue ")
-    # Its work, not the wall's clock: other tests may have the machine. 0.3 s.
-    assert min(_cpu_of(site, "status") for _ in range(3)) < 0.7
+    assert [call.split()[0] for call in calls] == ["squeue"]
+    counts = Counter(opened.read_text().splitlines())
+    assert any(path.endswith("members.json") for path in counts)
+    assert max(counts.values()) <= 2, counts.most_common(9)
 
 
-def _cpu_of(site: Site, *command: str) -> float:
-    """Seconds of CPU that a command takes."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    site.run(*command).expect(0)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-@pytest.mark.usefixtures("main")
-def test_logs_of_a_cluster(site: Site) -> None:
+def test_logs_of_a_cluster(main: Up) -> None:
+    site = main.site
     both = site.run("logs", "main").expect(0, "Ray runtime started").out
     assert any(line.startswith("node1: ") for line in both.splitlines())
     assert any(line.startswith("node2: ") for line in both.splitlines())
@@ -173,83 +142,73 @@ def test_logs_of_a_cluster(site: Site) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.usefixtures("main")
-def test_the_dashboard_is_for_the_head_alone(site: Site) -> None:
+def test_the_dashboard_is_for_the_head_alone(main: Up) -> None:
+    site, port = main.site, dashboard_port(main.site)
     out = site.run("dashboard").expect(0).out.splitlines()
-    port = state.read_json(site.cluster("main") / "head.json")["dashboard_port"]
     assert out[0] == f"http://127.0.0.1:{port} on node1"
     assert re.search(rf"ssh -N -L {port}:127\.0\.0\.1:{port} \S+@node1$", out[1])
     assert site.run("dashboard", "main").expect(0).out.splitlines() == out
-    get = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=5).status)"
+    get = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1], timeout=30).status)"
     here = [sys.executable, "-c", get, f"http://127.0.0.1:{port}/"]
     # It starts once the minimum of nodes is ready, so a moment after `up` has returned.
     wait_for(
         "the dashboard answers on the head's loopback",
-        lambda: site.sandbox.exec("node1", here, capture_output=True, text=True, timeout=30).stdout.strip() == "200",
-        30,
+        lambda: site.sandbox.exec("node1", here, capture_output=True, text=True, timeout=LIMIT).stdout.strip() == "200",
+        LIMIT,
     )
     from_elsewhere = [sys.executable, "-c", get, f"http://{site.sandbox.spec.address('node1')}:{port}/"]
-    done = site.sandbox.exec("node2", from_elsewhere, capture_output=True, text=True, timeout=30)
+    done = site.sandbox.exec("node2", from_elsewhere, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode != 0 and "Connection refused" in done.stderr
 
 
-@pytest.mark.usefixtures("main")
-def test_a_name_that_is_alive_is_refused(site: Site) -> None:
+def test_a_name_that_is_alive_is_refused(main: Up) -> None:
+    written_by_up = ("cluster.json", "config.yaml", "script.sbatch", "token", "head.json")
 
     def files() -> dict[str, bytes]:
-        """But for the measurements, which go on."""
-        found = (p for p in site.cluster("main").iterdir() if p.is_file() and not p.name.startswith("load"))
-        return {p.name: p.read_bytes() for p in found}
+        return {name: (main.directory / name).read_bytes() for name in written_by_up}
 
-    before = files()
-    done = site.run("up", "--nodes", 1).expect(2, "main", "alive", "raylaunch down main", "--name")
+    before, jobs = files(), main.site.jobs()
+    done = main.site.run("up", "--nodes", 1).expect(2, "main", "alive", "raylaunch down main", "--name")
     assert done.out == ""
-    assert len(site.jobs()) == 1
-    assert before == files()
+    assert main.site.jobs() == jobs and files() == before
 
 
-@pytest.mark.usefixtures("main")
-def test_a_wrong_token_is_refused_within_seconds(site: Site) -> None:
-    head = state.read_json(site.cluster("main") / "head.json")
-    ours = (site.cluster("main") / "token").read_text().strip()
+def test_a_wrong_token_is_refused(main: Up) -> None:
+    site = main.site
+    head = state.read_json(main.directory / "head.json")
+    ours = (main.directory / "token").read_text().strip()
 
     async def knock(token: str, incarnation: int) -> None:
         link = await Link.connect(head["address"], head["control_port"], token, incarnation, "node9", {})
         link.close()
 
-    began = time.monotonic()
     with pytest.raises(Refused, match="wrong token"):
         asyncio.run(knock(state.new_token(), head["incarnation"]))
     with pytest.raises(Refused, match="incarnation"):
         asyncio.run(knock(ours, head["incarnation"] + 1))
-    assert time.monotonic() - began < 2
     for token in (None, state.new_token()):
         mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
-        began = time.monotonic()
         done = subprocess.run(
             [sys.executable, "-c", GCS, head["gcs"]], env={**site.env, **mode}, cwd="/",
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=LIMIT, check=False,
         )  # fmt: skip
         assert done.returncode != 0 and "InvalidAuthToken" in done.stderr, done.stderr
-        assert time.monotonic() - began < 15  # most of it imports Ray
-    assert set(site.members("main")) == {"node1", "node2"}
+    assert set(site.members("main")) == {"node1", "node2", "node3"}
     assert site.cluster_status("main")["state"] == "ready"
 
 
-@pytest.mark.usefixtures("main")
-def test_all_ports_are_of_the_leased_block(site: Site) -> None:
-    for node, member in site.members("main").items():
+def test_all_ports_are_of_the_leased_block(main: Up) -> None:
+    for node, member in main.site.members("main").items():
         low, high = member["ports"]
         assert low >= hosts.PORTS_FROM and high < hosts.PORTS_TO
-        for line in site.inside(node, "sh", "-c", LISTENING).splitlines():
+        for line in main.site.inside(node, "sh", "-c", LISTENING).splitlines():
             address, who = line.split(None, 1)
             if not re.search(r'"(slurmd|slurmstepd|srun)"', who):
                 assert low <= int(address.rpartition(":")[2]) <= high, (node, line)
 
 
-@pytest.mark.usefixtures("main")
-def test_what_is_ours_is_ours_alone(site: Site) -> None:
-    directory = site.cluster("main")
+def test_what_is_ours_is_ours_alone(main: Up) -> None:
+    site, directory = main.site, main.directory
     assert (directory / "token").stat().st_mode & 0o777 == 0o600
     assert directory.stat().st_mode & 0o777 == 0o700
     for path in directory.rglob("[!.]*"):
@@ -263,26 +222,27 @@ def test_what_is_ours_is_ours_alone(site: Site) -> None:
         assert token not in site.inside(node, "sh", "-c", look)
 
 
-@pytest.mark.usefixtures("main")
-def test_a_secret_is_on_the_nodes_and_in_no_file(site: Site) -> None:
+def test_a_secret_is_on_the_nodes_and_in_no_file(main: Up) -> None:
+    site = main.site
     pid = site.members("main")["node2"]["pid"]
     assert f"OUR_KEY={SECRET}" in site.inside("node2", "cat", f"/proc/{pid}/environ").split("\0")
-    roots = [site.cluster("main"), site.sandbox.layout.log]
+    roots = [main.directory, site.sandbox.layout.log]
     for path in [p for root in roots for p in root.rglob("*") if p.is_file()]:
         assert SECRET not in path.read_text(errors="replace"), path
-    assert "${OUR_SECRET}" in (site.cluster("main") / "config.yaml").read_text()
-    for node in ("node1", "node2"):
+    assert "${OUR_SECRET}" in (main.directory / "config.yaml").read_text()
+    for node in site.members("main"):
         done = site.sandbox.exec(node, ["grep", "-rqF", SECRET, "/tmp"], check=False)
         assert done.returncode  # 0 is a match; 2 when a file went meanwhile
     shown = [site.run(*command).all for command in (["logs", "main"], ["status"], ["status", "--json"])]
     assert not any(SECRET in text for text in shown)
 
 
-@pytest.mark.usefixtures("main")
-def test_resources_are_what_the_job_was_given(site: Site) -> None:
-    (row,) = site.slurm("scontrol", "--oneliner", "show", "job", "-d").splitlines()
+def test_resources_are_what_the_job_was_given(main: Up) -> None:
+    site = main.site
+    (job,) = site.cluster_status("main")["jobs"]
+    row = site.slurm("scontrol", "--oneliner", "show", "job", "-d", job["id"])
     granted = [int(value) for value in re.findall(r"Nodes=\S+ CPU_IDs=\S+ Mem=(\d+)", row)]
-    assert granted
+    assert set(granted) == {3 << 10}
     for member in site.members("main").values():
         assert member["resources"]["cpus"] == 2
         assert member["resources"]["memory"] == granted[0] << 20
@@ -295,67 +255,66 @@ def _raylet(site: Site, node: str) -> str:
     return next(row.split()[0] for row in site.processes(node) if "/raylet " in row)
 
 
-@pytest.mark.usefixtures("main")
-def test_a_raylet_that_dies_is_started_again(site: Site) -> None:
-    before = _raylet(site, "node2")
+@pytest.mark.long  # as tests/chaos has it, with a run
+def test_a_raylet_that_dies_is_started_again(main: Up) -> None:
+    site, before = main.site, _raylet(main.site, "node2")
+    known = len(site.events(main.directory))
     site.inside("node2", "kill", "-9", before)
 
     def back() -> bool:
-        kinds = [row["kind"] for row in site.events(site.cluster("main")) if row.get("node") == "node2"]
-        return kinds[-1] == "node_ready" and "node_restarting" in kinds
+        kinds = [row["kind"] for row in site.events(main.directory)[known:] if row.get("node") == "node2"]
+        return "node_restarting" in kinds and kinds[-1] == "node_ready"
 
-    wait_for("node2 back", back, 60, lambda: str(site.events(site.cluster("main"))))
+    wait_for("node2 back", back, LIMIT, lambda: str(site.events(main.directory)))
     assert _raylet(site, "node2") != before
+    main.heal()
     assert site.cluster_status("main")["state"] == "ready"
 
 
-@pytest.mark.usefixtures("main")
-def test_two_users_on_the_same_nodes_do_not_meet(site: Site, common_python: Path) -> None:
-    other = Site.make(site.sandbox, "bob", NOBODY, common_python)
-    try:
-        place = ["--nodes", 2, "--set", "slurm.nodelist=node[1-2]", "--mem", "1500M"]
-        other.run("up", *place, "--cpus-per-task", 1).expect(0, "2 nodes (node1, node2)")
-        mine, theirs = site.members("main"), other.members("main")
-        for node in ("node1", "node2"):
-            (low, high), (low_2, high_2) = mine[node]["ports"], theirs[node]["ports"]
-            assert high < low_2 or high_2 < low
-            assert mine[node]["temp_dir"] != theirs[node]["temp_dir"]
-            assert theirs[node]["resources"]["memory"] == 1500 << 20
-            owner = site.inside(node, "stat", "-c", "%u %a", theirs[node]["temp_dir"]).split()
-            assert owner == [str(NOBODY), "700"]
-        assert [c["state"] for c in other.status()["clusters"]] == ["ready"]
-        assert [c["state"] for c in site.status()["clusters"]] == ["ready"]
-        assert len(site.jobs()) == len(other.jobs()) == 1
-        # The nodes of one cluster are strangers to the other one's head.
-        head = state.read_json(other.cluster("main") / "head.json")
-        token = (site.cluster("main") / "token").read_text().strip()
-        with pytest.raises(Refused, match="wrong token"):
-            asyncio.run(Link.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", {}))
+def test_two_users_on_the_same_nodes_do_not_meet(main: Up, busy: Ground, common_python: Path) -> None:
+    site, other = main.site, busy.site(NOBODY, common_python)
+    before = {node: _raylet(site, node) for node in ("node1", "node2")}
+    jobs = site.jobs()
+    place = ["--nodes", 2, "--set", "slurm.nodelist=node[1-2]", "--mem", "1500M"]
+    other.run("up", *place, "--cpus-per-task", 1).expect(0, "2 nodes (node1, node2)")
+    mine, theirs = site.members("main"), other.members("main")
+    for node in ("node1", "node2"):
+        (low, high), (low_2, high_2) = mine[node]["ports"], theirs[node]["ports"]
+        assert high < low_2 or high_2 < low
+        assert mine[node]["temp_dir"] != theirs[node]["temp_dir"]
+        assert theirs[node]["resources"]["memory"] == 1500 << 20
+        owner = site.inside(node, "stat", "-c", "%u %a", theirs[node]["temp_dir"]).split()
+        assert owner == [str(NOBODY), "700"]
+    assert [c["state"] for c in other.status()["clusters"]] == ["ready"]
+    assert [c["state"] for c in site.status()["clusters"]] == ["ready"]
+    assert site.jobs() == jobs and len(other.jobs()) == 1
+    # The nodes of one cluster are strangers to the other one's head.
+    head = state.read_json(other.cluster("main") / "head.json")
+    token = (main.directory / "token").read_text().strip()
+    with pytest.raises(Refused, match="wrong token"):
+        asyncio.run(Link.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", {}))
 
-        before = {node: site.processes(node) for node in ("node1", "node2")}
-        other.run("down").expect(0, "is down: no job, process or temp directory is left")
-        other.wait_clean()
-        raylets = {node: _raylet(site, node) for node in before}
-        assert all(any(line.startswith(f"{raylets[node]} ") for line in before[node]) for node in before)
-        assert site.cluster_status("main")["state"] == "ready"
-        # And the other way round: what is not ours cannot be ended by us.
-        assert "no cluster" in other.run("down", "alice").expect(2).err
-    finally:
-        other.end()
+    other.run("down").expect(0, "is down: no job, process or temp directory is left")
+    other.wait_clean()
+    assert {node: _raylet(site, node) for node in before} == before
+    assert site.cluster_status("main")["state"] == "ready"
+    # And the other way round: what is not ours cannot be ended by us.
+    assert "no cluster" in other.run("down", "alice").expect(2).err
 
 
-@pytest.mark.usefixtures("main")
+# --- its end ----------------------------------------------------------------------------------------
+
+
 def test_down_leaves_nothing_and_may_be_repeated(site: Site) -> None:
+    site.run("up", "--nodes", 2).expect(0)
     job = site.jobs()[0].split()[0]
     followed = site.start("logs", "main", "-f", "--node", "node1")
     followed.wait_said("Ray runtime started")
-    began = time.monotonic()
     site.run("down").expect(0, "cluster main is down: no job, process or temp directory is left")
-    assert time.monotonic() - began < 15
     followed.wait_said("ending reason='down'")
     followed.interrupt()
     followed.ended().expect(130)
-    site.wait_clean(5)
+    site.wait_clean()
     assert "ExitCode=0:0" in site.slurm("scontrol", "show", "job", job)
     site.run("down").expect(0, "down already")
     site.run("down", "main").expect(0, "down already")
@@ -367,12 +326,14 @@ def test_down_leaves_nothing_and_may_be_repeated(site: Site) -> None:
     kinds = [event["kind"] for event in site.events(site.cluster("main"))]
     assert kinds[0] == "submitted" and kinds[-1] == "down"
     assert {"head", "node_joined", "node_ready", "ending", "ended"} <= set(kinds)
+    assert kinds.index("node_ready") < kinds.index("ending") < kinds.index("ended")
     assert all(event["time"] > 1.6e9 for event in site.events(site.cluster("main")))
 
 
 # --- bring-ups that are not smooth ------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_taken_port_leads_to_another_block(site: Site, cluster: Callable[..., Done]) -> None:
     free, holders = {}, []
     try:
@@ -414,6 +375,7 @@ def _read_only_tmp(site: Site, node: str) -> Iterator[None]:
         site.inside(node, "mount", "-o", "remount,rw", "/tmp")
 
 
+@pytest.mark.long
 def test_nodes_that_cannot_start_are_named(site: Site) -> None:
     """Each by its own error, Ray's own words among them; and the job is given back."""
     broken = site.state / "home" / "broken" / "ray"
@@ -423,13 +385,11 @@ def test_nodes_that_cannot_start_are_named(site: Site) -> None:
     )
     config = site.state / "home" / "broken.yaml"
     bad_ray = f'[ "$SLURMD_NODENAME" != node4 ] || export PYTHONPATH={broken.parent}'
-    config.write_text(
-        f"slurm:\n  setup:\n    - '{bad_ray}'\n    - '[ \"$SLURMD_NODENAME\" != node2 ] || (sleep 3; exit 41)'\n"
-    )
+    told = site.cluster("broken") / "nodes" / "node3.json"  # the other one's failure is the first
+    fails = f'[ "$SLURMD_NODENAME" != node2 ] || (while [ ! -e {told} ]; do sleep 0.1; done; exit 41)'
+    config.write_text(f"slurm:\n  setup:\n    - '{bad_ray}'\n    - '{fails}'\n")
     with _trap(site, "node3", "broken") as path:
-        began = time.monotonic()
         done = site.run("up", "--name", "broken", "--nodes", 4, "-c", config)
-        assert time.monotonic() - began < 60
     done.expect(1, "of 4 nodes cannot start, and at least 4 are needed", "slurm.exclude")
     assert re.search(r"^ +node2: .*setup line 2 ended with 41", done.err, re.MULTILINE), str(done)
     assert re.search(rf"^ +node3: {path} belongs to uid {NOBODY}", done.err, re.MULTILINE), str(done)
@@ -443,6 +403,7 @@ def test_nodes_that_cannot_start_are_named(site: Site) -> None:
     site.wait_clean()
 
 
+@pytest.mark.long
 def test_ready_at_the_minimum_and_late_nodes_join(site: Site, cluster: Callable[..., Done]) -> None:
     flag = site.state / "home" / "flag"
     config = site.state / "home" / "late.yaml"
@@ -457,7 +418,7 @@ def test_ready_at_the_minimum_and_late_nodes_join(site: Site, cluster: Callable[
         wait_for(
             "node3 joins",
             lambda: site.members("late").get("node3", {}).get("state") == "ready",
-            60,
+            LIMIT,
             lambda: str(site.members("late")),
         )
         (failure,) = (site.cluster("late") / "nodes").glob("*.json")
@@ -465,6 +426,7 @@ def test_ready_at_the_minimum_and_late_nodes_join(site: Site, cluster: Callable[
         site.run("down", "late").expect(0, "is down: no job, process or temp directory is left")
 
 
+@pytest.mark.long
 def test_ready_with_three_of_four(site: Site, cluster: Callable[..., Done]) -> None:
     with _read_only_tmp(site, "node3"):
         done = cluster("three", "--nodes", "3:4")
@@ -473,12 +435,12 @@ def test_ready_with_three_of_four(site: Site, cluster: Callable[..., Done]) -> N
         site.run("down", "three").expect(0)
 
 
+@pytest.mark.long
 def test_a_head_that_cannot_start_is_told_at_once(site: Site) -> None:
     """Whoever then is the head, or nobody: nothing waits for a head that will not come."""
     with _read_only_tmp(site, "node1"):
-        began = time.monotonic()
         done = site.run("up", "--name", "headless", "--nodes", "3:4")
-        assert time.monotonic() - began < 60
+        assert "--timeout" not in done.err
         if done.code:
             assert re.search(r"node1: .*/tmp.*Read-only file system", done.expect(1).err)
         else:
@@ -486,6 +448,7 @@ def test_a_head_that_cannot_start_is_told_at_once(site: Site) -> None:
     site.wait_clean()
 
 
+@pytest.mark.long
 def test_an_old_lifes_leftovers_are_cleaned(site: Site, cluster: Callable[..., Done]) -> None:
     """A node that died with the cluster on it still has its temp directory; the next life takes it."""
     path = _temp(site, "again")
@@ -494,7 +457,7 @@ def test_an_old_lifes_leftovers_are_cleaned(site: Site, cluster: Callable[..., D
     assert site.inside("node1", "sh", "-c", f"ls {path}/session_old 2>&1 || true").count("No such file") == 1
     first = state.read_json(site.cluster("again") / "cluster.json")
     site.slurm("scancel", site.jobs()[0].split()[0])  # behind raylaunch's back
-    wait_for("the job's end", lambda: not site.jobs(), 60)
+    wait_for("the job's end", lambda: not site.jobs(), LIMIT)
     site.run("train", "/dev/null", "--cluster", "again").expect(1, "again is down", "up --name again")
     found = site.cluster_status("again")
     assert (found["state"], found["nodes"]) == ("down", [])
@@ -510,9 +473,9 @@ def test_an_old_lifes_leftovers_are_cleaned(site: Site, cluster: Callable[..., D
 @pytest.fixture
 def full(site: Site) -> Iterator[None]:
     """All four nodes belong to somebody else."""
-    what = ["-N4", "--exclusive", "-t5", "-o/dev/null", "--wrap", "sleep 300"]
+    what = ["-N4", "--exclusive", "-t60", "-o/dev/null", "--wrap", "sleep infinity"]
     job = site.slurm("sbatch", "--parsable", *what).strip()
-    wait_for("the queue full", lambda: f"{job} RUNNING" in site.jobs(), 30)
+    wait_for("the queue full", lambda: f"{job} RUNNING" in site.jobs(), LIMIT)
     yield
     site.slurm("scancel", job)
     site.wait_clean()
@@ -522,15 +485,13 @@ def full(site: Site) -> Iterator[None]:
 def test_a_full_queue(site: Site) -> None:
     command = site.start("up", "--name", "waiting", "--nodes", 2)
     command.wait_said("is pending (Resources")
-    command.wait_said("estimated start 20", 60)
+    command.wait_said("estimated start 20")
     (row,) = [c for c in site.status()["clusters"] if c["name"] == "waiting"]
     assert (row["state"], row["jobs"][0]["state"], row["jobs"][0]["nodes"]) == ("pending", "PENDING", [])
     site.run("status").expect(0, "waiting", "pending", "Resources")
     site.run("dashboard", "waiting").expect(1, "no head yet")
-    began = time.monotonic()
     command.interrupt()
     command.ended().expect(130, "interrupted")
-    assert time.monotonic() - began < 10
     assert len(site.jobs()) == 1  # the one that fills the queue
     assert not list(site.state.glob("clusters/*/token"))
 
@@ -543,12 +504,12 @@ def test_a_full_queue(site: Site) -> None:
 
 
 def test_interrupted_while_booting(site: Site) -> None:
-    command = site.start("up", "--name", "booting", "--nodes", 4)
+    config = site.state / "home" / "booting.yaml"
+    config.write_text("slurm: {setup: ['[ $SLURMD_NODENAME != node2 ] || sleep 1000']}\n")
+    command = site.start("up", "--name", "booting", "--nodes", 2, "-c", config)
     command.wait_said("the head starts on node1")
-    began = time.monotonic()
     command.interrupt()
     command.ended().expect(130, "interrupted")
-    assert time.monotonic() - began < 20
     site.wait_clean()
     assert site.cluster_status("booting")["state"] == "down"
 
@@ -559,10 +520,11 @@ def test_a_limit_on_the_bring_up(site: Site) -> None:
     site.wait_clean()
 
 
+@pytest.mark.long
 def test_no_wait_comes_up_by_itself(site: Site, cluster: Callable[..., Done]) -> None:
     done = cluster("later", "--nodes", 1, "--no-wait").expect(0)
     assert done.out == ""
-    wait_for("ready", lambda: site.cluster_status("later")["state"] == "ready", 60)
+    wait_for("ready", lambda: site.cluster_status("later")["state"] == "ready", LIMIT)
 
 
 # --- the script -------------------------------------------------------------------------------------
@@ -576,7 +538,7 @@ def test_the_script_is_what_is_submitted(site: Site) -> None:
         "  setup: ['echo \"hello\"']\n  comment: two words\n  time: 1:30:00\n  exclude: node4\n"
     )
     options = ["-c", config, "--name", "shown", "--nodes", "2:3", "--mem", "2G"]
-    options += ["--", "--dependency", "singleton"]
+    options += ["--", "--dependency", "singleton", "--hold"]
     env = {"OUR_SECRET": SECRET}
     shown = site.run("up", "--dry-run", *options, env=env).expect(0)
     assert site.run("script", *options, env=env).expect(0).out == shown.out
@@ -612,7 +574,7 @@ def test_the_script_is_what_is_submitted(site: Site) -> None:
 
 def test_two_at_once(site: Site) -> None:
     """Of one name: one comes up, the other is refused; never half of each."""
-    commands = [site.start("up", "--name", "race", "--nodes", 1, "--no-wait") for _ in range(2)]
+    commands = [site.start("up", "--name", "race", "--nodes", 1, "--no-wait", "--", "--hold") for _ in range(2)]
     done = sorted((command.ended() for command in commands), key=lambda one: one.code)
     assert [one.code for one in done] == [0, 2] and "race" in done[1].err, [str(one) for one in done]
     assert len(site.jobs()) == 1
@@ -622,7 +584,7 @@ def test_two_at_once(site: Site) -> None:
 
 def test_down_all(site: Site) -> None:
     for name in ("one", "two"):
-        site.run("up", "--name", name, "--nodes", 1, "--no-wait").expect(0)
+        site.run("up", "--name", name, "--nodes", 1, "--no-wait", "--", "--hold").expect(0)
     assert {row["name"] for row in site.status()["clusters"] if row["state"] != "down"} == {"one", "two"}
     site.run("down").expect(2, "one", "two", "--all")
     site.run("down", "one", "--all").expect(2)

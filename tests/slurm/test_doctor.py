@@ -5,25 +5,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from helpers import Site, own_sandbox, wait_for
+from helpers import LIMIT, Site, wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
+from raylaunch.sandbox import Sandbox
 
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[Site]:
-    with own_sandbox("doctor", nodes=4, cpus=4, gpus=1) as machine:
-        made = Site.make(machine, "alice")
-        yield made
-        try:
-            made.wait_clean()
-        finally:
-            made.end()
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @contextmanager
@@ -58,6 +49,7 @@ def test_from_the_login_node(site: Site) -> None:
     assert wrong.keys() == {"queue.partition", "user.submit"} and "main" in wrong["queue.partition"]
 
 
+@pytest.mark.long
 def test_the_slow_node_and_the_one_apart_are_found(site: Site) -> None:
     slow = inside(site, "node3", "tc qdisc add dev eth0 root tbf rate 200mbit burst 64k latency 50ms",
                   "tc qdisc del dev eth0 root")  # fmt: skip
@@ -73,15 +65,20 @@ def test_the_slow_node_and_the_one_apart_are_found(site: Site) -> None:
     assert is_clean(site)
 
 
+@pytest.mark.long
 def test_an_interrupt_gives_the_nodes_back(site: Site) -> None:
     command = site.start("doctor", "--nodes", 4)
     command.wait_said("booting")
     command.interrupt()
     command.ended().expect(130)
-    wait_for("no job and no directory", lambda: is_clean(site), 20, lambda: str(site.jobs()))
+    wait_for("no job and no directory", lambda: is_clean(site), LIMIT, lambda: str(site.jobs()))
 
 
-def test_up_leaves_out_a_node_without_memory_and_a_head_whose_gpus_are_sick(site: Site) -> None:
+@pytest.mark.long
+def test_up_leaves_out_a_node_without_memory_and_a_head_whose_gpus_are_sick(
+    make_sandbox: Callable[..., Sandbox],
+) -> None:
+    site = Site.make(make_sandbox(nodes=4, cpus=4, gpus=1), "alice")
     command = site.state / "bin" / "nvidia-smi"
     command.parent.mkdir()
     command.write_text('#!/bin/sh\n[ "$(hostname)" != node1 ] || { echo "Unknown Error"; exit 255; }\n')
@@ -95,3 +92,4 @@ def test_up_leaves_out_a_node_without_memory_and_a_head_whose_gpus_are_sick(site
         assert "left out   node2: /dev/shm on node2 has only 16 MiB free" in done.out
     finally:
         site.run("down", "main").expect(0)
+    site.wait_clean()
