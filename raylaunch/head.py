@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from raylaunch.load.collect import Collector
 from raylaunch.memory import Memory
 from raylaunch.metrics import serve as metrics
 from raylaunch.nodeloop import NodeLoop, Turn
+from raylaunch.published import Published
 from raylaunch.runs import Run
 
 log = logging.getLogger("raylaunch.head")
@@ -96,6 +98,9 @@ class HeadDuties:
         self._onward = allocation.Onward.REQUEUE
         self._draining: dict[str, str] = {}
         self._unclean: dict[str, Any] = {}
+        self._head_file, self._members_file, self._duties_file = (
+            Published(directory / name) for name in (layout.HEAD_FILE, layout.MEMBERS_FILE, layout.DUTIES_FILE)
+        )
         self._lost: list[str] = []
         self._ends: float | None = None
         """When the base job's time is up (Unix)."""
@@ -110,7 +115,7 @@ class HeadDuties:
         self.members.lead(self.head.incarnation, self._member_changed, self._collector.take)
         if await self._off_loop(self._is_fenced):
             raise StateError("a newer incarnation has begun")
-        await self._off_loop(self.head.write, self.directory / layout.HEAD_FILE)
+        await self._off_loop(self._head_file.write, asdict(self.head))
         if why:
             self._event("election", incarnation=self.head.incarnation, node=self.head.node, why=why)
         self._event("head", node=self.head.node, address=self.head.address, incarnation=self.head.incarnation)
@@ -135,7 +140,7 @@ class HeadDuties:
         if memory.life and memory.life != self.head.life:
             memory.continued += 1
         memory.life = self.head.life
-        memory.write(self.directory)
+        self._duties_file.write(asdict(memory))
 
     def _inherit(self, table: dict[str, Any] | None) -> None:
         """The nodes that the head before this one knew: lost, until they come by themselves."""
@@ -245,7 +250,7 @@ class HeadDuties:
     def _write_memory(self) -> None:
         try:
             if not self._is_fenced():
-                self._memory.write(self.directory)
+                self._duties_file.write(asdict(self._memory))
         except _TROUBLE as error:
             log.error("what the next head must know could not be written error=%r", str(error))
 
@@ -286,12 +291,12 @@ class HeadDuties:
         if self._is_fenced():
             return
         table = {"canary": self.cluster.canary, "incarnation": self.head.incarnation, "wanted": self._memory.wanted}
-        state.write_json(self.directory / layout.MEMBERS_FILE, {**table, "ends": self._ends, "nodes": rows})
+        self._members_file.write({**table, "ends": self._ends, "nodes": rows})
 
     # -- the end of this head's reign -------------------------------------------------------------
 
     def _is_fenced(self) -> bool:
-        return any(number > self.head.incarnation for number in layout.claims(self.directory))
+        return layout.is_fenced(self.directory, self.head.incarnation)
 
     async def _watch_for_newer(self) -> None:
         """A head that was thought dead (frozen, cut off) finds that others went on, and makes way."""
@@ -301,17 +306,14 @@ class HeadDuties:
                     self._event("fenced", node=self.head.node, incarnation=self.head.incarnation)
                     self._resign("a newer incarnation has begun")
                     return
-                if await self._off_loop(self._is_overwritten):
-                    self._table_changed.set()
+                await self._off_loop(self._restore)
             await asyncio.sleep(FENCE_EVERY)
 
-    def _is_overwritten(self) -> bool:
-        """Whether an older head's last words came late, over ours; head.json is ours again then."""
-        head = Head.read(self.directory)
-        if head is None or head.incarnation >= self.head.incarnation:
-            return False
-        self.head.write(self.directory / layout.HEAD_FILE)
-        return True
+    def _restore(self) -> None:
+        """Put back what an older head's late words lie over."""
+        for file in (self._head_file, self._members_file, self._duties_file):
+            if file.restore():
+                self._event("restored", file=file.path.name)
 
     async def abandon(self) -> None:
         """Stop being the head, at once and without orders to anybody: they follow, or have, another."""
@@ -631,7 +633,7 @@ class HeadDuties:
         base = self.head.job
         if self._goes_on:
             # A full disk is no reason not to go on: the last commit is good.
-            _tried(self._memory.write, self.directory)
+            _tried(self._duties_file.write, asdict(self._memory))
             for kind, fields in allocation.go_on(self.directory, base, self._goes_on, self._onward):
                 _tried(functools.partial(state.append_event, self.directory, kind, **fields))
             return

@@ -85,12 +85,13 @@ def claim_dir(path: Path) -> bool:
     return True
 
 
-def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -> None:
-    """Replace a file atomically: beside, fsync (if it is to be `durable`), rename."""
+def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -> int:
+    """Replace a file atomically: beside, fsync (if it is to be `durable`), rename. The new file's inode number."""
     with _explained(path, "write"):
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(fd, "w", encoding="utf-8") as out:
+                inode = os.fstat(out.fileno()).st_ino
                 out.write(text)
                 if durable:
                     out.flush()
@@ -100,11 +101,12 @@ def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+    return inode
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Any) -> int:
+    """Replace a JSON file atomically. The new file's inode number."""
+    return write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
