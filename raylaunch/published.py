@@ -23,7 +23,7 @@ class Published:
 
     def write(self, value: Any) -> None:
         self._value, self._inode = value, None
-        self._inode = state.write_json(self.path, value)
+        self._inode = state.replace_file(self.path, state.as_json(value))
 
     def restore(self) -> bool:
         """Write it again where another file lies there; whether one did. Only for a head that is not fenced."""

@@ -85,8 +85,13 @@ def claim_dir(path: Path) -> bool:
     return True
 
 
-def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -> int:
-    """Replace a file atomically: beside, fsync (if it is to be `durable`), rename. The new file's inode number."""
+def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -> None:
+    """Replace a file atomically: beside, fsync (if it is to be `durable`), rename."""
+    replace_file(path, text, mode, durable)
+
+
+def replace_file(path: Path, text: str, mode: int = 0o600, durable: bool = True) -> int:
+    """As `write_text`; the new file's inode number."""
     with _explained(path, "write"):
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -104,9 +109,14 @@ def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -
     return inode
 
 
-def write_json(path: Path, value: Any) -> int:
-    """Replace a JSON file atomically. The new file's inode number."""
-    return write_text(path, json.dumps(value, indent=1) + "\n")
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file atomically."""
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """As our JSON files have it."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def read_json(path: Path) -> Any:
