@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raylaunch import allocation, backends, layout, nodepolicy, runs, state, submits
+from raylaunch import allocation, backends, layout, nodepolicy, requests, runs, state, submits
 from raylaunch.config import Config
 from raylaunch.drivers import Drivers
 from raylaunch.errors import RaylaunchError, StateError
@@ -28,10 +28,11 @@ from raylaunch.hosts import Ports
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Member, Members
 from raylaunch.load.collect import Collector
-from raylaunch.memory import Memory
+from raylaunch.memory import Draining, Memory
 from raylaunch.metrics import serve as metrics
 from raylaunch.nodeloop import NodeLoop, Turn
 from raylaunch.published import Published
+from raylaunch.requests import Request
 from raylaunch.runs import Run
 
 log = logging.getLogger("raylaunch.head")
@@ -96,7 +97,8 @@ class HeadDuties:
         self._goes_on = ""
         """Why the cluster goes on in another allocation, once this one has ended; "": it does not."""
         self._onward = allocation.Onward.REQUEUE
-        self._draining: dict[str, str] = {}
+        self._requests: dict[str, Request] = {}
+        """Those that were taken and are not over, by name."""
         self._unclean: dict[str, Any] = {}
         self._head_file, self._members_file, self._duties_file = (
             Published(directory / name) for name in (layout.HEAD_FILE, layout.MEMBERS_FILE, layout.DUTIES_FILE)
@@ -184,14 +186,16 @@ class HeadDuties:
         self._table_changed.set()
         self._nodes_changed.set()
         if what == "joined":
-            self._draining.pop(member.node, None)  # it came back anew
             self._event("node_joined", node=member.node, address=member.info.get("address"))
             if self._ready.is_set():
                 self.members.order("join", only=member)
+            self._drain_again(member)
         elif what == "changed":
             if member.node == self.head.node and member.info["state"] == "ready":
                 self._ready.set()
                 self.members.order("join")
+            if member.info["state"] in {"ended", "failed"}:
+                self._forget_draining(member.node)
             if self._ready_nodes() >= self.cluster.min_nodes:
                 self.enough.set()
             self._event(f"node_{member.info['state']}", node=member.node, error=member.info.get("error"))
@@ -221,7 +225,7 @@ class HeadDuties:
             return now
         if not member.alive:
             return "lost"
-        return "draining" if member.node in self._draining else now
+        return "draining" if member.node in self._memory.draining else now
 
     async def _blame(self, member: Member, reason: str, after: float = BLAME_AFTER) -> None:
         """A strike for a lost node; none when most are lost at once, for then this node's network is at fault, nor
@@ -245,34 +249,47 @@ class HeadDuties:
 
     def _remember(self) -> None:
         """Write down what the next head must know."""
-        self._files.submit(self._write_memory)
+        self._files.submit(self._write_memory, asdict(self._memory))
 
-    def _write_memory(self) -> None:
+    def _write_memory(self, memory: dict[str, Any]) -> None:
         try:
             if not self._is_fenced():
-                self._duties_file.write(asdict(self._memory))
+                self._duties_file.write(memory)
         except _TROUBLE as error:
             log.error("what the next head must know could not be written error=%r", str(error))
 
     def drain(self, node: str, reason: str) -> None:
         """Have the run leave this node at its next step, then end its agent."""
         member = self.members.table.get(node)
-        if node in self._draining or member is None or not member.alive:
+        if node in self._memory.draining or member is None or member.info.get("state") in {"ended", "failed"}:
             return
-        self._draining[node] = reason
+        self._memory.draining[node] = Draining(reason, member.info.get("pid"))
         self._event("node_draining", node=node, reason=reason)
+        self._remember()
         self._table_changed.set()
         if not self._memory.running:
             self._drained(node)
 
+    def _drain_again(self, member: Member) -> None:
+        """A node that drains is connected anew, to this head or to another: it drains on, if it is the same agent."""
+        draining = self._memory.draining.get(member.node)
+        if draining is not None and draining.agent != member.info.get("pid"):
+            self._forget_draining(member.node)
+        elif draining is not None and not self._memory.running:
+            self._drained(member.node)
+
+    def _forget_draining(self, node: str) -> None:
+        if self._memory.draining.pop(node, None) is not None:
+            self._remember()
+
     def _drained(self, node: str) -> None:
         """No attempt uses the node any more: its agent may go. The head's own end would be the cluster's: it
         resigns, comes back as a member, and its successor drains it."""
-        member = self.members.table.get(node)
-        if node not in self._draining or member is None:
+        member, draining = self.members.table.get(node), self._memory.draining.get(node)
+        if draining is None or member is None:
             return
         if node == self.head.node:
-            self._resign(f"this node is drained: {self._draining[node]}")
+            self._resign(f"this node is drained: {draining.reason}")
         else:
             self.members.order("end", only=member)
 
@@ -348,7 +365,7 @@ class HeadDuties:
             try:
                 memory = self._memory
                 turn = await asyncio.to_thread(
-                    loop.turn, self.table(), memory.wanted, dict(memory.strikes), set(self._draining), memory.scaled,
+                    loop.turn, self.table(), memory.wanted, dict(memory.strikes), set(memory.draining), memory.scaled,
                     memory.continued,
                 )  # fmt: skip
                 self._carry_out(turn)
@@ -394,31 +411,73 @@ class HeadDuties:
     # -- requests ----------------------------------------------------------------------------
 
     async def _take_requests(self) -> None:
-        folder = self.directory / layout.REQUESTS
         while True:
             try:
-                for wanted in await self._off_loop(_collect, folder):
-                    self._take(wanted)
+                await self._answer_requests()
             except _TROUBLE as error:
                 log.error("a request could not be taken error=%r", str(error))
             await asyncio.sleep(REQUEST_EVERY)
 
-    def _take(self, wanted: Mapping[str, Any]) -> None:
-        log.info("request %s", dict(wanted))
-        match wanted.get("kind"):
+    async def _answer_requests(self) -> None:
+        """Do what is asked for, write down what must outlive this head, then delete the requests (see `requests`)."""
+        for request in await self._off_loop(requests.take, self.directory, self.head.incarnation, [*self._requests]):
+            self._requests[request.name] = request
+            if request.name not in self._memory.taken:  # else the head before this one has done it
+                await self._answer(request)
+        over = [request for name, request in self._requests.items() if name in self._memory.taken]
+        if not over:
+            return
+        if await self._off_loop(self._finish, asdict(self._memory), over):
+            for request in over:
+                del self._requests[request.name]
+                self._memory.taken.remove(request.name)
+
+    async def _answer(self, request: Request) -> None:
+        taken = self._memory.taken
+        taken.append(request.name)  # first: what the request changes may be written down at once
+        try:
+            if self._take(request.kind, request.values):
+                taken.remove(request.name)
+        except (KeyError, TypeError, ValueError) as error:
+            taken.remove(request.name)
+            del self._requests[request.name]
+            self._event("request_refused", request=request.name, error=f"{type(error).__name__}: {error}")
+            await self._off_loop(request.set_aside)
+
+    def _finish(self, memory: dict[str, Any], over: list[Request]) -> bool:
+        """Remember, and delete the requests; not when this head was replaced before they were remembered for sure."""
+        if self._is_fenced():
+            return False
+        self._duties_file.write(memory)
+        if self._is_fenced():
+            return False
+        for request in over:
+            request.done()
+        return True
+
+    def _take(self, kind: str, wanted: Mapping[str, Any]) -> bool:
+        """Do what a request asks for. Found twice, or by the next head, each is harmless:
+
+        - `run`, `scale`, `strike`, `drain` and `notice` change what duties.json has, once for each name of a request. A
+          run that waits already is not queued again.
+        - `drained` is of the present driver: a node that does not drain is not ended, and one that does is free.
+        - `down` and `walltime` ask for an end: they stay (the answer is True) until it has come, so that the next head
+          goes on with it. Of another allocation, `walltime` is over; `up` removes what the last life left.
+        """
+        log.info("request %s %s", kind, dict(wanted))
+        match kind:
             case "run":
-                self._memory.queue.append(str(wanted["run"]))
-                self._remember()
-                self._queued.set()
+                self._enqueue(str(wanted["run"]))
             case "down":
                 self.begin_end("down", float(wanted.get("save_limit", SAVE_LIMIT)))
+                return True
             case "walltime":
-                if wanted.get("life", self.head.life) == self.head.life:  # else it came too late for the last one
+                if wanted.get("life", self.head.life) == self.head.life:
                     self.notice()
+                    return True
             case "scale":
                 self._memory.wanted, self._memory.scaled = int(wanted["nodes"]), True
                 self._event("scaled", nodes=self._memory.wanted)
-                self._remember()
                 self._table_changed.set()
                 self._nodes_changed.set()
             case "strike":
@@ -429,8 +488,14 @@ class HeadDuties:
                 self.drain(str(wanted["node"]), str(wanted["reason"]))
             case "drained":
                 self._drained(str(wanted["node"]))
-            case kind:
-                log.warning("unknown request kind=%r", kind)
+            case _:
+                raise ValueError(f"unknown kind {kind}")
+        return False
+
+    def _enqueue(self, run: str) -> None:
+        if run not in self._memory.queue:
+            self._memory.queue.append(run)
+        self._queued.set()
 
     # -- runs --------------------------------------------------------------------------------
 
@@ -458,7 +523,7 @@ class HeadDuties:
                 self._memory.queue.insert(0, name)
                 self._queued.clear()
             self._remember()
-            for node in self._draining:
+            for node in list(self._memory.draining):
                 self._drained(node)
             if self.cluster.run is not None and outcome != "queued":
                 self.exit_code = 0 if outcome == "finished" else 1
@@ -665,15 +730,3 @@ def _tried(work: Callable[..., Any], *arguments: Any) -> None:
         work(*arguments)
     except _TROUBLE as error:
         log.error("left undone work=%s error=%r", getattr(work, "__name__", work), str(error))
-
-
-def _collect(folder: Path) -> list[dict[str, Any]]:
-    """Take the requests that lie there, oldest first."""
-    found = []
-    for path in sorted(folder.glob("[!.]*.json")):
-        try:
-            found.append(dict(state.read_json(path) or {}))
-        except _TROUBLE as error:
-            log.error("not a request path=%s error=%r", path, str(error))
-        path.unlink(missing_ok=True)
-    return found

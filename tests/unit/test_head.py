@@ -107,3 +107,193 @@ def test_the_last_words_of_an_older_head_are_replaced(place: Place, name: str) -
         assert [row["file"] for row in place.events("restored")].count(name) == 1
 
     run(story)
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+def left_over(place: Place) -> list[str]:
+    return sorted(path.name.partition("-")[2] for path in (place.directory / layout.REQUESTS).iterdir())
+
+
+def asked(place: Place, kind: str, **values: Any) -> Path:
+    return layout.request(place.directory, kind, **values)
+
+
+def test_a_request_is_deleted_when_it_is_remembered(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "run", run="one")
+        asked(place, "scale", nodes=3)
+        await head._answer_requests()
+        assert left_over(place) == []
+        assert (place.read("duties.json")["queue"], place.read("duties.json")["wanted"]) == (["one"], 3)
+
+    run(story)
+
+
+def test_a_head_that_was_replaced_takes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was frozen, and a newer one leads: no listing tells."""
+
+    async def story() -> None:
+        old, new = place.lead(1), place.lead(2)
+        path = asked(place, "run", run="mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(layout, "claims", lambda _: [1])
+            await old._answer_requests()
+        assert path.exists() and not (place.directory / "duties.json").exists()
+        await new._answer_requests()
+        assert place.read("duties.json")["queue"] == ["mine"] and not path.exists()
+
+    run(story)
+
+
+class Killed(Exception):
+    """The head dies here."""
+
+
+@pytest.mark.parametrize("moment", ["taken", "remembered", "replaced"])
+def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Its successor does what was asked, once."""
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    async def story() -> None:
+        old = place.lead(1)
+        for kind, values in (("run", {"run": "mine"}), ("strike", {"node": "n3", "reason": "broken"})):
+            asked(place, kind, **values)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if moment == "taken":
+                patch.setattr(old._duties_file, "write", die)
+            elif moment == "remembered":
+                patch.setattr("raylaunch.requests.Request.done", die)
+            else:  # between its look at the fence and its write; it writes all the same
+                write = old._duties_file.write
+                patch.setattr(old._duties_file, "write", lambda value: (write(value), claim_next()))
+            await old._answer_requests()
+            await old._off_loop(lambda: None)
+            if moment == "replaced":
+                raise Killed
+        assert len(left_over(place)) == 2
+        new = place.lead(3 if moment == "replaced" else 2)
+        await new._answer_requests()
+        assert new._memory.queue == ["mine"] and new._memory.strikes == {"n3": 1}
+        assert left_over(place) == [] and place.read("duties.json")["strikes"] == {"n3": 1}
+
+    def claim_next() -> None:
+        layout.claim(place.directory, 2, "n2")
+
+    run(story)
+
+
+def test_a_disk_that_is_full_keeps_the_request(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "strike", node="n3", reason="broken")
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(head._duties_file, "write", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+            await head._answer_requests()
+        assert len(left_over(place)) == 1
+        await head._answer_requests()
+        assert left_over(place) == [] and place.read("duties.json")["strikes"] == {"n3": 1}
+
+    run(story)
+
+
+def test_a_run_that_is_queued_twice_runs_once(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "run", run="mine")
+        asked(place, "run", run="mine")
+        await head._answer_requests()
+        assert place.read("duties.json")["queue"] == ["mine"]
+
+    run(story)
+
+
+def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "scale", nodes="many")
+        asked(place, "dance")
+        (place.directory / layout.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
+        (place.directory / layout.REQUESTS / ".2-half.json").write_text('{"kind": "ru')
+        asked(place, "run", run="good")
+        await head._answer_requests()
+        assert place.read("duties.json")["queue"] == ["good"]
+        await head._answer_requests()
+        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == ["bad", "bad", "bad", "json"]
+        await head._off_loop(lambda: None)
+        assert len(place.events("request_refused")) == 2
+
+    run(story)
+
+
+def test_a_request_that_cannot_be_read_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "run", run="mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "EIO")))
+            patch.setattr(layout, "is_fenced", lambda *_: False)
+            await head._answer_requests()
+        assert len(left_over(place)) == 1 and not head._memory.queue
+        await head._answer_requests()
+        assert left_over(place) == [] and head._memory.queue == ["mine"]
+
+    run(story)
+
+
+def test_down_is_heard_by_the_next_head_too(place: Place) -> None:
+    async def story() -> None:
+        old = place.lead(1)
+        asked(place, "down", save_limit=5)
+        await old._answer_requests()
+        await old._answer_requests()
+        assert old._ending and len(left_over(place)) == 1
+        new = place.lead(2)
+        await new._answer_requests()
+        assert new._ending
+
+    run(story)
+
+
+def test_the_end_of_another_allocation_s_time_is_over(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        path = place.directory / layout.REQUESTS / "walltime.json"
+        state.write_json(path, {"kind": "walltime", "life": "6:0"})
+        await head._answer_requests()
+        assert not head._noticed and left_over(place) == []
+        for _ in range(2):  # the batch script's has always the same name
+            state.write_json(path, {"kind": "walltime", "life": head.head.life})
+            await head._answer_requests()
+        assert head._noticed
+        for task in head._tasks:
+            task.cancel()
+
+    run(story)
+
+
+def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
+    """Unless another agent has come in place of the one that was to go."""
+
+    def connect(head: HeadDuties, pid: int) -> None:
+        head.members.table["n2"] = Member("n2", {"state": "ready", "pid": pid})
+        head._member_changed(head.members.table["n2"], "joined")
+
+    async def story() -> None:
+        old = place.lead(1)
+        connect(old, 22)
+        old._memory.running = "r"
+        asked(place, "drain", node="n2", reason="too many")
+        await old._answer_requests()
+        new = place.lead(2)
+        new._memory.running = "r"
+        connect(new, 22)
+        assert new._state_of(new.members.table["n2"]) == "draining"
+        connect(new, 23)
+        assert new._state_of(new.members.table["n2"]) == "ready"
+
+    run(story)
