@@ -44,6 +44,10 @@ ABOARD_LIMIT, LATE_LIMIT = 300.0, 5.0
 """Seconds that a submitted run waits for the minimum of nodes, and then for the rest."""
 LOOP_LEAST = 1.0
 BLAME_AFTER = 2.0
+AT_ONCE = 10.0
+"""Seconds between two losses that may be one cut of the network: silence is noticed node by node."""
+KEEP_GONE = 500
+"""Rows of nodes that are gone, in the table: accounts and reports ask what they had."""
 END_MOVES = 30.0
 """Seconds by which the end of the job's time must have moved to be told anew: squeue is no clock."""
 FOLLOW_LIMIT = 20.0
@@ -148,16 +152,18 @@ class HeadDuties:
         """The nodes that the head before this one knew: lost, until they come by themselves."""
         for row in (table or {}).get("nodes", []):
             known = {k: v for k, v in row.items() if k not in {"name", "role", "since"}}
+            gone = row["state"] in {"ended", "failed", "lost"}
             if row["state"] not in {"ended", "failed"}:
                 known["state"] = "starting"  # its own state matters once it is connected
-            self.members.table[row["name"]] = Member(row["name"], known, alive=False, since=time.time())
-        self._spawn(self._miss())
+            since = float(row["since"]) if gone else time.time()
+            self.members.table[row["name"]] = Member(row["name"], known, alive=False, since=since)
+        self._spawn(self._miss(time.time()))
 
-    async def _miss(self) -> None:
-        """Whoever did not follow to this head is lost."""
+    async def _miss(self, began: float) -> None:
+        """Whoever was there when this head began and did not follow to it is lost; who was lost before, was."""
         await asyncio.sleep(FOLLOW_LIMIT)
         for member in list(self.members.table.values()):
-            if self._state_of(member) == "lost":
+            if self._state_of(member) == "lost" and member.since >= began - 1.0:
                 self._event("node_lost", node=member.node, reason="it did not follow to the new head")
                 await self._blame(member, "it did not follow to the new head", after=0.0)
 
@@ -235,9 +241,14 @@ class HeadDuties:
         now = self.members.table.get(node)
         if now is not None and now.alive and now.info.get("pid") == pid:
             return
-        lost = sum(self._state_of(m) == "lost" for m in self.members.table.values())
-        if 2 * lost <= len(self.members.table) and not await self._off_loop(self._is_fenced):
+        if not self._most_went_with(member) and not await self._off_loop(self._is_fenced):
             self._strike(node, reason)
+
+    def _most_went_with(self, member: Member) -> bool:
+        """Whether most of the nodes that were here were lost at once with this one."""
+        lost = {m.node for m in self.members.table.values() if self._state_of(m) == "lost"}
+        at_once = sum(abs(self.members.table[node].since - member.since) < AT_ONCE for node in lost)
+        return 2 * at_once > at_once + len(self._alive())
 
     def _strike(self, node: str, reason: str) -> None:
         """A node was lost, or is broken: remembered over elections."""
@@ -297,12 +308,20 @@ class HeadDuties:
         while True:
             await self._table_changed.wait()
             self._table_changed.clear()
+            self._forget_the_longest_gone()
             try:
                 await self._off_loop(self._save_table, self.table())
             except _TROUBLE as error:
                 log.error("the table could not be written error=%r", str(error))
                 await asyncio.sleep(1.0)
                 self._table_changed.set()
+
+    def _forget_the_longest_gone(self) -> None:
+        """The table has who is here, and the last of those who were: names may never come again."""
+        gone = [m for m in self.members.table.values() if self._state_of(m) in {"ended", "failed", "lost"}]
+        for member in sorted(gone, key=lambda m: m.since)[: max(0, len(gone) - KEEP_GONE)]:
+            del self.members.table[member.node]
+            self._forget_draining(member.node)
 
     def _save_table(self, rows: list[dict[str, Any]]) -> None:
         if self._is_fenced():

@@ -297,3 +297,81 @@ def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
         assert new._state_of(new.members.table["n2"]) == "ready"
 
     run(story)
+
+
+# -- strikes ---------------------------------------------------------------------------------------
+
+
+def joined(head: HeadDuties, *nodes: str) -> None:
+    for index, node in enumerate(nodes):
+        head.members.table[node] = Member(node, {"state": "ready", "pid": index, "job": "1"})
+
+
+def lost(head: HeadDuties, *nodes: str, ago: float = 0.0) -> None:
+    for node in nodes:
+        member = head.members.table[node]
+        member.alive, member.since = False, member.since - ago
+
+
+@pytest.mark.parametrize("before", ["ended", "lost"])
+def test_whoever_is_gone_does_not_count_when_most_are_lost(place: Place, before: str) -> None:
+    """A switch takes three nodes of four; twenty were here in the weeks before."""
+
+    async def story() -> None:
+        head = place.lead(1)
+        old = [f"old{i}" for i in range(20)]
+        joined(head, *old, "n1", "n2", "n3", "n4")
+        lost(head, *old, ago=3600.0)
+        for node in old:
+            head.members.table[node].info["state"] = "ended" if before == "ended" else "ready"
+        lost(head, "n2", "n3", "n4")
+        for node in ("n2", "n3", "n4"):
+            await head._blame(head.members.table[node], "silent", after=0.0)
+        assert head._memory.strikes == {}
+
+    run(story)
+
+
+def test_one_node_of_four_that_is_lost_is_struck_whoever_was_lost_before(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        old = [f"old{i}" for i in range(20)]
+        joined(head, *old, "n1", "n2", "n3", "n4")
+        lost(head, *old, ago=3600.0)
+        lost(head, "n4")
+        await head._blame(head.members.table["n4"], "silent", after=0.0)
+        assert head._memory.strikes == {"n4": 1}
+
+    run(story)
+
+
+def test_who_was_lost_before_an_election_is_not_struck_by_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raylaunch.head.FOLLOW_LIMIT", 0.0)
+
+    async def story() -> None:
+        head = place.lead(2)
+        rows = [{"name": f"n{i}", "state": "ready", "since": 5.0, "role": "worker", "job": "1"} for i in range(1, 6)]
+        rows[3]["state"] = rows[4]["state"] = "lost"
+        head._inherit({"nodes": rows})
+        joined(head, "n1", "n2")
+        await asyncio.gather(*head._tasks)
+        await head._off_loop(lambda: None)
+        assert head._memory.strikes == {"n3": 1}
+        assert [row["node"] for row in place.events("node_lost")] == ["n3"]
+        assert next(row for row in head.table() if row["name"] == "n4")["since"] == 5.0
+
+    run(story)
+
+
+def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raylaunch.head.KEEP_GONE", 3)
+
+    async def story() -> None:
+        head = place.lead(1)
+        joined(head, *(f"n{i}" for i in range(10)))
+        for i in range(8):
+            lost(head, f"n{i}", ago=100.0 - i)
+        head._forget_the_longest_gone()
+        assert [row["name"] for row in head.table()] == ["n5", "n6", "n7", "n8", "n9"]
+
+    run(story)
