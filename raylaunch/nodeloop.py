@@ -304,7 +304,7 @@ class NodeLoop:
             past.wanted = past.wanted and not set(past.nodes) & set(nodes)
 
     def _submit(self, cluster: Cluster, turn: Turn, nodes: int, exclude: Sequence[str]) -> None:
-        with self._appending(cluster) as append:
+        with self._appending(cluster, turn) as append:
             if append is None:
                 return
             if isinstance(self._backend, LocalBackend):
@@ -321,7 +321,7 @@ class NodeLoop:
         self._tell_refusal(cluster, "")
 
     def _resume(self, cluster: Cluster, turn: Turn) -> None:
-        with self._appending(cluster) as append:
+        with self._appending(cluster, turn) as append:
             if append is None:
                 return
             self._submitted = self._clock()
@@ -332,10 +332,10 @@ class NodeLoop:
         turn.events.append({"kind": "successor", "job": job})
 
     @contextlib.contextmanager
-    def _appending(self, cluster: Cluster) -> Iterator[Callable[[str], None] | None]:
+    def _appending(self, cluster: Cluster, turn: Turn) -> Iterator[Callable[[str], None] | None]:
         """Record the job that is submitted under this; None when somebody else has submitted since the
         facts were gathered, so that no hole is filled twice. (Successive joins of one turn are our own.)"""
-        with allocation.locked(self._directory):
+        with self._locked(turn):
             now = Cluster.read(self._directory)
             known = {*cluster.jobs, *self._past}
             if now is None or now.canary != cluster.canary or not set(now.jobs) <= known:
@@ -348,10 +348,20 @@ class NodeLoop:
 
             yield append
 
+    @contextlib.contextmanager
+    def _locked(self, turn: Turn) -> Iterator[None]:
+        with allocation.locked(self._directory) as is_ours:
+            if is_ours:
+                self._said.pop("lock_held", None)
+            elif "lock_held" not in self._said:
+                self._said["lock_held"] = "once"
+                turn.events.append({"kind": "lock_held", **allocation.lock_was_held(self._directory)})
+            yield
+
     def _adopt(self, view: View, cluster: Cluster, turn: Turn) -> None:
         """Record jobs whose submitter was killed before it could."""
         for job in view.unrecorded:
-            with allocation.locked(self._directory):
+            with self._locked(turn):
                 now = Cluster.read(self._directory)
                 if now is not None and now.canary == cluster.canary and job not in now.jobs:
                     replace(now, jobs=(*now.jobs, job)).write(self._directory / layout.CLUSTER_FILE)
