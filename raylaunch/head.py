@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -23,8 +22,9 @@ from typing import Any, TypeVar
 from raylaunch import allocation, backends, layout, nodepolicy, requests, runs, state, submits
 from raylaunch.config import Config
 from raylaunch.drivers import Drivers
-from raylaunch.errors import RaylaunchError, StateError
+from raylaunch.errors import StateError
 from raylaunch.hosts import Ports
+from raylaunch.internal import InternalErrors
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Member, Members
 from raylaunch.load.collect import Collector
@@ -42,7 +42,8 @@ REQUEST_EVERY = 0.3
 FENCE_EVERY = 0.5
 ABOARD_LIMIT, LATE_LIMIT = 300.0, 5.0
 """Seconds that a submitted run waits for the minimum of nodes, and then for the rest."""
-LOOP_LEAST = 1.0
+LOOP_LEAST, LOOP_PAUSE = 1.0, 5.0
+"""Seconds between two turns of the node loop, at the least, and after one that failed."""
 BLAME_AFTER = 2.0
 AT_ONCE = 10.0
 """Seconds between two losses that may be one cut of the network: silence is noticed node by node."""
@@ -52,8 +53,6 @@ END_MOVES = 30.0
 """Seconds by which the end of the job's time must have moved to be told anew: squeue is no clock."""
 FOLLOW_LIMIT = 20.0
 """Seconds within which the nodes come to a new head."""
-_TROUBLE = (RaylaunchError, OSError, ValueError, KeyError, TypeError, AttributeError)
-"""What one bad file or a full disk raises: logged, and the next one tried."""
 SAVE_LIMIT = 60.0
 """Seconds that a run gets to save when the cluster is to end, unless the request says otherwise."""
 ENDING_LIMIT, TELL_LIMIT = 10.0, 8.0
@@ -96,6 +95,8 @@ class HeadDuties:
             directory, {**env, **to_ray}, lambda: self._ending, self._is_fenced, self._off_loop, self._event
         )
         self._collector = Collector(directory, cluster.canary, self._off_loop, self._event, self._alive)
+        loop = asyncio.get_running_loop()
+        self._errors = InternalErrors(self._event, lambda: loop.call_soon_threadsafe(self._table_changed.set))
         self._ending = self._closed = self._noticed = False
         self._elected = False
         self._goes_on = ""
@@ -263,11 +264,9 @@ class HeadDuties:
         self._files.submit(self._write_memory, asdict(self._memory))
 
     def _write_memory(self, memory: dict[str, Any]) -> None:
-        try:
+        with self._errors.caught("writing of duties.json"):
             if not self._is_fenced():
                 self._duties_file.write(memory)
-        except _TROUBLE as error:
-            log.error("what the next head must know could not be written error=%r", str(error))
 
     def drain(self, node: str, reason: str) -> None:
         """Have the run leave this node at its next step, then end its agent."""
@@ -308,11 +307,12 @@ class HeadDuties:
         while True:
             await self._table_changed.wait()
             self._table_changed.clear()
-            self._forget_the_longest_gone()
-            try:
+            written = False
+            with self._errors.caught("table of nodes"):
+                self._forget_the_longest_gone()
                 await self._off_loop(self._save_table, self.table())
-            except _TROUBLE as error:
-                log.error("the table could not be written error=%r", str(error))
+                written = True
+            if not written:
                 await asyncio.sleep(1.0)
                 self._table_changed.set()
 
@@ -326,7 +326,8 @@ class HeadDuties:
     def _save_table(self, rows: list[dict[str, Any]]) -> None:
         if self._is_fenced():
             return
-        table = {"canary": self.cluster.canary, "incarnation": self.head.incarnation, "wanted": self._memory.wanted}
+        table = {"canary": self.cluster.canary, "incarnation": self.head.incarnation, "wanted": self._memory.wanted,
+                 "internal_errors": dict(self._errors.present)}  # fmt: skip
         self._members_file.write({**table, "ends": self._ends, "nodes": rows})
 
     # -- the end of this head's reign -------------------------------------------------------------
@@ -337,7 +338,7 @@ class HeadDuties:
     async def _watch_for_newer(self) -> None:
         """A head that was thought dead (frozen, cut off) finds that others went on, and makes way."""
         while True:
-            with contextlib.suppress(*_TROUBLE):
+            with self._errors.caught("look for newer heads"):
                 if await self._off_loop(self._is_fenced):
                     self._event("fenced", node=self.head.node, incarnation=self.head.incarnation)
                     self._resign("a newer incarnation has begun")
@@ -369,19 +370,17 @@ class HeadDuties:
         if not self._elected:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.enough.wait(), ABOARD_LIMIT)
-        try:
+        with self._errors.caught("question whether jobs can be submitted"):
             config, cluster = self.config, self.cluster
             why = await asyncio.to_thread(
                 submits.may_submit, backends.of(cluster.backend), self.directory, cluster, config
             )
             for event in loop.cannot_submit(cluster, why) if why else ():
                 self._event(**event)
-        except _TROUBLE as error:
-            log.warning("whether jobs can be submitted is not known error=%r", str(error))
         while True:
             self._nodes_changed.clear()
-            pause = 5.0
-            try:
+            pause = LOOP_PAUSE
+            with self._errors.caught("node loop"):
                 memory = self._memory
                 turn = await asyncio.to_thread(
                     loop.turn, self.table(), memory.wanted, dict(memory.strikes), set(memory.draining), memory.scaled,
@@ -389,8 +388,6 @@ class HeadDuties:
                 )  # fmt: skip
                 self._carry_out(turn)
                 pause = turn.pause
-            except _TROUBLE as error:
-                log.error("the node loop failed error=%r", str(error), exc_info=error)
             await asyncio.sleep(LOOP_LEAST)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._nodes_changed.wait(), pause)
@@ -431,10 +428,8 @@ class HeadDuties:
 
     async def _take_requests(self) -> None:
         while True:
-            try:
+            with self._errors.caught("taking of requests"):
                 await self._answer_requests()
-            except _TROUBLE as error:
-                log.error("a request could not be taken error=%r", str(error))
             await asyncio.sleep(REQUEST_EVERY)
 
     async def _answer_requests(self) -> None:
@@ -530,11 +525,9 @@ class HeadDuties:
                 continue
             name = self._memory.running = self._memory.queue.pop(0)
             self._remember()
-            try:
+            outcome = "failed"  # where that cannot be told: the cluster lives on
+            with self._errors.caught(f"driving of run {name}"):
                 outcome = await self._drivers.drive(name)
-            except _TROUBLE as error:  # of this run; the cluster lives on
-                outcome = "failed"
-                log.error("run failed run=%s", name, exc_info=error)
             if outcome == "fenced":  # the newer head has the run, and what is to be remembered of it
                 return self._resign("a newer incarnation has begun")
             self._memory.running = ""
@@ -607,7 +600,7 @@ class HeadDuties:
                 self._resign(JOB_ENDS)
             return
         job = await asyncio.to_thread(allocation.look, own)
-        with contextlib.suppress(*_TROUBLE):  # a storage that does not say keeps nobody from the end
+        with self._errors.caught("end of the allocation"):  # a storage that does not say keeps nobody from the end
             if await self._off_loop(self._is_fenced):  # what ends is not ours to see to any more
                 return self._resign("a newer incarnation has begun")
         if job is not None and job.state == "RUNNING":
@@ -671,7 +664,7 @@ class HeadDuties:
         if running:
             run = runs.directory(self.directory, running)
             # Where that cannot be written nothing can be saved; what is committed goes on elsewhere all the same.
-            await self._off_loop(_tried, runs.request_stop, run, reason, bool(self._goes_on))
+            await self._off_loop(self._tried, runs.request_stop, run, reason, bool(self._goes_on))
             try:
                 await asyncio.wait_for(self._drivers.ended(), save_limit)
             except TimeoutError:
@@ -704,7 +697,7 @@ class HeadDuties:
     async def _tell_end(self, reason: str) -> None:
         """Have the end of a run told whose driver could not any more."""
         name = self._memory.running
-        with contextlib.suppress(*_TROUBLE):
+        with self._errors.caught("telling of the end"):
             record = await self._off_loop(Run.read, runs.directory(self.directory, name)) if name else None
             if record is not None and record.state in {"running", "holding"} and not self._goes_on:
                 await self._drivers.tell(name, TELL_LIMIT, f"its cluster ended ({reason})")
@@ -717,9 +710,9 @@ class HeadDuties:
         base = self.head.job
         if self._goes_on:
             # A full disk is no reason not to go on: the last commit is good.
-            _tried(self._duties_file.write, asdict(self._memory))
+            self._tried(self._duties_file.write, asdict(self._memory))
             for kind, fields in allocation.go_on(self.directory, base, self._goes_on, self._onward):
-                _tried(functools.partial(state.append_event, self.directory, kind, **fields))
+                self._append_event(kind, fields)
             return
         if self.cluster.run is not None and self.exit_code == 0:
             run = Run.read(runs.directory(self.directory, self.cluster.run))
@@ -740,12 +733,18 @@ class HeadDuties:
 
     def _event(self, kind: str, **fields: Any) -> None:
         """One line of the cluster's events, written off the loop."""
-        self._files.submit(functools.partial(state.append_event, self.directory, kind, **fields))
+        try:
+            self._files.submit(self._append_event, kind, fields)
+        except RuntimeError:  # that thread is over: these are the last words, from one of their own
+            self._append_event(kind, fields)
 
+    def _append_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        try:
+            state.append_event(self.directory, kind, **fields)
+        except StateError as error:
+            log.error("an event could not be written kind=%s fields=%s error=%r", kind, fields, str(error))
 
-def _tried(work: Callable[..., Any], *arguments: Any) -> None:
-    """File work without which the rest goes on."""
-    try:
-        work(*arguments)
-    except _TROUBLE as error:
-        log.error("left undone work=%s error=%r", getattr(work, "__name__", work), str(error))
+    def _tried(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """File work without which the rest goes on."""
+        with self._errors.caught(f"end ({getattr(work, '__name__', work)})"):
+            work(*arguments)

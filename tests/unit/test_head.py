@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from raylaunch import layout, state
+from raylaunch.backends import Job
+from raylaunch.cli import cli
 from raylaunch.config import Config
 from raylaunch.head import HeadDuties
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Member, Members
+from raylaunch.nodeloop import Turn
 
 
 class Place:
@@ -375,3 +379,58 @@ def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatc
         assert [row["name"] for row in head.table()] == ["n5", "n6", "n7", "n8", "n9"]
 
     run(story)
+
+
+# -- mistakes of our own ---------------------------------------------------------------------------
+
+
+def test_a_mistake_in_the_node_loop_is_told_once_and_shown_until_it_is_over(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[Exception | None] = [KeyError("n1"), KeyError("n2"), TypeError("x"), KeyError("n1"), None]
+    shown: list[dict[str, str]] = []
+
+    async def story() -> None:
+        head = place.lead(1)
+        head._ready.set()
+        over = asyncio.Event()
+
+        def turn(*_: object) -> Turn:
+            shown.append(dict(head._errors.present))
+            if not faults:
+                head._closed = True
+                loop.call_soon_threadsafe(over.set)
+                return Turn(pause=1000.0)
+            if (fault := faults.pop(0)) is not None:
+                raise fault
+            return Turn(pause=0.0)
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr("raylaunch.head.NodeLoop.turn", lambda _self, *rest: turn(*rest))
+        monkeypatch.setattr("raylaunch.head.LOOP_LEAST", 0.0)
+        monkeypatch.setattr("raylaunch.head.LOOP_PAUSE", 0.0)
+        head.enough.set()
+        task = asyncio.create_task(head._keep_nodes())
+        await over.wait()
+        task.cancel()
+        await head._off_loop(lambda: None)
+
+    run(story)
+    told = place.events("internal_error")
+    assert [row["work"] for row in told] == ["node loop"] * 2
+    assert "KeyError: 'n1' (test_head.py:" in told[0]["error"] and "TypeError: x" in told[1]["error"]
+    assert [bool(one) for one in shown] == [False, True, True, True, True, False]
+
+
+def test_status_shows_a_mistake_of_ours(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        head._errors.tell("node loop", KeyError("n1"))
+        head._save_table([])
+        await head._off_loop(lambda: None)
+
+    run(story)
+    alive = Job("local", "RUNNING", True)
+    monkeypatch.setattr("raylaunch.backends.LocalBackend.states", lambda *_: {"local": alive})
+    done = CliRunner().invoke(cli, ["status", "--state-dir", str(place.directory.parents[1])])
+    assert "internal error in the node loop: KeyError: 'n1'" in " ".join(done.output.split()), done.output
