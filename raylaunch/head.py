@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -34,6 +35,7 @@ from raylaunch.nodeloop import NodeLoop, Turn
 from raylaunch.published import Published
 from raylaunch.requests import Request
 from raylaunch.runs import Run
+from raylaunch.slurm.client import TIMEOUT
 
 log = logging.getLogger("raylaunch.head")
 T = TypeVar("T")
@@ -56,6 +58,8 @@ FOLLOW_LIMIT = 20.0
 SAVE_LIMIT = 60.0
 """Seconds that a run gets to save when the cluster is to end, unless the request says otherwise."""
 ENDING_LIMIT, TELL_LIMIT = 10.0, 8.0
+TURN_LIMIT = TIMEOUT + 2.0
+"""Seconds that the end waits for a job that is being submitted: as long as a command of Slurm may take."""
 JOB_ENDS = "its job was told to end"
 TERM_LIMIT = 20.0
 """Seconds after SIGTERM in which the run may leave the head's own node."""
@@ -102,6 +106,9 @@ class HeadDuties:
         self._goes_on = ""
         """Why the cluster goes on in another allocation, once this one has ended; "": it does not."""
         self._onward = allocation.Onward.REQUEUE
+        self._node_loop: NodeLoop | None = None
+        self._turn: asyncio.Future[Any] | None = None
+        """The last turn of the node loop, in its thread."""
         self._requests: dict[str, Request] = {}
         """Those that were taken and are not over, by name."""
         self._unclean: dict[str, Any] = {}
@@ -358,6 +365,8 @@ class HeadDuties:
         for task in list(self._tasks):
             task.cancel()
         self._drivers.kill()
+        if self._node_loop is not None:
+            self._node_loop.stop()
         await self._off_loop(lambda: None)  # what was to be written is
         self._files.shutdown()
 
@@ -365,16 +374,15 @@ class HeadDuties:
 
     async def _keep_nodes(self) -> None:
         """Turn the node loop: lost nodes are replaced, what Slurm drains is left, and so on."""
-        loop = NodeLoop(self.directory, self.config, backends.of(self.cluster.backend))
+        backend = backends.of(self.cluster.backend)
+        loop = self._node_loop = await self._off_loop(NodeLoop, self.directory, self.config, backend)
         await self._ready.wait()
         if not self._elected:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.enough.wait(), ABOARD_LIMIT)
         with self._errors.caught("question whether jobs can be submitted"):
             config, cluster = self.config, self.cluster
-            why = await asyncio.to_thread(
-                submits.may_submit, backends.of(cluster.backend), self.directory, cluster, config
-            )
+            why = await asyncio.to_thread(submits.may_submit, backend, self.directory, cluster, config)
             for event in loop.cannot_submit(cluster, why) if why else ():
                 self._event(**event)
         while True:
@@ -382,7 +390,7 @@ class HeadDuties:
             pause = LOOP_PAUSE
             with self._errors.caught("node loop"):
                 memory = self._memory
-                turn = await asyncio.to_thread(
+                turn = await self._in_thread(
                     loop.turn, self.table(), memory.wanted, dict(memory.strikes), set(memory.draining), memory.scaled,
                     memory.continued,
                 )  # fmt: skip
@@ -391,6 +399,19 @@ class HeadDuties:
             await asyncio.sleep(LOOP_LEAST)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._nodes_changed.wait(), pause)
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """A turn of the node loop. Its thread goes on when the wait for it is cancelled: `_end_node_loop`."""
+        future = asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *arguments))
+        self._turn = future
+        return await asyncio.shield(future)
+
+    async def _end_node_loop(self) -> None:
+        """No job is submitted after this; one that is being submitted is waited for, as long as that may take."""
+        if self._node_loop is not None:
+            self._node_loop.stop()
+        if self._turn is not None:
+            await asyncio.wait({self._turn}, timeout=TURN_LIMIT)
 
     def _carry_out(self, turn: Turn) -> None:
         """What the node loop leaves to the head."""
@@ -682,6 +703,7 @@ class HeadDuties:
         self._drivers.kill()  # before the nodes: it would take their end for a fault
         await self._drivers.ended()
         told = asyncio.create_task(self._tell_end(reason))
+        loop_ended = asyncio.create_task(self._end_node_loop())
         everyone = [m for m in self.members.table.values() if m.node != self.head.node]
         others = [m for m in everyone if m.alive]  # of a node lost before, nothing is ours to end any more
         self._lost = [m.node for m in everyone if not m.alive and m.info["state"] not in {"ended", "failed"}]
@@ -690,6 +712,7 @@ class HeadDuties:
         while any(m.alive for m in others) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         await told
+        await loop_ended
         self._unclean = {m.node: m.info.get("left", -1) for m in others if m.info.get("left") != 0}
         await self._off_loop(self._save_table, self.table())
         self.members.close()

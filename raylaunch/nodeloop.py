@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -95,7 +96,11 @@ class NodeLoop:
         self._excluded: frozenset[str] | None = None
         # What lies there already was counted by another loop, or befell nodes that nobody led.
         self._struck = dict(self._failures())
-        self._ended = ""
+        self._over = threading.Event()
+
+    def stop(self) -> None:
+        """Submit nothing any more, from any thread: the cluster's jobs are about to be read for the last time."""
+        self._over.set()
 
     def turn(
         self,
@@ -338,7 +343,7 @@ class NodeLoop:
         with self._locked(turn):
             now = Cluster.read(self._directory)
             known = {*cluster.jobs, *self._past}
-            if now is None or now.canary != cluster.canary or not set(now.jobs) <= known:
+            if self._over.is_set() or now is None or now.canary != cluster.canary or not set(now.jobs) <= known:
                 yield None
                 return
             latest = now

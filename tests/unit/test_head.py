@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -434,3 +435,36 @@ def test_status_shows_a_mistake_of_ours(place: Place, monkeypatch: pytest.Monkey
     monkeypatch.setattr("raylaunch.backends.LocalBackend.states", lambda *_: {"local": alive})
     done = CliRunner().invoke(cli, ["status", "--state-dir", str(place.directory.parents[1])])
     assert "internal error in the node loop: KeyError: 'n1'" in " ".join(done.output.split()), done.output
+
+
+# -- the end ---------------------------------------------------------------------------------------
+
+
+def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jobs are read for the last time after that; the turn's thread cannot be cancelled."""
+    submitting, answer = threading.Event(), threading.Event()
+
+    def turn(*_: object) -> Turn:
+        submitting.set()
+        assert answer.wait(10)
+        replace(place.cluster, jobs=("local", "joiner")).write(place.directory / layout.CLUSTER_FILE)
+        return Turn()
+
+    async def story() -> None:
+        head = place.lead(1)
+        head._ready.set()
+        head.enough.set()
+        head._spawn(head._keep_nodes())
+        await asyncio.to_thread(submitting.wait, 10)
+        closing = asyncio.create_task(head.close("down"))
+        await asyncio.to_thread(stopped.wait, 10)
+        assert not closing.done()
+        answer.set()
+        await closing
+        now = Cluster.read(place.directory)
+        assert now is not None and now.jobs == ("local", "joiner")
+
+    stopped = threading.Event()
+    monkeypatch.setattr("raylaunch.head.NodeLoop.turn", turn)
+    monkeypatch.setattr("raylaunch.head.NodeLoop.stop", lambda _: stopped.set())
+    run(story)

@@ -298,3 +298,17 @@ def test_a_lock_that_a_frozen_watcher_holds_is_not_waited_for_without_end(
 def test_no_lock_is_waited_for_without_a_limit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without a limit"), locks.held(tmp_path / "lock", patience=float("inf")):
         pass
+
+
+def test_nothing_is_submitted_once_the_end_has_begun(place: Place) -> None:
+    """Though the turn had begun before, and has decided."""
+    place.lose("n2")
+    ask = place.slurm.__call__
+
+    def then_ends(command: Sequence[str], timeout: float, stdin: str | None, env: Mapping[str, str]) -> Completed:
+        if command[0] == "sinfo":
+            loop.stop()
+        return ask(command, timeout, stdin, env)
+
+    loop = NodeLoop(place.directory, place.config, SlurmBackend(Slurm(then_ends)), False, lambda: place.now)
+    assert kinds(place.turn(loop)) == ["join"] and place.slurm.scripts == []
