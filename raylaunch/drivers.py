@@ -8,7 +8,7 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,19 @@ class Drivers:
 
     async def _one(self, run: Path) -> int:
         """One driver, from its start to its end; the exit status."""
-        with (run / layout.LOGS / "driver.log").open("ab") as out:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "raylaunch.driver", str(self._directory), str(run),
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=self._env,
-            )  # fmt: skip
+        command = [sys.executable, "-P", "-m", "raylaunch.driver", str(self._directory), str(run)]
+        self._process = await self._start(run, command, stdin=subprocess.DEVNULL)
         return await self._process.wait()
+
+    async def _start(self, run: Path, command: Sequence[str], stdin: int) -> asyncio.subprocess.Process:
+        """A process of this run, which writes into driver.log."""
+        out = await self._off_loop((run / layout.LOGS / "driver.log").open, "ab")
+        try:
+            return await asyncio.create_subprocess_exec(
+                *command, stdin=stdin, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=self._env
+            )
+        finally:
+            await self._off_loop(out.close)
 
     async def tell(self, name: str, limit: float, *why: str) -> None:
         """Send the alerts that are left of a run without a driver, within `limit` seconds. `why` it ends, where its
@@ -89,11 +96,7 @@ class Drivers:
         run = runs.directory(self._directory, name)
         if not (await self._off_loop(configfile.load_resolved, run / layout.CONFIG_FILE)).alerts.sinks:
             return
-        with (run / layout.LOGS / "driver.log").open("ab") as out:
-            process = await asyncio.create_subprocess_exec(
-                *beside.command(alerts.MODULE, run), *why, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
-                start_new_session=True, env=self._env,
-            )  # fmt: skip
+        process = await self._start(run, [*beside.command(alerts.MODULE, run), *why], stdin=subprocess.PIPE)
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.communicate(b""), limit)  # the end of its stdin

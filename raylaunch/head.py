@@ -89,8 +89,8 @@ class HeadDuties:
         self._ready = asyncio.Event()  # Ray runs on the head: a driver can connect
         self.enough = asyncio.Event()
         """The minimum of nodes is ready: what is not needed for that may start now."""
-        self._memory = Memory.read(directory, cluster)
-        self._memory.wanted = self._memory.wanted or nodes
+        self._nodes = nodes
+        self._memory = Memory(cluster.canary)
         self._queued = asyncio.Event()
         self._table_changed, self._nodes_changed = asyncio.Event(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -122,6 +122,7 @@ class HeadDuties:
 
     async def open(self, why: str) -> None:
         """Begin: admit agents, publish head.json, take requests. `why`: of an election."""
+        self._memory = await self._off_loop(self._recall)
         await self._off_loop(self._remember_life)
         self._elected = bool(why)
         if why:
@@ -144,6 +145,12 @@ class HeadDuties:
     async def _serve_metrics(self) -> None:
         await self.enough.wait()
         await metrics.keep(self.directory, self.head.address, Ports(self.head.control_port - 1).metrics, self._env)
+
+    def _recall(self) -> Memory:
+        """What the head before this one left."""
+        memory = Memory.read(self.directory, self.cluster)
+        memory.wanted = memory.wanted or self._nodes
+        return memory
 
     def _remember_life(self) -> None:
         """What the head before this one left, and whether this is another allocation."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 import threading
+import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from raylaunch import layout, state
+from raylaunch import layout, runs, state
 from raylaunch.backends import Job
 from raylaunch.cli import cli
 from raylaunch.config import Config
@@ -41,10 +44,12 @@ class Place:
     def lead(self, incarnation: int, config: Config | None = None, nodes: int = 4) -> HeadDuties:
         """The head of the next incarnation, which has claimed it."""
         assert layout.claim(self.directory, incarnation, "n1")
-        return HeadDuties(
+        head = HeadDuties(
             self.directory, self.cluster, config or Config(), self.head(incarnation), Members("t", lambda: "lost"), {},
             self.stopped.append, self.resigned.append, nodes,
         )  # fmt: skip
+        head._memory = head._recall()
+        return head
 
     def read(self, name: str) -> Any:
         return json.loads((self.directory / name).read_text())
@@ -468,3 +473,88 @@ def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkey
     monkeypatch.setattr("raylaunch.head.NodeLoop.turn", turn)
     monkeypatch.setattr("raylaunch.head.NodeLoop.stop", lambda _: stopped.set())
     run(story)
+
+
+# -- the event loop --------------------------------------------------------------------------------
+
+_FILE_WORK = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.mkdir", "os.link", "os.utime"}
+_watched: dict[str, Any] = {"directory": None, "found": []}
+
+
+def _hook(name: str, arguments: tuple[Any, ...]) -> None:
+    """What Python tells of each file that is opened; a hook stays for good, and is idle but for one test."""
+    directory = _watched["directory"]
+    if directory is None or name not in _FILE_WORK or threading.current_thread() is not threading.main_thread():
+        return
+    if any(isinstance(one, (str, os.PathLike)) and str(one).startswith(directory) for one in arguments):
+        _watched["found"].append(f"{name}{arguments[:2]} " + "".join(traceback.format_stack(limit=8)[:-1]))
+
+
+sys.addaudithook(_hook)
+
+
+class FakeProcess:
+    """A driver, or what tells of a run's end."""
+
+    returncode: int | None = None
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+
+    async def wait(self) -> int:
+        await self.over.wait()
+        return 0
+
+    async def communicate(self, _: bytes) -> None:
+        return None
+
+    def kill(self) -> None:
+        self.over.set()
+
+
+def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its begin to its end: shared storage that stalls must not look like a dead head."""
+    made: list[FakeProcess] = []
+
+    async def start(*_: object, **__: object) -> FakeProcess:
+        made.append(FakeProcess())
+        return made[-1]
+
+    async def until(what: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not what():
+                await asyncio.sleep(0.005)
+
+    async def story() -> None:
+        head = place.lead(2)
+        _watched["directory"] = str(place.directory.parents[1])
+        await head.open("an election")
+        head.members.table["n1"] = Member("n1", {"state": "ready", "pid": 1, "job": "1"})
+        for what in ("joined", "changed"):
+            head._member_changed(head.members.table["n1"], what)
+        await until(lambda: bool(made))
+        made[-1].over.set()  # the driver ends without a word: the alerts are told
+        head._member_changed(head.members.table["n1"], "silent")
+        head._errors.tell("test", KeyError("x"))
+        await until(lambda: not head._requests and head._memory.running == "" and not head._memory.queue)
+        closing = asyncio.create_task(head.close("down"))
+        await until(closing.done)
+        closing.result()
+        _watched["directory"] = None
+
+    config = Config.model_validate({"alerts": {"command": ["true"]}})
+    state.make_dir(place.directory.parents[1] / "runs")
+    with runs.prepared(state.run_dir(place.directory.parents[1], "r"), config, "main"):
+        layout.request(place.directory, "run", run="r")
+        layout.request(place.directory, "strike", node="n9", reason="x")
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    monkeypatch.setattr("raylaunch.head.REQUEST_EVERY", 0.01)
+    monkeypatch.setattr("raylaunch.drivers.BROKEN_PAUSE", 0.0)
+    monkeypatch.setattr("raylaunch.head.metrics.keep", lambda *_: asyncio.sleep(1000))
+    _watched["found"].clear()
+    try:
+        run(story)
+    finally:
+        _watched["directory"] = None
+    assert not _watched["found"], _watched["found"][0]
+    assert place.events("run_ended")
