@@ -23,6 +23,8 @@ LONG = 600.0
 BROKEN_PAUSE = 2.0
 """Seconds, after the first driver that broke; more after the next."""
 TELL_LIMIT = 25.0
+LOOK_EVERY, STOP_LIMIT = 2.0, 10.0
+"""Seconds between two looks whether a driver outlives its run, and from its being told to end to its kill."""
 
 
 class Drivers:
@@ -48,6 +50,9 @@ class Drivers:
         record = await self._off_loop(Run.read, directory)
         if record is None:
             return "failed"  # it was moved away while it waited
+        if record.state in runs.FINAL:  # the head before this one went when its driver was about to
+            self._event("run_ended", run=name, state=record.state, status=0)
+            return str(record.state)
         if await self._off_loop(runs.stop_continues, directory):
             await self._off_loop(runs.clear_stop, directory)
         self._event("run_started", run=name)
@@ -105,11 +110,34 @@ class Drivers:
                 process.kill()
             await process.wait()
 
+    async def make_way(self, name: str, waits: Callable[[], bool], limit: float) -> None:
+        """Have a driver end that has other things to do when its run is over (its weights are written), `limit` seconds
+        after another run began to wait for it; for as long as this is not cancelled."""
+        directory = runs.directory(self._directory, name)
+        ours = await self._off_loop(Run.read, directory)
+        since: float | None = None
+        while ours is not None:
+            await asyncio.sleep(LOOK_EVERY)
+            now = await self._off_loop(Run.read, directory) if waits() else None
+            is_over = now is not None and (now.state in runs.FINAL or now.id != ours.id)
+            since = (since or time.monotonic()) if is_over else None
+            if since is not None and time.monotonic() - since >= limit:
+                self._event("driver_cut_short", run=name, reason="another run waits")
+                if now is not None and now.id == ours.id:
+                    await self._off_loop(runs.request_stop, directory, "another run waits")
+                    await asyncio.sleep(STOP_LIMIT)
+                return self.kill()
+
     def kill(self) -> None:
         """End the present driver, if there is one, at once."""
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None and self.running:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a driver."""
+        return self._process is not None and self._process.returncode is None
 
     async def ended(self) -> None:
         """Wait for the present driver's end."""

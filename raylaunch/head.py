@@ -102,7 +102,7 @@ class HeadDuties:
         loop = asyncio.get_running_loop()
         self._errors = InternalErrors(self._event, lambda: loop.call_soon_threadsafe(self._table_changed.set))
         self._ending = self._closed = self._noticed = False
-        self._elected = False
+        self._elected = self._run_is_over = False
         self._goes_on = ""
         """Why the cluster goes on in another allocation, once this one has ended; "": it does not."""
         self._onward = allocation.Onward.REQUEUE
@@ -553,9 +553,11 @@ class HeadDuties:
                 continue
             name = self._memory.running = self._memory.queue.pop(0)
             self._remember()
+            making_way = asyncio.create_task(self._drivers.make_way(name, lambda: bool(self._memory.queue), SAVE_LIMIT))
             outcome = "failed"  # where that cannot be told: the cluster lives on
             with self._errors.caught(f"driving of run {name}"):
                 outcome = await self._drivers.drive(name)
+            making_way.cancel()
             if outcome == "fenced":  # the newer head has the run, and what is to be remembered of it
                 return self._resign("a newer incarnation has begun")
             self._memory.running = ""
@@ -631,6 +633,7 @@ class HeadDuties:
         with self._errors.caught("end of the allocation"):  # a storage that does not say keeps nobody from the end
             if await self._off_loop(self._is_fenced):  # what ends is not ours to see to any more
                 return self._resign("a newer incarnation has begun")
+            self._run_is_over = await self._off_loop(self._look_whether_over)
         if job is not None and job.state == "RUNNING":
             return self.notice() if is_base else self.begin_end(JOB_ENDS, goes_on=True)
         why = job.taken if job is not None else ""
@@ -643,6 +646,12 @@ class HeadDuties:
             self._resign(f"the base job ends ({why}), and the joiners go on")
         else:
             self._end_now(why, allocation.Onward.ITSELF if comes_back else allocation.Onward.SUCCESSOR)
+
+    def _look_whether_over(self) -> bool:
+        """Whether the present run has come to its end, and its driver only has things to do yet."""
+        name = self._memory.running
+        record = Run.read(runs.directory(self.directory, name)) if name else None
+        return record is not None and record.state in runs.FINAL
 
     def _others_lead_on(self) -> bool:
         """Whether nodes of other jobs than this node's are there to go on."""
@@ -667,7 +676,7 @@ class HeadDuties:
 
     def _may_go_on(self) -> bool:
         """Whether there is something to go on with, and the limit of requeues is not reached."""
-        unfinished = bool(self._memory.running or self._memory.queue)
+        unfinished = bool((self._memory.running and not self._run_is_over) or self._memory.queue)
         limit = self.config.elastic.max_requeues
         if unfinished and self._memory.continued >= limit:
             self._event("requeues_used_up", count=self._memory.continued, setting=f"elastic.max_requeues={limit}")
@@ -693,13 +702,14 @@ class HeadDuties:
             run = runs.directory(self.directory, running)
             # Where that cannot be written nothing can be saved; what is committed goes on elsewhere all the same.
             await self._off_loop(self._tried, runs.request_stop, run, reason, bool(self._goes_on))
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._drivers.ended(), save_limit)
-            except TimeoutError:
-                self._event("save_timed_out", run=running, seconds=save_limit)
             record = await self._off_loop(Run.read, run)
-            if record is not None and record.state in runs.FINAL and not self._memory.queue:
-                self._goes_on = ""  # it came to its end while it was asked to stop
+            is_over = record is not None and record.state in runs.FINAL
+            if not is_over and self._drivers.running:
+                self._event("save_timed_out", run=running, seconds=save_limit)
+            if is_over and not self._memory.queue:
+                self._goes_on = ""  # it came to its end while it was asked to stop, or had and wrote its weights
         self._stop(reason)
 
     async def close(self, reason: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from raylaunch import layout, runs, state
+from raylaunch.allocation import Look
 from raylaunch.backends import Job
 from raylaunch.cli import cli
 from raylaunch.config import Config
@@ -558,3 +559,31 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
         _watched["directory"] = None
     assert not _watched["found"], _watched["found"][0]
     assert place.events("run_ended")
+
+
+def finished_run(place: Place, queue: list[str]) -> None:
+    """A run of the state directory that is finished; its driver still writes its weights."""
+    run_dir = state.run_dir(place.directory.parents[1], "r")
+    state.make_dir(run_dir.parent)
+    with runs.prepared(run_dir, Config(), "main") as record:
+        record.save(run_dir, state="finished")
+
+
+@pytest.mark.parametrize(("queue", "goes_on"), [([], ""), (["next"], "preempted")])
+def test_a_finished_run_is_nothing_to_go_on_with(
+    place: Place, monkeypatch: pytest.MonkeyPatch, queue: list[str], goes_on: str
+) -> None:
+    """Slurm takes the allocation while the driver writes the weights."""
+    finished_run(place, queue)
+    place.cluster = replace(place.cluster, backend="slurm")
+    monkeypatch.setattr("raylaunch.head.allocation.look", lambda _: Look("COMPLETING", None, preempted=True))
+    monkeypatch.setattr("raylaunch.head.allocation.is_requeued_by_slurm", lambda *_: False)
+
+    async def story() -> None:
+        head = place.lead(1)
+        head._memory.running, head._memory.queue = "r", queue
+        await head._act_on_signal()
+        assert head._goes_on == goes_on
+
+    run(story)
+    assert place.stopped == ["signal SIGTERM"]

@@ -128,3 +128,50 @@ def test_a_claim_on_a_full_disk_is_tried_again(tmp_path: Path, monkeypatch: pyte
     for _ in range(2):
         asyncio.run(made._judge())
     assert len(tries) == 2
+
+
+def test_a_run_that_is_over_is_not_driven_again(tmp_path: Path) -> None:
+    """Its head went while the driver wrote the weights; the next one finds it among what it has to do."""
+    run = state.run_dir(tmp_path, "r")
+    with runs.prepared(run, Config(), "c") as record:
+        record.save(run, state="finished")
+    made = Broken(run, [])
+    assert asyncio.run(made.drive("r")) == "finished"
+    assert [row["kind"] for row in made.told] == ["run_ended"]
+
+
+@pytest.mark.parametrize("how", ["kill", "gone"])
+def test_a_driver_that_is_lost_after_its_run_does_not_make_it_fail(tmp_path: Path, how: str) -> None:
+    run = state.run_dir(tmp_path, "r")
+    with runs.prepared(run, Config(), "c"):
+        made = Broken(run, [(-9 if how == "kill" else 1, "finished")])
+    assert asyncio.run(made.drive("r")) == "finished"
+    assert Run.read(run).state == "finished"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("state_", ["finished", "running"])
+def test_a_driver_that_outlives_its_run_makes_way_for_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state_: str
+) -> None:
+    monkeypatch.setattr(drivers, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(drivers, "STOP_LIMIT", 0.0)
+    run = state.run_dir(tmp_path, "r")
+    with runs.prepared(run, Config(), "c") as record:
+        record.save(run, state=state_)
+    made, looks = Broken(run, []), []
+    killed: list[int] = []
+    monkeypatch.setattr(made, "kill", lambda: killed.append(len(looks)))
+
+    async def story() -> None:
+        def waits() -> bool:
+            looks.append(1)
+            return len(looks) > 2
+
+        task = asyncio.create_task(made.make_way("r", waits, 0.0))
+        while len(looks) < 5 and not task.done():
+            await asyncio.sleep(0)
+        task.cancel()
+
+    asyncio.run(story())
+    assert killed == ([3] if state_ == "finished" else [])
+    assert runs.stop_reason(run) == ("another run waits" if state_ == "finished" else None)
