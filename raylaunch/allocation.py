@@ -25,11 +25,6 @@ from raylaunch.slurm.parse import JobState
 
 log = logging.getLogger("raylaunch.allocation")
 
-SIGNAL_EARLY = 90.0
-"""Slurm may send --signal up to a minute early (sbatch(1)); with more time left than that it is a preemption."""
-ENDING = 15.0
-"""Seconds to end the agents and to requeue."""
-LEAST = 20.0
 JOBS_LOCK = ".jobs.lock"
 LOCK_LIMIT, LOCK_LIMIT_AT_END = 30.0, 5.0
 """Seconds to wait for that lock: longer than a command of Slurm may take; at the end there is less time."""
@@ -107,11 +102,6 @@ def is_requeued_by_slurm(job: str, why: str) -> bool:
     except RaylaunchError as error:
         log.warning("the partition's way of preemption is not known error=%r", str(error))
         return True
-
-
-def budget(longest_save: float) -> float:
-    """Seconds before the end at which saving has to begin: twice the slowest save so far, and the ending."""
-    return max(LEAST, 2.0 * longest_save) + ENDING
 
 
 def go_on(directory: Path, job: str, why: str, how: Onward) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -3,69 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from made_heads import Place, joined, lost, run
 
 from raylaunch import layout, runs, state
-from raylaunch.allocation import Look
 from raylaunch.backends import Job
 from raylaunch.cli import cli
 from raylaunch.config import Config
 from raylaunch.head import HeadDuties
-from raylaunch.layout import Cluster, Head
-from raylaunch.link import Member, Members
+from raylaunch.layout import Cluster
+from raylaunch.link import Member
 from raylaunch.nodeloop import Turn
-
-
-class Place:
-    """A cluster directory, and heads that lead it one after the other."""
-
-    def __init__(self, state_dir: Path) -> None:
-        self.directory = state_dir / "clusters" / "main"
-        for part in (layout.REQUESTS, layout.INCARNATIONS, layout.LOGS, layout.NODES):
-            (self.directory / part).mkdir(parents=True)
-        self.cluster = Cluster("main", "local", 1, "canary", 0.0, 1, 8, 1, ("local",))
-        self.cluster.write(self.directory / layout.CLUSTER_FILE)
-        self.stopped: list[str] = []
-        self.resigned: list[str] = []
-
-    def head(self, incarnation: int) -> Head:
-        return Head("canary", incarnation, "n1", "n1", "127.0.0.1", 1, "", 1, float(incarnation), "local")
-
-    def lead(self, incarnation: int, config: Config | None = None, nodes: int = 4) -> HeadDuties:
-        """The head of the next incarnation, which has claimed it."""
-        assert layout.claim(self.directory, incarnation, "n1")
-        head = HeadDuties(
-            self.directory, self.cluster, config or Config(), self.head(incarnation), Members("t", lambda: "lost"), {},
-            self.stopped.append, self.resigned.append, nodes,
-        )  # fmt: skip
-        head._memory = head._recall()
-        return head
-
-    def read(self, name: str) -> Any:
-        return json.loads((self.directory / name).read_text())
-
-    def events(self, *kinds: str) -> list[dict[str, Any]]:
-        return state.read_events(self.directory, *kinds)
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
-
-
-def run(work: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(work())  # type: ignore[arg-type]
 
 
 def hide_listings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,22 +62,22 @@ def test_the_last_words_of_an_older_head_are_replaced(place: Place, name: str) -
 
     async def story() -> None:
         old, new = place.lead(1), place.lead(2)
-        new.members.table["n1"] = Member("n1", {"state": "ready"})
-        new._memory.queue = ["wanted"]
-        new._duties_file.write(asdict(new._memory))
-        new._save_table(new.table())
-        new._head_file.write(asdict(new.head))
+        new.table.members.table["n1"] = Member("n1", {"state": "ready"})
+        new.context.memory.queue = ["wanted"]
+        new.context.duties_file.write(asdict(new.context.memory))
+        new.table.write(new.table.rows())
+        new._file.write(asdict(new.head))
         expected = place.read(name)
-        new._restore()
+        new.restore()
         assert not place.events("restored")
-        old._head_file.write(asdict(old.head))
-        old._duties_file.write(asdict(old._memory))
-        old._members_file.write({"incarnation": 1, "nodes": []})
+        old._file.write(asdict(old.head))
+        old.context.duties_file.write(asdict(old.context.memory))
+        old.table._file.write({"incarnation": 1, "nodes": []})
         assert place.read(name) != expected
-        new._restore()
+        new.restore()
         assert place.read(name) == expected
-        new._restore()
-        await new._off_loop(lambda: None)
+        new.restore()
+        await new.context.off_loop(lambda: None)
         assert [row["file"] for row in place.events("restored")].count(name) == 1
 
     run(story)
@@ -136,7 +99,7 @@ def test_a_request_is_deleted_when_it_is_remembered(place: Place) -> None:
         head = place.lead(1)
         asked(place, "run", run="one")
         asked(place, "scale", nodes=3)
-        await head._answer_requests()
+        await head.requests.turn()
         assert left_over(place) == []
         assert (place.read("duties.json")["queue"], place.read("duties.json")["wanted"]) == (["one"], 3)
 
@@ -151,9 +114,9 @@ def test_a_head_that_was_replaced_takes_nothing(place: Place, monkeypatch: pytes
         path = asked(place, "run", run="mine")
         with monkeypatch.context() as patch:
             patch.setattr(layout, "claims", lambda _: [1])
-            await old._answer_requests()
-        assert path.exists() and not (place.directory / "duties.json").exists()
-        await new._answer_requests()
+            await old.requests.turn()
+        assert path.exists() and place.read("duties.json")["queue"] == []
+        await new.requests.turn()
         assert place.read("duties.json")["queue"] == ["mine"] and not path.exists()
 
     run(story)
@@ -176,20 +139,20 @@ def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pyte
             asked(place, kind, **values)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             if moment == "taken":
-                patch.setattr(old._duties_file, "write", die)
+                patch.setattr(old.context.duties_file, "write", die)
             elif moment == "remembered":
                 patch.setattr("raylaunch.requests.Request.done", die)
             else:  # between its look at the fence and its write; it writes all the same
-                write = old._duties_file.write
-                patch.setattr(old._duties_file, "write", lambda value: (write(value), claim_next()))
-            await old._answer_requests()
-            await old._off_loop(lambda: None)
+                write = old.context.duties_file.write
+                patch.setattr(old.context.duties_file, "write", lambda value: (write(value), claim_next()))
+            await old.requests.turn()
+            await old.context.off_loop(lambda: None)
             if moment == "replaced":
                 raise Killed
         assert len(left_over(place)) == 2
         new = place.lead(3 if moment == "replaced" else 2)
-        await new._answer_requests()
-        assert new._memory.queue == ["mine"] and new._memory.strikes == {"n3": 1}
+        await new.requests.turn()
+        assert new.context.memory.queue == ["mine"] and new.context.memory.strikes == {"n3": 1}
         assert left_over(place) == [] and place.read("duties.json")["strikes"] == {"n3": 1}
 
     def claim_next() -> None:
@@ -203,10 +166,10 @@ def test_a_disk_that_is_full_keeps_the_request(place: Place, monkeypatch: pytest
         head = place.lead(1)
         asked(place, "strike", node="n3", reason="broken")
         with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(head._duties_file, "write", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
-            await head._answer_requests()
+            patch.setattr(head.context.duties_file, "write", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+            await head.requests.turn()
         assert len(left_over(place)) == 1
-        await head._answer_requests()
+        await head.requests.turn()
         assert left_over(place) == [] and place.read("duties.json")["strikes"] == {"n3": 1}
 
     run(story)
@@ -217,7 +180,7 @@ def test_a_run_that_is_queued_twice_runs_once(place: Place) -> None:
         head = place.lead(1)
         asked(place, "run", run="mine")
         asked(place, "run", run="mine")
-        await head._answer_requests()
+        await head.requests.turn()
         assert place.read("duties.json")["queue"] == ["mine"]
 
     run(story)
@@ -231,11 +194,11 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
         (place.directory / layout.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
         (place.directory / layout.REQUESTS / ".2-half.json").write_text('{"kind": "ru')
         asked(place, "run", run="good")
-        await head._answer_requests()
+        await head.requests.turn()
         assert place.read("duties.json")["queue"] == ["good"]
-        await head._answer_requests()
+        await head.requests.turn()
         assert sorted(name.rpartition(".")[2] for name in left_over(place)) == ["bad", "bad", "bad", "json"]
-        await head._off_loop(lambda: None)
+        await head.context.off_loop(lambda: None)
         assert len(place.events("request_refused")) == 2
 
     run(story)
@@ -248,10 +211,10 @@ def test_a_request_that_cannot_be_read_is_tried_again(place: Place, monkeypatch:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "EIO")))
             patch.setattr(layout, "is_fenced", lambda *_: False)
-            await head._answer_requests()
-        assert len(left_over(place)) == 1 and not head._memory.queue
-        await head._answer_requests()
-        assert left_over(place) == [] and head._memory.queue == ["mine"]
+            await head.requests.turn()
+        assert len(left_over(place)) == 1 and not head.context.memory.queue
+        await head.requests.turn()
+        assert left_over(place) == [] and head.context.memory.queue == ["mine"]
 
     run(story)
 
@@ -260,12 +223,12 @@ def test_down_is_heard_by_the_next_head_too(place: Place) -> None:
     async def story() -> None:
         old = place.lead(1)
         asked(place, "down", save_limit=5)
-        await old._answer_requests()
-        await old._answer_requests()
-        assert old._ending and len(left_over(place)) == 1
+        await old.requests.turn()
+        await old.requests.turn()
+        assert old.context.course.ending and len(left_over(place)) == 1
         new = place.lead(2)
-        await new._answer_requests()
-        assert new._ending
+        await new.requests.turn()
+        assert new.context.course.ending
 
     run(story)
 
@@ -275,14 +238,13 @@ def test_the_end_of_another_allocation_s_time_is_over(place: Place) -> None:
         head = place.lead(1)
         path = place.directory / layout.REQUESTS / "walltime.json"
         state.write_json(path, {"kind": "walltime", "life": "6:0"})
-        await head._answer_requests()
-        assert not head._noticed and left_over(place) == []
+        await head.requests.turn()
+        assert not head.ending._noticed and left_over(place) == []
         for _ in range(2):  # the batch script's has always the same name
             state.write_json(path, {"kind": "walltime", "life": head.head.life})
-            await head._answer_requests()
-        assert head._noticed
-        for task in head._tasks:
-            task.cancel()
+            await head.requests.turn()
+        assert head.ending._noticed
+        head.context.cancel_all()
 
     run(story)
 
@@ -291,37 +253,26 @@ def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
     """Unless another agent has come in place of the one that was to go."""
 
     def connect(head: HeadDuties, pid: int) -> None:
-        head.members.table["n2"] = Member("n2", {"state": "ready", "pid": pid})
-        head._member_changed(head.members.table["n2"], "joined")
+        head.table.members.table["n2"] = Member("n2", {"state": "ready", "pid": pid})
+        head.table.changed(head.table.members.table["n2"], "joined")
 
     async def story() -> None:
         old = place.lead(1)
         connect(old, 22)
-        old._memory.running = "r"
+        old.context.memory.running = "r"
         asked(place, "drain", node="n2", reason="too many")
-        await old._answer_requests()
+        await old.requests.turn()
         new = place.lead(2)
-        new._memory.running = "r"
+        new.context.memory.running = "r"
         connect(new, 22)
-        assert new._state_of(new.members.table["n2"]) == "draining"
+        assert new.table.state_of(new.table.members.table["n2"]) == "draining"
         connect(new, 23)
-        assert new._state_of(new.members.table["n2"]) == "ready"
+        assert new.table.state_of(new.table.members.table["n2"]) == "ready"
 
     run(story)
 
 
 # -- strikes ---------------------------------------------------------------------------------------
-
-
-def joined(head: HeadDuties, *nodes: str) -> None:
-    for index, node in enumerate(nodes):
-        head.members.table[node] = Member(node, {"state": "ready", "pid": index, "job": "1"})
-
-
-def lost(head: HeadDuties, *nodes: str, ago: float = 0.0) -> None:
-    for node in nodes:
-        member = head.members.table[node]
-        member.alive, member.since = False, member.since - ago
 
 
 @pytest.mark.parametrize("before", ["ended", "lost"])
@@ -334,11 +285,11 @@ def test_whoever_is_gone_does_not_count_when_most_are_lost(place: Place, before:
         joined(head, *old, "n1", "n2", "n3", "n4")
         lost(head, *old, ago=3600.0)
         for node in old:
-            head.members.table[node].info["state"] = "ended" if before == "ended" else "ready"
+            head.table.members.table[node].info["state"] = "ended" if before == "ended" else "ready"
         lost(head, "n2", "n3", "n4")
         for node in ("n2", "n3", "n4"):
-            await head._blame(head.members.table[node], "silent", after=0.0)
-        assert head._memory.strikes == {}
+            await head.table.blame(head.table.members.table[node], "silent", after=0.0)
+        assert head.context.memory.strikes == {}
 
     run(story)
 
@@ -350,40 +301,40 @@ def test_one_node_of_four_that_is_lost_is_struck_whoever_was_lost_before(place: 
         joined(head, *old, "n1", "n2", "n3", "n4")
         lost(head, *old, ago=3600.0)
         lost(head, "n4")
-        await head._blame(head.members.table["n4"], "silent", after=0.0)
-        assert head._memory.strikes == {"n4": 1}
+        await head.table.blame(head.table.members.table["n4"], "silent", after=0.0)
+        assert head.context.memory.strikes == {"n4": 1}
 
     run(story)
 
 
 def test_who_was_lost_before_an_election_is_not_struck_by_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raylaunch.head.FOLLOW_LIMIT", 0.0)
+    monkeypatch.setattr("raylaunch.head.member_table.FOLLOW_LIMIT", 0.0)
 
     async def story() -> None:
         head = place.lead(2)
         rows = [{"name": f"n{i}", "state": "ready", "since": 5.0, "role": "worker", "job": "1"} for i in range(1, 6)]
         rows[3]["state"] = rows[4]["state"] = "lost"
-        head._inherit({"nodes": rows})
+        head.table.inherit(rows)
         joined(head, "n1", "n2")
-        await asyncio.gather(*head._tasks)
-        await head._off_loop(lambda: None)
-        assert head._memory.strikes == {"n3": 1}
+        await head.context.all_done()
+        await head.context.off_loop(lambda: None)
+        assert head.context.memory.strikes == {"n3": 1}
         assert [row["node"] for row in place.events("node_lost")] == ["n3"]
-        assert next(row for row in head.table() if row["name"] == "n4")["since"] == 5.0
+        assert next(row for row in head.table.rows() if row["name"] == "n4")["since"] == 5.0
 
     run(story)
 
 
 def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raylaunch.head.KEEP_GONE", 3)
+    monkeypatch.setattr("raylaunch.head.member_table.KEEP_GONE", 3)
 
     async def story() -> None:
         head = place.lead(1)
         joined(head, *(f"n{i}" for i in range(10)))
         for i in range(8):
             lost(head, f"n{i}", ago=100.0 - i)
-        head._forget_the_longest_gone()
-        assert [row["name"] for row in head.table()] == ["n5", "n6", "n7", "n8", "n9"]
+        head.table.forget_the_longest_gone()
+        assert [row["name"] for row in head.table.rows()] == ["n5", "n6", "n7", "n8", "n9"]
 
     run(story)
 
@@ -399,13 +350,13 @@ def test_a_mistake_in_the_node_loop_is_told_once_and_shown_until_it_is_over(
 
     async def story() -> None:
         head = place.lead(1)
-        head._ready.set()
+        head.context.ready.set()
         over = asyncio.Event()
 
         def turn(*_: object) -> Turn:
-            shown.append(dict(head._errors.present))
+            shown.append(dict(head.context.errors.present))
             if not faults:
-                head._closed = True
+                head.table.closed = True
                 loop.call_soon_threadsafe(over.set)
                 return Turn(pause=1000.0)
             if (fault := faults.pop(0)) is not None:
@@ -413,14 +364,14 @@ def test_a_mistake_in_the_node_loop_is_told_once_and_shown_until_it_is_over(
             return Turn(pause=0.0)
 
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr("raylaunch.head.NodeLoop.turn", lambda _self, *rest: turn(*rest))
-        monkeypatch.setattr("raylaunch.head.LOOP_LEAST", 0.0)
-        monkeypatch.setattr("raylaunch.head.LOOP_PAUSE", 0.0)
+        monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.turn", lambda _self, *rest: turn(*rest))
+        monkeypatch.setattr("raylaunch.head.node_duty.LEAST", 0.0)
+        monkeypatch.setattr("raylaunch.head.node_duty.AFTER_FAILURE", 0.0)
         head.enough.set()
-        task = asyncio.create_task(head._keep_nodes())
+        task = asyncio.create_task(head.nodes.run())
         await over.wait()
         task.cancel()
-        await head._off_loop(lambda: None)
+        await head.context.off_loop(lambda: None)
 
     run(story)
     told = place.events("internal_error")
@@ -432,9 +383,9 @@ def test_a_mistake_in_the_node_loop_is_told_once_and_shown_until_it_is_over(
 def test_status_shows_a_mistake_of_ours(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         head = place.lead(1)
-        head._errors.tell("node loop", KeyError("n1"))
-        head._save_table([])
-        await head._off_loop(lambda: None)
+        head.context.errors.tell("node loop", KeyError("n1"))
+        head.table.write([])
+        await head.context.off_loop(lambda: None)
 
     run(story)
     alive = Job("local", "RUNNING", True)
@@ -458,9 +409,9 @@ def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkey
 
     async def story() -> None:
         head = place.lead(1)
-        head._ready.set()
+        head.context.ready.set()
         head.enough.set()
-        head._spawn(head._keep_nodes())
+        head.context.spawn(head.nodes.run())
         await asyncio.to_thread(submitting.wait, 10)
         closing = asyncio.create_task(head.close("down"))
         await asyncio.to_thread(stopped.wait, 10)
@@ -471,8 +422,8 @@ def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkey
         assert now is not None and now.jobs == ("local", "joiner")
 
     stopped = threading.Event()
-    monkeypatch.setattr("raylaunch.head.NodeLoop.turn", turn)
-    monkeypatch.setattr("raylaunch.head.NodeLoop.stop", lambda _: stopped.set())
+    monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.turn", turn)
+    monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.stop", lambda _: stopped.set())
     run(story)
 
 
@@ -530,14 +481,16 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
         head = place.lead(2)
         _watched["directory"] = str(place.directory.parents[1])
         await head.open("an election")
-        head.members.table["n1"] = Member("n1", {"state": "ready", "pid": 1, "job": "1"})
+        head.table.members.table["n1"] = Member("n1", {"state": "ready", "pid": 1, "job": "1"})
         for what in ("joined", "changed"):
-            head._member_changed(head.members.table["n1"], what)
+            head.table.changed(head.table.members.table["n1"], what)
         await until(lambda: bool(made))
         made[-1].over.set()  # the driver ends without a word: the alerts are told
-        head._member_changed(head.members.table["n1"], "silent")
-        head._errors.tell("test", KeyError("x"))
-        await until(lambda: not head._requests and head._memory.running == "" and not head._memory.queue)
+        head.table.changed(head.table.members.table["n1"], "silent")
+        head.context.errors.tell("test", KeyError("x"))
+        await until(
+            lambda: not head.requests._taken and head.context.memory.running == "" and not head.context.memory.queue
+        )
         closing = asyncio.create_task(head.close("down"))
         await until(closing.done)
         closing.result()
@@ -549,9 +502,9 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
         layout.request(place.directory, "run", run="r")
         layout.request(place.directory, "strike", node="n9", reason="x")
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
-    monkeypatch.setattr("raylaunch.head.REQUEST_EVERY", 0.01)
-    monkeypatch.setattr("raylaunch.drivers.BROKEN_PAUSE", 0.0)
-    monkeypatch.setattr("raylaunch.head.metrics.keep", lambda *_: asyncio.sleep(1000))
+    monkeypatch.setattr("raylaunch.head.request_loop.LOOK_EVERY", 0.01)
+    monkeypatch.setattr("raylaunch.head.run_queue.BROKEN_PAUSE", 0.0)
+    monkeypatch.setattr("raylaunch.head.head.metrics.keep", lambda *_: asyncio.sleep(1000))
     _watched["found"].clear()
     try:
         run(story)
@@ -559,31 +512,3 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
         _watched["directory"] = None
     assert not _watched["found"], _watched["found"][0]
     assert place.events("run_ended")
-
-
-def finished_run(place: Place, queue: list[str]) -> None:
-    """A run of the state directory that is finished; its driver still writes its weights."""
-    run_dir = state.run_dir(place.directory.parents[1], "r")
-    state.make_dir(run_dir.parent)
-    with runs.prepared(run_dir, Config(), "main") as record:
-        record.save(run_dir, state="finished")
-
-
-@pytest.mark.parametrize(("queue", "goes_on"), [([], ""), (["next"], "preempted")])
-def test_a_finished_run_is_nothing_to_go_on_with(
-    place: Place, monkeypatch: pytest.MonkeyPatch, queue: list[str], goes_on: str
-) -> None:
-    """Slurm takes the allocation while the driver writes the weights."""
-    finished_run(place, queue)
-    place.cluster = replace(place.cluster, backend="slurm")
-    monkeypatch.setattr("raylaunch.head.allocation.look", lambda _: Look("COMPLETING", None, preempted=True))
-    monkeypatch.setattr("raylaunch.head.allocation.is_requeued_by_slurm", lambda *_: False)
-
-    async def story() -> None:
-        head = place.lead(1)
-        head._memory.running, head._memory.queue = "r", queue
-        await head._act_on_signal()
-        assert head._goes_on == goes_on
-
-    run(story)
-    assert place.stopped == ["signal SIGTERM"]
