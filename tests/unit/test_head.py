@@ -161,6 +161,30 @@ def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pyte
     run(story)
 
 
+def test_a_head_is_replaced_while_it_writes_what_it_took(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was frozen after its look at the fence; its successor has read duties.json before it thaws and writes."""
+    newer: list[HeadDuties] = []
+
+    async def story() -> None:
+        old = place.lead(1)
+        write = old.context.duties_file.write
+
+        def thaw(value: Any) -> None:
+            newer.append(place.lead(2))
+            write(value)
+
+        monkeypatch.setattr(old.context.duties_file, "write", thaw)
+        asked(place, "run", run="mine")
+        await old.requests.turn()
+        assert len(left_over(place)) == 1
+        (new,) = newer
+        new.restore()
+        await new.requests.turn()
+        assert place.read("duties.json")["queue"] == ["mine"] and left_over(place) == []
+
+    run(story)
+
+
 def test_a_disk_that_is_full_keeps_the_request(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         head = place.lead(1)
@@ -415,7 +439,8 @@ def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkey
         await asyncio.to_thread(submitting.wait, 10)
         closing = asyncio.create_task(head.close("down"))
         await asyncio.to_thread(stopped.wait, 10)
-        assert not closing.done()
+        done, _ = await asyncio.wait({closing}, timeout=0.2)
+        assert not done
         answer.set()
         await closing
         now = Cluster.read(place.directory)
