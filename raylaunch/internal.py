@@ -34,6 +34,7 @@ class InternalErrors:
     def __init__(self, event: Callable[..., None], changed: Callable[[], object] = lambda: None) -> None:
         self._event, self._changed = event, changed
         self._told: set[tuple[str, str]] = set()
+        self._expected: dict[str, str] = {}
         self.present: dict[str, str] = {}
         """Work → the error with which it failed last; without those that have succeeded since."""
 
@@ -43,10 +44,13 @@ class InternalErrors:
         try:
             yield
         except EXPECTED as error:
-            log.error("%s failed error=%r", work, str(error))
+            if self._expected.get(work) != str(error):  # once: the storage may be gone for hours
+                self._expected[work] = str(error)
+                log.error("%s failed error=%r", work, str(error))
         except Exception as error:  # noqa: BLE001 (told below, with its traceback)
             self.tell(work, error)
         else:
+            self._expected.pop(work, None)
             if self.present.pop(work, None) is not None:
                 self._changed()
 

@@ -107,9 +107,12 @@ def claims(cluster: Path) -> list[int]:
 def is_fenced(cluster: Path, incarnation: int) -> bool:
     """Whether the head of this incarnation was replaced (see `fence`). Claims are made one above the other, so the next
     number is there if any is. A client of NFS may remember for a while that it was not; then head.json tells, which
-    is replaced and never removed. Our own claim goes when the cluster is brought up anew."""
+    is replaced and never removed. Our own claim goes when the cluster is brought up anew, and only then: where the
+    directory is gone, too, the storage is, and nobody knows anything."""
     folder = cluster / INCARNATIONS
-    if is_there(folder / f"{incarnation + 1:08d}") or not is_there(folder / f"{incarnation:08d}"):
+    if is_there(folder / f"{incarnation + 1:08d}"):
+        return True
+    if not is_there(folder / f"{incarnation:08d}") and is_there(folder):
         return True
     head = Head.read(cluster)
     return head is not None and head.incarnation > incarnation

@@ -49,6 +49,12 @@ def test_a_newer_head_json_fences_where_the_claim_cannot_be_seen(place: Place) -
     assert layout.is_fenced(place.directory, 1)
 
 
+def test_a_storage_that_is_gone_fences_nobody(place: Place) -> None:
+    assert layout.claim(place.directory, 1, "n1")
+    place.directory.rename(place.directory.with_name("elsewhere"))
+    assert not layout.is_fenced(place.directory, 1)
+
+
 def test_a_head_of_a_past_life_is_fenced(place: Place) -> None:
     """`up` removes the claims of the life before."""
     assert layout.claim(place.directory, 1, "n1")
