@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -23,13 +22,12 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.layout import Cluster
 from raylaunch.slurm.client import Slurm
 from raylaunch.slurm.parse import JobState
-from raylaunch.timing import ALLOCATION_ENDING as ENDING
 
 log = logging.getLogger("raylaunch.allocation")
 
-SIGNAL_EARLY = 90.0
-"""Slurm may send --signal up to a minute early (sbatch(1)); with more time left than that it is a preemption."""
-LEAST = 20.0
+JOBS_LOCK = ".jobs.lock"
+LOCK_LIMIT, LOCK_LIMIT_AT_END = 30.0, 5.0
+"""Seconds to wait for that lock: longer than a command of Slurm may take; at the end there is less time."""
 _ENDED = re.compile(r"CANCELLED AT \S+ DUE TO (PREEMPTION|TIME LIMIT|NODE FAILURE)")
 _TAKEN = {"PREEMPTED", "TIMEOUT", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "DEADLINE"}
 _BROKEN = {"JobLaunchFailure", "NodeDown", "SystemFailure", "NonZeroExitCode", "RaisedSignal"}
@@ -106,11 +104,6 @@ def is_requeued_by_slurm(job: str, why: str) -> bool:
         return True
 
 
-def budget(longest_save: float) -> float:
-    """Seconds before the end at which saving has to begin: twice the slowest save so far, and the ending."""
-    return max(LEAST, 2.0 * longest_save) + ENDING
-
-
 def go_on(directory: Path, job: str, why: str, how: Onward) -> Iterator[tuple[str, dict[str, Any]]]:
     """See to the cluster's next allocation; what was done, as events. The requeue ends this process, so
     its event comes first."""
@@ -128,7 +121,9 @@ def go_on(directory: Path, job: str, why: str, how: Onward) -> Iterator[tuple[st
                 return
             yield "requeue_refused", {"job": job, "error": str(error)}
     try:
-        with locked(directory):
+        with locked(directory, LOCK_LIMIT_AT_END) as is_ours:
+            if not is_ours:
+                yield "lock_held", lock_was_held(directory)
             successor = slurm.submit((directory / layout.SCRIPT_FILE).read_text())
             cluster = Cluster.read(directory)
             if cluster is not None:
@@ -158,7 +153,15 @@ def give_back(jobs: Sequence[str]) -> None:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """While cluster.json's list of jobs changes."""
-    with locks.held(directory / ".jobs.lock", patience=math.inf):
-        yield
+def locked(directory: Path, patience: float = LOCK_LIMIT) -> Iterator[bool]:
+    """While cluster.json's list of jobs changes. False when somebody else has held the lock for all of `patience`:
+    whoever that is, is frozen, for it holds the lock for one sbatch. Then things go on without the lock; a job whose
+    record gets lost is found by its comment."""
+    with locks.held(directory / JOBS_LOCK, patience) as is_ours:
+        yield is_ours
+
+
+def lock_was_held(directory: Path) -> dict[str, Any]:
+    """The fields of the event for that."""
+    path = directory / JOBS_LOCK
+    return {"lock": str(path), "hint": f"A frozen `raylaunch watch` may hold it: find it with `fuser {path}`."}

@@ -235,6 +235,12 @@ def living_nodes(directory: Path, cluster: Cluster) -> list[dict[str, Any]]:
     return list(table["nodes"]) if table and table["canary"] == cluster.canary else []
 
 
+def internal_errors(directory: Path, cluster: Cluster) -> dict[str, str]:
+    """What fails in its head by a mistake of ours: work → error."""
+    table = state.read_json(directory / layout.MEMBERS_FILE)
+    return dict(table.get("internal_errors", {})) if table and table["canary"] == cluster.canary else {}
+
+
 def node_failures(directory: Path, cluster: Cluster) -> dict[str, str]:
     """Node → its own error: from the directory, and from the job's output for nodes that do not see it."""
     found: dict[str, str] = {}

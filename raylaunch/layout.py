@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from raylaunch import state
+from raylaunch.fence import is_there
 
 CLUSTER_FILE, CONFIG_FILE, SCRIPT_FILE = "cluster.json", "config.yaml", "script.sbatch"
 TOKEN_FILE, CANARY_FILE = "token", "canary"
@@ -101,6 +102,20 @@ def claims(cluster: Path) -> list[int]:
     """The incarnations that were claimed in this life of the cluster, the newest last."""
     folder = cluster / INCARNATIONS
     return sorted(int(p.name) for p in folder.glob("[0-9]*")) if folder.exists() else []
+
+
+def is_fenced(cluster: Path, incarnation: int) -> bool:
+    """Whether the head of this incarnation was replaced (see `fence`). Claims are made one above the other, so the next
+    number is there if any is. A client of NFS may remember for a while that it was not; then head.json tells, which
+    is replaced and never removed. Our own claim goes when the cluster is brought up anew, and only then: where the
+    directory is gone, too, the storage is, and nobody knows anything."""
+    folder = cluster / INCARNATIONS
+    if is_there(folder / f"{incarnation + 1:08d}"):
+        return True
+    if not is_there(folder / f"{incarnation:08d}") and is_there(folder):
+        return True
+    head = Head.read(cluster)
+    return head is not None and head.incarnation > incarnation
 
 
 def began(cluster: Path, life: str) -> int | None:

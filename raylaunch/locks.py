@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def take(path: Path) -> int | None:
     somebody else holds it. OSError where the file cannot be made."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        if _lock(fd, fcntl.LOCK_EX):
+        if lock(fd):
             return fd
     except BaseException:
         os.close(fd)
@@ -36,7 +37,10 @@ def take(path: Path) -> int | None:
 
 @contextmanager
 def held(path: Path, patience: float = 0.0) -> Iterator[bool]:
-    """Hold the lock meanwhile; False when somebody else held it for all the `patience` seconds."""
+    """Hold the lock meanwhile; False when somebody else held it for all the `patience` seconds, a finite number: its
+    holder may be frozen on another machine."""
+    if not math.isfinite(patience):
+        raise ValueError("a lock is not waited for without a limit")
     deadline = time.monotonic() + patience
     while (fd := take(path)) is None and time.monotonic() < deadline:
         time.sleep(PAUSE)
@@ -54,12 +58,13 @@ def is_held(path: Path) -> bool:
     except OSError:
         return False
     try:
-        return not _lock(fd, fcntl.LOCK_SH)
+        return not lock(fd, fcntl.LOCK_SH)
     finally:
         os.close(fd)
 
 
-def _lock(fd: int, how: int) -> bool:
+def lock(fd: int, how: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file, if that can be at once."""
     try:
         fcntl.flock(fd, how | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -10,6 +10,14 @@ from raylaunch import layout, state
 from raylaunch.layout import Cluster
 
 
+@dataclass(frozen=True)
+class Draining:
+    """A node that the run is to leave: why, and the process of its agent. Another agent there is another matter."""
+
+    reason: str
+    agent: int | None = None
+
+
 @dataclass
 class Memory:
     """Written by the head whenever it changes, read by the next one."""
@@ -30,6 +38,10 @@ class Memory:
     """How often the cluster went on in another allocation."""
     life: str = ""
     """The allocation that this was written in."""
+    draining: dict[str, Draining] = field(default_factory=dict)
+    """Nodes that the run is to leave; then their agents end."""
+    taken: list[str] = field(default_factory=list)
+    """Requests that are done and may lie there yet (see `requests`)."""
 
     @classmethod
     def read(cls, directory: Path, cluster: Cluster) -> Memory:
@@ -38,7 +50,8 @@ class Memory:
         if value is None or value.get("canary") != cluster.canary:
             return cls(cluster.canary, queue=[cluster.run] if cluster.run else [])
         known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in value.items() if k in known})
+        draining = {node: Draining(**one) for node, one in value.get("draining", {}).items()}
+        return cls(**{k: v for k, v in value.items() if k in known} | {"draining": draining})
 
     def write(self, directory: Path) -> None:
         state.write_json(directory / layout.DUTIES_FILE, asdict(self))

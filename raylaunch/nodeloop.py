@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ from raylaunch.config import Config
 from raylaunch.errors import SlurmError, SlurmUnavailable, StateError
 from raylaunch.jobview import View
 from raylaunch.layout import Cluster, Head
-from raylaunch.nodepolicy import Decision, Facts, Node
+from raylaunch.nodepolicy import Decision, Facts, Joiners, Node
 from raylaunch.slurm import script as slurm_script
 
 BUSY, QUIET, SILENT = 2.0, 10.0, 60.0
@@ -34,8 +35,6 @@ ASK_AGAIN, LOOK_AGAIN = 300.0, 10.0
 """Seconds after which a site that refused a joiner is asked again (limits of jobs pass), and one that has
 no further node now."""
 NO_NODE = "node configuration is not available"
-SHORT_LIFE = 60.0
-"""Seconds: a joiner that ended sooner after it was ready is not followed by another at once."""
 
 
 @dataclass
@@ -61,15 +60,6 @@ class Turn:
     """Seconds until the next turn, unless something happens before."""
 
 
-@dataclass
-class _Past:
-    """What is remembered of a joiner."""
-
-    nodes: tuple[str, ...] = ()
-    ready: float | None = None
-    wanted: bool = True
-
-
 class NodeLoop:
     """One cluster's node loop. `watcher`: on the login node, beside or in place of the head's."""
 
@@ -87,15 +77,18 @@ class NodeLoop:
         self._refused = ("", 0.0)
         self._seen: dict[str, tuple[str, float]] = {}
         self._said: dict[str, str] = {}
-        self._past: dict[str, _Past] = {}
-        self._failed_joiners = 0
+        self._joiners = Joiners()
         self._submitted = -1e9
         self._below: float | None = None
         self._silent = 0.0
         self._excluded: frozenset[str] | None = None
         # What lies there already was counted by another loop, or befell nodes that nobody led.
         self._struck = dict(self._failures())
-        self._ended = ""
+        self._over = threading.Event()
+
+    def stop(self) -> None:
+        """Submit nothing any more, from any thread: the cluster's jobs are about to be read for the last time."""
+        self._over.set()
 
     def turn(
         self,
@@ -124,7 +117,7 @@ class NodeLoop:
         if view.base.nodes:
             turn.job_nodes[view.base.job] = view.base.nodes
         members = self._members(table, view, draining or set())
-        self._follow_joiners(view, members)
+        self._joiners = self._joiners.after(view.joiners, members, self._clock())
         self._strike_failures(turn)
         facts = self._facts(cluster, view, members, wanted, strikes, scaled, resumes)
         struck = nodepolicy.excluded(strikes, self._config.elastic)
@@ -201,7 +194,7 @@ class NodeLoop:
             and any(view.nodes[n].state == "mixed" for n in view.base.nodes if n in view.nodes),
             refused=self._who_submits(cluster, view),
             watched=not self._watcher and submits.is_watched(self._directory),
-            failed_joiners=self._failed_joiners,
+            failed_joiners=self._joiners.failed,
             since_submit=now - self._submitted,
             below_min=now - self._below if self._below is not None else 0.0,
             resumes=resumes,
@@ -218,24 +211,6 @@ class NodeLoop:
         held = {n for j in view.joiners for n in j.nodes} | set(view.base.nodes)
         lives = head is not None and head.canary == cluster.canary and head.node in held
         return "the head submits itself" if lives and not submits.head_refusal(self._directory, cluster) else ""
-
-    def _follow_joiners(self, view: View, members: Sequence[Node]) -> None:
-        """Count the joiners in a row that brought nothing."""
-        now = self._clock()
-        ready = {(m.name, m.job) for m in members if m.state == "ready"}
-        living = {j.job: j for j in view.joiners}
-        for job, joiner in living.items():
-            past = self._past.setdefault(job, _Past())
-            past.nodes = joiner.nodes or past.nodes
-            if past.ready is None and any((n, job) in ready or (n, "") in ready for n in joiner.nodes):
-                past.ready = now
-                self._failed_joiners = 0
-        for job in [job for job in self._past if job not in living]:
-            past = self._past.pop(job)
-            if past.wanted and past.ready is None:
-                self._failed_joiners += 1
-            elif past.wanted and past.ready is not None and now - past.ready < SHORT_LIFE:
-                self._failed_joiners = max(1, self._failed_joiners)
 
     def _strike_failures(self, turn: Turn) -> None:
         """Agents that could not start say so in nodes/NAME.json; each time is a strike."""
@@ -278,15 +253,13 @@ class NodeLoop:
                     slurm = self._config.slurm
                     self._backend.slurm.keep_off(job, [slurm_script.excluded(slurm, exclude) or ""])
                 case nodepolicy.Release(jobs=jobs, nodes=nodes):
-                    for job in jobs:
-                        self._past.setdefault(job, _Past()).wanted = False
+                    self._joiners = self._joiners.let_go(jobs, nodes)
                     if jobs:
                         self._backend.cancel(self._directory, jobs)
                     turn.release_nodes += nodes
-                    self._let_go(nodes)
                 case nodepolicy.Drain(node=node, reason=reason):
                     turn.drain.append((node, reason))
-                    self._let_go([node])
+                    self._joiners = self._joiners.let_go(nodes=[node])
                 case nodepolicy.GiveUp(reason=reason):
                     turn.give_up = reason
         except SlurmUnavailable as error:
@@ -298,13 +271,8 @@ class NodeLoop:
         except SlurmError as error:
             self._refuse(cluster, turn, error)
 
-    def _let_go(self, nodes: Sequence[str]) -> None:
-        """Their joiners end because we want them to: no failures."""
-        for past in self._past.values():
-            past.wanted = past.wanted and not set(past.nodes) & set(nodes)
-
     def _submit(self, cluster: Cluster, turn: Turn, nodes: int, exclude: Sequence[str]) -> None:
-        with self._appending(cluster) as append:
+        with self._appending(cluster, turn) as append:
             if append is None:
                 return
             if isinstance(self._backend, LocalBackend):
@@ -315,13 +283,13 @@ class NodeLoop:
                 job = self._backend.submit(self._directory, cluster, script)
             append(job)
         self._submitted = self._clock()
-        self._past[job] = _Past()
+        self._joiners = self._joiners.with_one(job)
         self._said.pop("join", None)
         turn.events.append({"kind": "joiner_submitted", "job": job, "nodes": nodes, "exclude": list(exclude)})
         self._tell_refusal(cluster, "")
 
     def _resume(self, cluster: Cluster, turn: Turn) -> None:
-        with self._appending(cluster) as append:
+        with self._appending(cluster, turn) as append:
             if append is None:
                 return
             self._submitted = self._clock()
@@ -332,13 +300,13 @@ class NodeLoop:
         turn.events.append({"kind": "successor", "job": job})
 
     @contextlib.contextmanager
-    def _appending(self, cluster: Cluster) -> Iterator[Callable[[str], None] | None]:
+    def _appending(self, cluster: Cluster, turn: Turn) -> Iterator[Callable[[str], None] | None]:
         """Record the job that is submitted under this; None when somebody else has submitted since the
         facts were gathered, so that no hole is filled twice. (Successive joins of one turn are our own.)"""
-        with allocation.locked(self._directory):
+        with self._locked(turn):
             now = Cluster.read(self._directory)
-            known = {*cluster.jobs, *self._past}
-            if now is None or now.canary != cluster.canary or not set(now.jobs) <= known:
+            known = {*cluster.jobs, *self._joiners.jobs}
+            if self._over.is_set() or now is None or now.canary != cluster.canary or not set(now.jobs) <= known:
                 yield None
                 return
             latest = now
@@ -348,14 +316,24 @@ class NodeLoop:
 
             yield append
 
+    @contextlib.contextmanager
+    def _locked(self, turn: Turn) -> Iterator[None]:
+        with allocation.locked(self._directory) as is_ours:
+            if is_ours:
+                self._said.pop("lock_held", None)
+            elif "lock_held" not in self._said:
+                self._said["lock_held"] = "once"
+                turn.events.append({"kind": "lock_held", **allocation.lock_was_held(self._directory)})
+            yield
+
     def _adopt(self, view: View, cluster: Cluster, turn: Turn) -> None:
         """Record jobs whose submitter was killed before it could."""
         for job in view.unrecorded:
-            with allocation.locked(self._directory):
+            with self._locked(turn):
                 now = Cluster.read(self._directory)
                 if now is not None and now.canary == cluster.canary and job not in now.jobs:
                     replace(now, jobs=(*now.jobs, job)).write(self._directory / layout.CLUSTER_FILE)
-            self._past.setdefault(job, _Past())
+            self._joiners = self._joiners.with_one(job)
             turn.events.append({"kind": "joiner_found", "job": job})
 
     def _refuse(self, cluster: Cluster, turn: Turn, error: SlurmError) -> None:

@@ -8,8 +8,8 @@ Nothing is decided here about training; that a run moves onto or off a node is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 from raylaunch.config import ElasticConfig
 from raylaunch.timing import BOOT_LIMIT as BOOT_LIMIT  # others ask for it here
@@ -20,6 +20,8 @@ SLURM_NOTICES = 60.0
 JOINER_NODES = 8
 """The most nodes of one joiner where nodes are shared. Where not, each has one: it ends by itself, and
 gives its node back then."""
+SHORT_LIFE = 60.0
+"""Seconds: a joiner that ended sooner after it was ready is not followed by another at once."""
 RETRY = (10.0, 600.0)
 """Seconds until the next joiner after one that brought no node; doubles, to at most the second."""
 
@@ -109,6 +111,55 @@ class Facts:
     resumes: int = 0
     """How often the base job was requeued or succeeded."""
     slurm_answers: bool = True
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is remembered of a joiner. `ready`: when a node of it was there first; `wanted`: nobody let it go."""
+
+    nodes: tuple[str, ...] = ()
+    ready: float | None = None
+    wanted: bool = True
+
+    def seen(self, joiner: Joiner, ready: Set[tuple[str, str]], now: float) -> Past:
+        """It lives. `ready`: (node, job) of those that are; of an agent whose job is not known, any."""
+        came = any({(node, joiner.job), (node, "")} & ready for node in joiner.nodes)
+        return replace(self, nodes=joiner.nodes or self.nodes, ready=now if self.ready is None and came else self.ready)
+
+
+@dataclass(frozen=True)
+class Joiners:
+    """The joiners that are remembered, and how many in a row brought nothing: each that ends without a node that was
+    ready. One that ended within SHORT_LIFE of it is not followed by another at once either."""
+
+    jobs: Mapping[str, Past] = field(default_factory=dict)
+    failed: int = 0
+
+    def with_one(self, job: str) -> Joiners:
+        """It was submitted, or found."""
+        return replace(self, jobs={job: Past()} | dict(self.jobs))
+
+    def let_go(self, jobs: Collection[str] = (), nodes: Collection[str] = ()) -> Joiners:
+        """These end because we want them to: no failures."""
+        known = {job: Past() for job in jobs} | dict(self.jobs)
+
+        def goes(job: str) -> bool:
+            return job in jobs or not set(known[job].nodes).isdisjoint(nodes)
+
+        return replace(
+            self, jobs={job: replace(past, wanted=False) if goes(job) else past for job, past in known.items()}
+        )
+
+    def after(self, living: Sequence[Joiner], members: Sequence[Node], now: float) -> Joiners:
+        """One look at the jobs later."""
+        ready = {(m.name, m.job) for m in members if m.state == "ready"}
+        jobs = {j.job: self.jobs.get(j.job, Past()).seen(j, ready, now) for j in living}
+        came = any(past.ready == now for past in jobs.values())
+        ended = [past for job, past in self.jobs.items() if job not in jobs and past.wanted]
+        failed = (0 if came else self.failed) + sum(past.ready is None for past in ended)
+        if any(past.ready is not None and now - past.ready < SHORT_LIFE for past in ended):
+            failed = max(1, failed)
+        return Joiners(jobs, failed)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raylaunch import configfile, layout, provenance, state
+from raylaunch import configfile, layout, locks, provenance, state
 from raylaunch.alerts import addresses
 from raylaunch.checkpoint import store
 from raylaunch.checkpoint.store import Keep
@@ -27,6 +27,8 @@ from raylaunch.layout import Record
 from raylaunch.tracking import sinks
 
 FINAL = {"finished", "failed", "stopped"}
+HAND_OVER_LIMIT = 30.0
+"""Seconds to wait for another command that hands a run over: longer than sbatch and a look at the queue may take."""
 DRIVER_FENCED = 75
 """The exit code of a driver that found a newer incarnation: another one has the run."""
 
@@ -71,6 +73,21 @@ def checkpoint_dir(run: Path, config: Config) -> Path:
     """Where a run's checkpoints lie; an own checkpoint_dir gets a directory per run."""
     own = config.checkpoint.checkpoint_dir
     return Path(own).expanduser() / run.name if own else run / "checkpoints"
+
+
+@contextlib.contextmanager
+def handing_over(run: Path) -> Iterator[None]:
+    """One `train` or `submit` at a time, from its look at the run that is there to the request. The lock is the state
+    directory's: a run's own directory may be moved aside meanwhile."""
+    state.make_dir(run.parent)
+    path = run.parent / ".lock"
+    with locks.held(path, HAND_OVER_LIMIT) as is_ours:
+        if not is_ours:
+            raise RunError(
+                f"another `raylaunch` has been handing a run over for {HAND_OVER_LIMIT:g} s",
+                f"Try again; if it is frozen, find it with `fuser {path}`.",
+            )
+        yield
 
 
 @contextlib.contextmanager

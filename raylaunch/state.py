@@ -87,10 +87,16 @@ def claim_dir(path: Path) -> bool:
 
 def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -> None:
     """Replace a file atomically: beside, fsync (if it is to be `durable`), rename."""
+    replace_file(path, text, mode, durable)
+
+
+def replace_file(path: Path, text: str, mode: int = 0o600, durable: bool = True) -> int:
+    """As `write_text`; the new file's inode number."""
     with _explained(path, "write"):
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with os.fdopen(fd, "w", encoding="utf-8") as out:
+                inode = os.fstat(out.fileno()).st_ino
                 out.write(text)
                 if durable:
                     out.flush()
@@ -100,11 +106,17 @@ def write_text(path: Path, text: str, mode: int = 0o600, durable: bool = True) -
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+    return inode
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """As our JSON files have it."""
+    return json.dumps(value, indent=1) + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -79,6 +79,7 @@ def _cluster(
         "backend": record.backend,
         "state": now,
         "error": trouble,
+        "internal_errors": cluster.internal_errors(directory, record) if now != "down" else {},
         "incarnation": head.incarnation if head is not None and head.canary == record.canary else record.incarnation,
         "jobs": [
             {"id": j.id, "state": j.state, "reason": j.reason, "nodes": list(j.nodes), "joiner": j.id in joiners}

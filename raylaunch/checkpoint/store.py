@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.errors import StateError
+from raylaunch.fence import is_there
 
 COMMIT_FILE = "commit.json"
 
@@ -111,12 +112,8 @@ def refuse_fenced(directory: Path, incarnation: int, attempt: int) -> None:
     me = incarnation, attempt
     fences = _fences(directory)
     higher = max((one for one in fences if one > me), default=None)
-    if higher is None and me in fences:
-        try:
-            # A file system may show an old listing, but not open a file that is gone.
-            os.close(os.open(directory / _fence_name(me), os.O_RDONLY))
-        except FileNotFoundError:
-            higher = me
+    if higher is None and me in fences and not is_there(directory / _fence_name(me)):  # the listing was old
+        higher = me
     if higher is not None:
         raise Fenced(
             f"incarnation {incarnation}, attempt {attempt} may no longer commit to {directory}: "

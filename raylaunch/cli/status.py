@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raylaunch import cluster as clusters
-from raylaunch import layout
+from raylaunch import internal, layout
 from raylaunch import status as gathering
 from raylaunch.cli import options
 from raylaunch.cli.show import table_width
@@ -58,6 +58,8 @@ def _print_cluster(console: Console, cluster: dict[str, Any]) -> None:
     )
     if cluster["error"]:
         console.print(f"  {cluster['error']}")
+    for work, error in cluster["internal_errors"].items():
+        console.print("  " + internal.line(work, error), style="red", markup=False)
     if cluster["state"] != "down":
         _print_wanted(console, cluster)
     if cluster["nodes"]:

@@ -67,11 +67,12 @@ def train(
     if record.run is not None:
         raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Bring up one with `raylaunch up`.")
     run_dir = state.run_dir(where, name)
-    _refuse_living(where, run_dir)
     asked = runs.with_absolute_paths(config)
-    audit.add(where, "train", note, cluster=record.name, run=name, config=asked, fresh=fresh or None)
-    with runs.prepared(run_dir, config, record.name, fresh):
-        layout.request(directory, "run", run=name)
+    with runs.handing_over(run_dir):
+        _refuse_living(where, run_dir)
+        audit.add(where, "train", note, cluster=record.name, run=name, config=asked, fresh=fresh or None)
+        with runs.prepared(run_dir, config, record.name, fresh):
+            layout.request(directory, "run", run=name)
     if detach:
         note(f"run {name} is handed to cluster {record.name}; `raylaunch attach {name}` watches it")
         return 0
@@ -120,13 +121,14 @@ def submit(
     run_dir = state.run_dir(where, name)
     backend = backends.of(config.cluster.backend)
     cluster.refuse_living(state.cluster_dir(where, config.cluster.name))
-    _refuse_living(where, run_dir)
     asked = runs.with_absolute_paths(config)
-    audit.add(where, "submit", note, cluster=config.cluster.name, run=name, config=asked, fresh=fresh or None)
-    with runs.prepared(run_dir, config, config.cluster.name, fresh), options.interruptible():
-        directory, record = cluster.submit(config, backend, run=name)
-        with given_back(directory, record, backend):
-            cluster.look_once_queued(directory, record, backend)
+    with runs.handing_over(run_dir):
+        _refuse_living(where, run_dir)
+        audit.add(where, "submit", note, cluster=config.cluster.name, run=name, config=asked, fresh=fresh or None)
+        with runs.prepared(run_dir, config, config.cluster.name, fresh), options.interruptible():
+            directory, record = cluster.submit(config, backend, run=name)
+            with given_back(directory, record, backend):
+                cluster.look_once_queued(directory, record, backend)
     click.echo(record.jobs[0])
 
 

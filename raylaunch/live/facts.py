@@ -12,7 +12,7 @@ import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from typing import Any
 from raylaunch import backends, cluster, configfile, layout, runs, state, submits
 from raylaunch.backends import Job
 from raylaunch.config import Config
-from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.errors import UsageError
+from raylaunch.internal import InternalErrors
 from raylaunch.layout import Cluster
 from raylaunch.load import collect
 from raylaunch.memory import Memory
@@ -35,8 +36,6 @@ JOBS_EVERY, LEDGER_EVERY = 20.0, 30.0
 WHOLE = 1 << 20
 """Bytes of metrics that are read whole at first."""
 TAIL = 16 << 10
-_TROUBLE = (RaylaunchError, OSError, ValueError, KeyError, TypeError, AttributeError)
-"""What a broken file, or one of another version, raises."""
 _HIDDEN = {"time", "kind", "incarnation"}
 
 
@@ -65,6 +64,8 @@ class Picture:
     nodes: tuple[dict[str, Any], ...] = ()
     """Rows of members.json with the node's load and its strikes."""
     cannot_submit: str = ""
+    internal_errors: Mapping[str, str] = field(default_factory=dict)
+    """What failed by a mistake of ours, in the head or here."""
     run: Run | None = None
     max_steps: int = 0
     next_save: int = 0
@@ -109,14 +110,16 @@ class Reader:
         self._picture = Picture(0.0, cluster_dir.name)
         self._of_run = _RunReader(run_dir) if run_dir is not None else None
         self._events = _Events(cluster_dir)
+        self._errors = InternalErrors(lambda *_, **__: None)
         self._jobs_at, self._is_gone = -JOBS_EVERY, False
 
     def look(self) -> Picture:
         """Now."""
         changes: dict[str, Any] = {"time": time.time()}
         for part in (self._jobs, self._cluster, self._run, self._all_events):
-            with contextlib.suppress(*_TROUBLE):
+            with self._errors.caught(part.__name__.strip("_")):
                 changes |= part()
+        changes["internal_errors"] = {**changes.get("internal_errors", {}), **self._errors.present}
         self._picture = replace(self._picture, **changes)
         return self._picture
 
@@ -153,6 +156,7 @@ class Reader:
             "wanted": memory.wanted,
             "nodes": tuple(nodes),
             "cannot_submit": refused,
+            "internal_errors": cluster.internal_errors(self.cluster_dir, record),
         }
 
     def _run(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.text import Text
 
+from raylaunch import internal
 from raylaunch.live import plot
 from raylaunch.live.facts import Picture
 from raylaunch.words import plural
@@ -75,6 +76,7 @@ def _head(picture: Picture) -> list[Line]:
     found = [Text("  ").join(parts)]
     if picture.cannot_submit:
         found.append(Text(f"its nodes may not submit jobs: this window does ({picture.cannot_submit})", "yellow"))
+    found += [Text(internal.line(work, error), "red") for work, error in picture.internal_errors.items()]
     run, points = picture.run, picture.points
     if run is None:
         return [*found, Text("no run", "dim")]

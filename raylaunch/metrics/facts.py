@@ -6,7 +6,7 @@ out of that scrape.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from raylaunch import cluster as clusters
 from raylaunch import configfile, layout, runs, state
-from raylaunch.errors import RaylaunchError
+from raylaunch.internal import InternalErrors
 from raylaunch.layout import Cluster, Head
 from raylaunch.load import collect
 from raylaunch.memory import Memory
@@ -26,7 +26,6 @@ from raylaunch.runs import Run
 
 LEDGER_EVERY = 60.0
 """Seconds that a ledger is good for: it takes longer than the rest."""
-_TROUBLE = (RaylaunchError, OSError, ValueError, KeyError, TypeError)
 NODE = {
     "cpu": ("raylaunch_node_cpu_ratio", "CPU time used, of what the job has there"),
     "memory": ("raylaunch_node_memory_ratio", "Memory used, of what the job has there"),
@@ -71,6 +70,7 @@ class Reader:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._errors = InternalErrors(functools.partial(state.append_event, directory))
         self._events = _Events(directory)
         self._run = ""
         self._run_events = _Events(directory)
@@ -83,7 +83,7 @@ class Reader:
             return
         memory = Memory.read(self._directory, cluster)
         for part in (self._of_cluster(cluster, memory), self._of_nodes(cluster), self._of_run(cluster, memory)):
-            with contextlib.suppress(*_TROUBLE):
+            with self._errors.caught(f"metrics ({part.__name__})"):  # type: ignore[attr-defined]
                 yield from part
 
     def _of_cluster(self, cluster: Cluster, memory: Memory) -> Iterator[Metric]:

@@ -7,18 +7,22 @@ follows from its number, so that a node that returns is still known to its neigh
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import ipaddress
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from raylaunch import locks
 from raylaunch.errors import SandboxError
 from raylaunch.sandbox.layout import BASE, Layout, Spec
+
+LOCK_LIMIT = 60.0
+"""Seconds to wait for another sandbox that is making its network."""
 
 
 def choose_network(layout: Layout) -> int:
@@ -45,8 +49,14 @@ def choose_network(layout: Layout) -> int:
 def network_lock() -> Iterator[None]:
     """One `up` at a time chooses a subnet. The lock is on a directory: it leaves no file behind."""
     fd = os.open(BASE, os.O_RDONLY | os.O_DIRECTORY)
+    deadline = time.monotonic() + LOCK_LIMIT
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        while not locks.lock(fd):
+            if time.monotonic() > deadline:
+                raise SandboxError(
+                    f"another sandbox has chosen its network for {LOCK_LIMIT:g} s", f"Find it with `fuser {BASE}`."
+                )
+            time.sleep(locks.PAUSE)
         yield
     finally:
         os.close(fd)

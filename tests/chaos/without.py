@@ -59,7 +59,7 @@ SWITCHES = (
         "keeper", "raylaunch/keeper.py", "if self._told_to_end or (status >= 0", "if True or (status >= 0",
         ("processes::test_an_agent_is_killed",),
     ),
-    Switch("drivers again", "raylaunch/drivers.py", "TRIES = 3", "TRIES = 1", ("processes::test_the_driver_is_killed",)),
+    Switch("drivers again", "raylaunch/head/run_queue.py", "TRIES = 3", "TRIES = 1", ("processes::test_the_driver_is_killed",)),
     Switch(
         "dashboards again", "raylaunch/raystart.py", "if any(kind == DASHBOARD for", "if False and any(kind == DASHBOARD for",
         ("processes::test_the_dashboard_is_killed",),
@@ -96,8 +96,9 @@ SWITCHES = (
         ),
     ),
     Switch(
-        "resignation", "raylaunch/head.py", "if await self._off_loop(self._is_fenced):\n                    self._event",
-        "if False:\n                    self._event",
+        "resignation", "raylaunch/head/head.py",
+        "if await context.off_loop(context.is_fenced):\n                    context.event",
+        "if False:\n                    context.event",
         (
             "nodes::test_the_head_falls_silent_and_comes_back[freeze]",
             "nodes::test_the_head_falls_silent_and_comes_back[cut]",
@@ -112,8 +113,8 @@ SWITCHES = (
         ("nodes::test_ray_drains_a_node",),
     ),
     Switch(
-        "resignation (drained)", "raylaunch/head.py", "if node == self.head.node:\n            self._resign",
-        "if False:\n            self._resign", ("nodes::test_the_head_s_node_is_drained",),
+        "resignation (drained)", "raylaunch/head/member_table.py", "if node == self._context.head.node:\n            self._context.resign",
+        "if False:\n            self._context.resign", ("nodes::test_the_head_s_node_is_drained",),
     ),
     Switch(
         "Slurm's silence", "raylaunch/nodeloop.py", "            turn.pause = self._silent\n",
@@ -132,11 +133,11 @@ SWITCHES = (
         ("joining::test_where_nodes_may_not_submit_jobs",),
     ),
     Switch(
-        "guests that lead", "raylaunch/head.py", "        return any(\n            m.alive and m.info", "        return False and any(\n            m.alive and m.info",
+        "guests that lead", "raylaunch/head/allocation_policy.py", "if not facts.in_base and facts.others:  # the run", "if False:  # the run",
         ("joining::test_a_guest_that_leads_is_preempted",),
     ),
     Switch(
-        "joiners without a base", "raylaunch/head.py", "if why and not comes_back and others:", "if False:",
+        "joiners without a base", "raylaunch/head/allocation_policy.py", "    if facts.others:\n        return Resign", "    if False:\n        return Resign",
         ("joining::test_the_head_is_away_for_longer",),
     ),
     Switch(
@@ -144,14 +145,14 @@ SWITCHES = (
         'return ""', ("allocation::test_the_batch_host_is_away_for_longer",),
     ),
     Switch(
-        "notice", "raylaunch/head.py", "if not self._noticed and not self._ending:", "if False:",
+        "notice", "raylaunch/head/ending.py", "self._context.spawn(self._save_later(why, limit, after))", "pass",
         (
             "allocation::test_a_chain_of_jobs_finishes_the_run", "allocation::test_preempted[low-True]",
             "allocation::test_preempted[lowc-True]",
         ),
     ),
     Switch(
-        "the queue over lives", "raylaunch/head.py", "memory.queue.insert(0, memory.running)", "pass",
+        "the queue over lives", "raylaunch/head/context.py", "memory.queue.insert(0, memory.running)", "pass",
         ("allocation::test_preempted[low-False]",),
     ),
     Switch(
@@ -163,12 +164,12 @@ SWITCHES = (
         ("allocation::test_a_job_that_waits_again_already",),
     ),
     Switch(
-        "the limit of requeues", "raylaunch/head.py", "and self._memory.continued < limit", "",
+        "the limit of requeues", "raylaunch/head/allocation_policy.py", " and self.resumes < self.max_requeues", "",
         ("allocation::test_requeues_are_capped",),
     ),
     Switch(
-        "why it ended", "raylaunch/head.py", "why = why or await asyncio.to_thread(allocation.why_ended,",
-        'why = why or "preemption" or await asyncio.to_thread(allocation.why_ended,',
+        "why it ended", "raylaunch/head/ending.py",
+        "cause=await asyncio.to_thread(allocation.why_ended, context.directory, job)", 'cause="preemption"',
         ("allocation::test_a_cancelled_job_stays_cancelled",),
     ),
     Switch("watchdog", "raylaunch/watchdog.py", "if idle <= most:", "if True:", ("training_loop::test_a_rank_hangs",)),

@@ -19,7 +19,9 @@ import pytest
 
 from raylaunch import alerts, beside, runs, state
 from raylaunch.config import Config
-from raylaunch.drivers import Drivers
+from raylaunch.head.context import Context
+from raylaunch.head.drivers import Drivers
+from raylaunch.layout import Cluster
 from raylaunch.sandbox.procs import wait_for
 
 PATIENCE = 120.0
@@ -237,11 +239,9 @@ def test_a_driver_that_died_without_a_word_is_spoken_for(run: Path, site: Site, 
     cluster = run.parents[1] / "clusters" / "main"
 
     async def speak() -> None:
-        async def inline(work: Any, *arguments: Any) -> Any:
-            return work(*arguments)
-
-        drivers = Drivers(cluster, dict(os.environ), lambda: False, lambda: False, inline, lambda *_, **__: None)
-        await drivers.tell("r", 25.0, *why)
+        ignore: Any = None
+        context = Context(cluster, Cluster("main", "local", 1, "c", 0.0, 1, 1, 1), Config(), ignore, ignore, ignore)
+        await Drivers(context, dict(os.environ)).tell(run, 25.0, *why)
 
     asyncio.run(speak())
     assert [row["alert"] for row in told(run)] == ["started", "stopped" if why else "failed"]

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from raylaunch.allocation import Look, is_requeued_by_slurm
+from raylaunch import allocation, layout, locks
+from raylaunch.allocation import Look, Onward, is_requeued_by_slurm
+from raylaunch.layout import Cluster
 
 
 @pytest.mark.parametrize(
@@ -29,3 +36,18 @@ def test_why_slurm_ends_a_job(look: Look, why: str) -> None:
 )  # fmt: skip
 def test_what_slurm_runs_again_by_itself(why: str, again: bool) -> None:
     assert is_requeued_by_slurm("1", why) == again
+
+
+def test_a_lock_that_somebody_frozen_holds_keeps_no_successor_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster("main", "slurm", 1, "canary", 0.0, 1, 1, 1, ("7",))
+    cluster.write(tmp_path / layout.CLUSTER_FILE)
+    (tmp_path / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    monkeypatch.setattr(allocation, "Slurm", lambda: SimpleNamespace(submit=lambda _: "8"))
+    seconds = count(0.0, 1.0)
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
+    with allocation.locked(tmp_path):
+        done = list(allocation.go_on(tmp_path, "7", "timeout", Onward.SUCCESSOR))
+    assert [kind for kind, _ in done] == ["lock_held", "successor"]
+    assert Cluster.read(tmp_path) == replace(cluster, jobs=("7", "8"))

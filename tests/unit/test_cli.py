@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
-from raylaunch import attach, backends, cluster, configfile, layout, runs, state
+from raylaunch import attach, backends, cluster, configfile, layout, locks, runs, state
 from raylaunch.backends import Job
 from raylaunch.cli import cli, options
 from raylaunch.cli.train import _Lines
@@ -18,6 +21,8 @@ from raylaunch.errors import BringUpError, RaylaunchError, SlurmUnavailable, Usa
 from raylaunch.layout import Cluster
 from raylaunch.memory import Memory
 from raylaunch.slurm.client import Completed, Slurm
+
+train_module = sys.modules[_Lines.__module__]  # the package has a command of that name
 
 
 @pytest.fixture
@@ -181,3 +186,48 @@ def test_the_doctor_tells_missing_commands_from_a_missing_configuration(
     assert "are here, but they do not answer" in finding()
     error.__cause__ = FileNotFoundError(2, "No such file or directory")
     assert finding() == "Slurm's commands are not here"
+
+
+@pytest.mark.parametrize("kind", ["train", "submit"])
+def test_two_that_hand_one_run_over_at_once_start_it_once(
+    here: Path, quickly: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The second comes when the first has looked, and written nothing yet: it waits, then finds the run alive."""
+    monkeypatch.setattr(backends, "of", lambda name: Queue(Job("7", "RUNNING", True)))
+    directory, _ = made_cluster(here, "main", Config())
+    state.make_dir(directory / layout.REQUESTS)
+    first, second = (("submit", "c.yaml", "--run", "r", "--name", f"own{i}") for i in (1, 2))
+    if kind == "train":
+        first = second = ("train", "c.yaml", "--run", "r", "--detach")
+    looked, answers = threading.Event(), []
+    refuse, held = train_module._refuse_living, locks.held
+
+    def look(where: Path, run_dir: Path) -> None:
+        refuse(where, run_dir)
+        if not looked.is_set():
+            looked.set()
+            other.start()
+            waits.wait(10)
+
+    def hold(path: Path, patience: float = 0.0) -> AbstractContextManager[bool]:
+        if looked.is_set():
+            waits.set()
+        return held(path, patience)
+
+    waits = threading.Event()
+    monkeypatch.setattr(train_module, "_refuse_living", look)
+    monkeypatch.setattr(locks, "held", hold)
+    other = threading.Thread(target=lambda: answers.append(CliRunner().invoke(cli, second)))
+    answers.append(call(*first))
+    other.join(20)
+    assert answers[0].exit_code == 0, answers[0].output
+    assert isinstance(answers[1].exception, UsageError) and "run r is queued" in answers[1].exception.message
+    asked = list((directory / layout.REQUESTS).glob("*-run-*"))
+    assert len(asked) == (kind == "train") and not (here / "clusters" / "own2").exists()
+
+
+def test_a_lock_of_a_frozen_hand_over_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "HAND_OVER_LIMIT", 0.0)
+    run = state.run_dir(here, "r")
+    with runs.handing_over(run), pytest.raises(RaylaunchError, match="handing a run over"), runs.handing_over(run):
+        pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,29 @@ def test_broken_files_leave_the_rest(directory: Path) -> None:
     found = facts.Reader(directory, None).look()
     assert found.events and found.time
     assert text(found)
+
+
+def test_a_mistake_of_ours_is_shown(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the rest of the picture, too; nothing is written into the cluster's directory."""
+
+    def _run(_self: facts.Reader) -> dict[str, Any]:
+        raise AttributeError("no such name")
+
+    monkeypatch.setattr(facts.Reader, "_run", _run)
+    found = facts.Reader(directory, None).look()
+    assert found.events and "internal error in the run: AttributeError: no such name" in text(found, width=150)
+
+
+def test_a_mistake_in_the_metrics_is_an_event(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raylaunch.metrics.facts import Reader
+
+    def _of_nodes(*_: object) -> Iterator[object]:
+        raise KeyError("cpu")
+        yield
+
+    monkeypatch.setattr(Reader, "_of_nodes", _of_nodes)
+    reader = Reader(directory)
+    for _ in range(3):
+        assert "raylaunch_run_step" in {family.name for family in reader.collect()}
+    (told,) = state.read_events(directory, "internal_error")
+    assert told["work"] == "metrics (_of_nodes)" and "KeyError: 'cpu'" in told["error"]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from raylaunch import configfile, jobview, layout, nodeloop, state, submits
+from raylaunch import allocation, configfile, jobview, layout, locks, nodeloop, state, submits
 from raylaunch.backends import SlurmBackend
 from raylaunch.config import Config
 from raylaunch.layout import Cluster
@@ -278,3 +280,35 @@ def test_one_watcher(place: Place) -> None:
         with submits.watching(place.directory, patience=0) as second:
             assert not second
     assert not submits.is_watched(place.directory)
+
+
+def test_a_lock_that_a_frozen_watcher_holds_is_not_waited_for_without_end(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = count(0.0, 1.0)
+    monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
+    place.lose("n2")
+    with allocation.locked(place.directory) as first:
+        assert first
+        turn = place.turn()
+    assert kinds(turn) == ["join", "lock_held", "joiner_submitted"] and place.jobs() == ("7", "101")
+    assert turn.events[1]["lock"].endswith(".jobs.lock")
+
+
+def test_no_lock_is_waited_for_without_a_limit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="without a limit"), locks.held(tmp_path / "lock", patience=float("inf")):
+        pass
+
+
+def test_nothing_is_submitted_once_the_end_has_begun(place: Place) -> None:
+    """Though the turn had begun before, and has decided."""
+    place.lose("n2")
+    ask = place.slurm.__call__
+
+    def then_ends(command: Sequence[str], timeout: float, stdin: str | None, env: Mapping[str, str]) -> Completed:
+        if command[0] == "sinfo":
+            loop.stop()
+        return ask(command, timeout, stdin, env)
+
+    loop = NodeLoop(place.directory, place.config, SlurmBackend(Slurm(then_ends)), False, lambda: place.now)
+    assert kinds(place.turn(loop)) == ["join"] and place.slurm.scripts == []

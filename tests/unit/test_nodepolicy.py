@@ -10,7 +10,21 @@ from hypothesis import strategies as st
 
 from raylaunch import nodepolicy
 from raylaunch.config import ElasticConfig, JoinConfig
-from raylaunch.nodepolicy import Amend, Base, Drain, Facts, GiveUp, Hold, Join, Joiner, Node, Release, Resume, decide
+from raylaunch.nodepolicy import (
+    Amend,
+    Base,
+    Drain,
+    Facts,
+    GiveUp,
+    Hold,
+    Join,
+    Joiner,
+    Joiners,
+    Node,
+    Release,
+    Resume,
+    decide,
+)
 
 ELASTIC = ElasticConfig()
 
@@ -378,3 +392,26 @@ def test_whatever_happens(
     assert len(staying) <= max(world.wanted, world.ceiling), world
     quiet = [world.turn() for _ in range(20)]
     assert all(isinstance(d, Hold) for turn in quiet for d in turn), "no flapping"
+
+
+def joiner(job: str, *nodes: str) -> Joiner:
+    return Joiner(job, not nodes, max(1, len(nodes)), nodes)
+
+
+def test_joiners_that_bring_nothing_are_counted_in_a_row() -> None:
+    known = Joiners().with_one("1").with_one("2")
+    assert known.after([joiner("1"), joiner("2")], [], 0.0).failed == 0
+    known = known.after([joiner("2", "n2")], [], 1.0)
+    assert known.failed == 1 and set(known.jobs) == {"2"}
+    assert known.after([], [], 2.0).failed == 2
+    came = known.after([joiner("2", "n2")], [Node("n2", "ready", "2")], 2.0)
+    assert came.failed == 0 and came.after([], [], 3.0).failed == 1  # but not for long
+    assert came.after([], [], 2.0 + nodepolicy.SHORT_LIFE).failed == 0
+    assert known.after([joiner("2", "n2")], [Node("n2", "ready", "7")], 2.0).failed == 1  # another job's agent
+
+
+@pytest.mark.parametrize("which", [{"jobs": ["1"]}, {"nodes": ["n1"]}])
+def test_a_joiner_that_was_let_go_has_not_failed(which: dict[str, list[str]]) -> None:
+    known = Joiners().with_one("1").after([joiner("1", "n1")], [], 0.0)
+    assert known.after([], [], 1.0).failed == 1
+    assert known.let_go(**which).after([], [], 1.0).failed == 0

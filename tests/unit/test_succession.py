@@ -1,22 +1,18 @@
-"""Who comes after whom: runs that are handed over again, drivers that break, heads that claimed and said nothing."""
+"""Who comes after whom: runs that are handed over again, heads that claimed and said nothing."""
 
 from __future__ import annotations
 
 import asyncio
 import errno
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from raylaunch import drivers, election, layout, runs, seek, state
+from raylaunch import layout, runs, seek, state
 from raylaunch.checkpoint import store
 from raylaunch.config import Config
-from raylaunch.drivers import Drivers
 from raylaunch.layout import Head
-from raylaunch.runs import Run
 from raylaunch.seek import Seeker
 
 
@@ -37,49 +33,6 @@ def test_a_run_goes_on_where_incarnations_begin_anew(tmp_path: Path) -> None:
         store.fence(checkpoints, second.base + 1, second.attempt + 1)
     with pytest.raises(store.Fenced):  # the old cluster's driver, should it come back
         store.fence(checkpoints, first.base + 12, 8)
-
-
-class Broken(Drivers):
-    """Its drivers end as told, each after having written its state."""
-
-    def __init__(self, run: Path, ends: list[tuple[int, str]]) -> None:
-        self.told: list[dict[str, Any]] = []
-        self.ends = ends
-        super().__init__(run.parents[1] / "clusters" / "c", {}, lambda: False, lambda: False, self._work, self._tell)
-
-    async def _work(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return work(*arguments)
-
-    def _tell(self, kind: str, **fields: Any) -> None:
-        self.told.append({"kind": kind, **fields})
-
-    async def _one(self, run: Path) -> int:
-        status, now = self.ends.pop(0)
-        record = Run.read(run)
-        assert record is not None
-        record.save(run, state=now)
-        return status
-
-
-@pytest.mark.parametrize(
-    ("ends", "outcome"),
-    [
-        ([(1, "running"), (1, "queued"), (0, "finished")], "finished"),  # it could not read its storage
-        ([(-9, "running"), (1, "failed")], "failed"),  # by its own word
-        ([(1, "running")] * 3, "failed"),  # again and again, with no step between
-    ],
-)
-def test_a_driver_that_breaks_is_started_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: list[tuple[int, str]], outcome: str
-) -> None:
-    monkeypatch.setattr(drivers, "BROKEN_PAUSE", 0.0)
-    run = state.run_dir(tmp_path, "r")
-    with runs.prepared(run, Config(), "c"):
-        made = Broken(run, list(ends))
-    assert asyncio.run(made.drive("r")) == outcome
-    assert not made.ends
-    kinds = [row["kind"] for row in made.told]
-    assert kinds.count("driver_lost") == sum(status != 0 and now != "failed" for status, now in ends)
 
 
 def seeker(directory: Path) -> Seeker:

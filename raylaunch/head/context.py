@@ -1,0 +1,132 @@
+"""What the parts of a head have in common: who it is, what it remembers, where files are written, and its tasks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raylaunch import layout, state
+from raylaunch.config import Config
+from raylaunch.errors import StateError
+from raylaunch.head.allocation_policy import Course
+from raylaunch.internal import InternalErrors
+from raylaunch.layout import Cluster, Head
+from raylaunch.memory import Memory
+from raylaunch.published import Published
+
+log = logging.getLogger("raylaunch.head")
+T = TypeVar("T")
+
+
+class Context:
+    """One head. `stop` ends its node and with it the cluster, `resign` ends its node as head only."""
+
+    def __init__(
+        self, directory: Path, cluster: Cluster, config: Config, head: Head, stop: Callable[[str], None],
+        resign: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.directory, self.cluster, self.config, self.head = directory, cluster, config, head
+        self.stop, self.resign = stop, resign
+        self.notice = float(config.slurm.signal.partition("@")[2])
+        """Seconds before the end of a job's time at which Slurm's notice comes."""
+        self.memory = Memory(cluster.canary)
+        self.course = Course()
+        self.exit_code = 0
+        self.elected = False
+        self.ready, self.enough = asyncio.Event(), asyncio.Event()
+        """Ray runs on the head, so a driver can connect; the minimum of nodes is ready."""
+        self.table_changed, self.nodes_changed = asyncio.Event(), asyncio.Event()
+        self.errors = InternalErrors(self.event, self._table_is_another)
+        self.duties_file = Published(directory / layout.DUTIES_FILE)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._files = ThreadPoolExecutor(1, "files")  # one thread: what is written first is there first
+
+    # -- files: shared storage that stalls must not look like a dead head ------------------------------
+
+    async def off_loop(self, work: Callable[..., T], *arguments: Any) -> T:
+        """File work in its own thread; in order."""
+        self._loop = asyncio.get_running_loop()
+        return await self._loop.run_in_executor(self._files, work, *arguments)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One line of the cluster's events, written off the loop."""
+        try:
+            self._files.submit(self._append_event, kind, fields)
+        except RuntimeError:  # that thread is over: these are the last words, from one of their own
+            self._append_event(kind, fields)
+
+    def _append_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        try:
+            state.append_event(self.directory, kind, **fields)
+        except StateError as error:
+            log.error("an event could not be written kind=%s fields=%s error=%r", kind, fields, str(error))
+
+    def tried(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """File work without which the rest goes on."""
+        with self.errors.caught(f"end ({getattr(work, '__name__', work)})"):
+            work(*arguments)
+
+    def is_fenced(self) -> bool:
+        return layout.is_fenced(self.directory, self.head.incarnation)
+
+    def close_files(self) -> None:
+        """When all is written that was to be."""
+        self._files.shutdown()
+
+    def _table_is_another(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.table_changed.set)
+
+    # -- what the next head must know ------------------------------------------------------------------
+
+    def recall(self, nodes: int) -> None:
+        """Take over what the head before this one left, and count the allocations. `nodes`: of the base job."""
+        memory = self.memory = Memory.read(self.directory, self.cluster)
+        memory.wanted = memory.wanted or nodes
+        if memory.running:  # its driver died with its head
+            memory.queue.insert(0, memory.running)
+            memory.running = ""
+        if memory.life and memory.life != self.head.life:
+            memory.continued += 1
+        memory.life = self.head.life
+        self.duties_file.write(asdict(memory))
+
+    def remember(self) -> None:
+        """Write down what the next head must know."""
+        self._files.submit(self._write_memory, asdict(self.memory))
+
+    def _write_memory(self, memory: dict[str, Any]) -> None:
+        with self.errors.caught("writing of duties.json"):
+            if not self.is_fenced():
+                self.duties_file.write(memory)
+
+    # -- tasks -----------------------------------------------------------------------------------------
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """A duty. One that fails ends the cluster: the loops that must go on catch what they raise."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def cancel_all(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+
+    async def all_done(self) -> None:
+        """For tests: until nothing is under way any more."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks)
+        await self.off_loop(lambda: None)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("duty failed", exc_info=task.exception())
+            self.exit_code = 1
+            self.stop(f"the head failed: {task.exception()}")

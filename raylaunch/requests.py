@@ -1,0 +1,99 @@
+"""Requests: what the command line, a driver or the batch script asks of the head, as files.
+
+    requests/NAME.json            asked: written beside and renamed, so it is whole
+    requests/NAME.taken-00000007  taken by the head of incarnation 7; renamed, so one head has it
+    (gone)                        what it asks for is done, or is in duties.json
+    requests/NAME.bad             nobody understands it: for people
+
+A head takes a request, does what it says, writes duties.json with the request's name in `taken`, looks whether it
+was replaced meanwhile, and only then deletes the file. Whatever happens between two of these steps:
+
+- It dies before duties.json is written: the next head finds a file of a lower incarnation, takes it and does it.
+- It dies after that: the next head finds the file, and its name in duties.json: it deletes the file, no more.
+- It is replaced before it deletes: it leaves the file. Its successor claimed first and read duties.json then; so
+  either that has the request's name, or the successor does what it asks for.
+- It is replaced before it takes, and does not know: it takes what its successor takes from it again. It may do once
+  more what it is asked for, but it remembers nothing (duties.json is not written by a fenced head) and ends.
+- A file cannot be read (the storage hiccups): it stays, and is tried again. One that is not JSON becomes NAME.bad.
+
+Names begin with the time, and requests are done in the order of their names. The batch script's (walltime.json) has a
+fixed name: while one of it is taken, another waits.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raylaunch import layout
+
+log = logging.getLogger("raylaunch.requests")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One that a head has taken."""
+
+    name: str
+    kind: str
+    values: dict[str, Any]
+    path: Path
+
+    def done(self) -> None:
+        """What it asks for is remembered."""
+        self.path.unlink(missing_ok=True)
+
+    def set_aside(self) -> None:
+        """It asks for nothing that there is."""
+        _set_aside(self.path, self.name)
+
+
+def take(cluster: Path, incarnation: int, known: Collection[str] = ()) -> list[Request]:
+    """Take what lies there, also what an older head took and did not finish; the oldest first. `known`: the names of
+    those that this head has taken already and keeps. Nothing, where this head was replaced."""
+    if layout.is_fenced(cluster, incarnation):
+        return []
+    found, names = [], set(known)
+    for name, path in _lying(cluster, incarnation):
+        if name not in names and (request := _take(name, path, incarnation)) is not None:
+            found.append(request)
+        names.add(name)
+    return found
+
+
+def _lying(cluster: Path, incarnation: int) -> list[tuple[str, Path]]:
+    """What was asked, and what heads up to this one took: (name, file), by name, the taken ones first."""
+    folder = cluster / layout.REQUESTS
+    asked = [(path.name.removesuffix(".json"), 1, path) for path in folder.glob("[!.]*.json")]
+    taken = [(path.stem, 0, path) for path in folder.glob("[!.]*.taken-[0-9]*")]
+    ours = [row for row in taken if int(row[2].suffix.removeprefix(".taken-")) <= incarnation]
+    return [(name, path) for name, _, path in sorted([*asked, *ours])]
+
+
+def _take(name: str, path: Path, incarnation: int) -> Request | None:
+    mine = path.with_name(f"{name}.taken-{incarnation:08d}")
+    try:
+        if path != mine:
+            path.rename(mine)
+        values = json.loads(mine.read_text(encoding="utf-8"))
+        return Request(name, str(values["kind"]), values, mine)
+    except FileNotFoundError:  # another head was quicker, or the listing is old
+        return None
+    except OSError as error:
+        log.error("a request cannot be read, and is tried again path=%s error=%r", mine, str(error))
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.error("not a request path=%s error=%r", mine, str(error))
+        _set_aside(mine, name)
+        return None
+
+
+def _set_aside(path: Path, name: str) -> None:
+    try:
+        path.rename(path.with_name(f"{name}.bad"))
+    except OSError as error:
+        log.error("a request could not be set aside path=%s error=%r", path, str(error))

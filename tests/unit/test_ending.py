@@ -1,0 +1,329 @@
+"""The end of an allocation on a fake Slurm: what is asked, what is decided, and what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_heads import Place, joined, run
+from test_run_queue import FakeDrivers
+
+from raylaunch import allocation, layout, runs
+from raylaunch.allocation import Look, Onward
+from raylaunch.config import Config
+from raylaunch.errors import SlurmError
+from raylaunch.head import HeadDuties, ending
+from raylaunch.layout import Cluster
+
+
+class FakeSlurm:
+    """What the head is told of its job, and what it asks for. It is told by patches of `allocation`'s functions."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.look: Look | None = Look("COMPLETING", None)
+        self.cause, self.runs_again, self.refuses = "", False, False
+        self.asked: list[str] = []
+        self.done: list[str] = []
+        monkeypatch.setattr(allocation, "look", lambda job: self._ask("look", self.look))
+        monkeypatch.setattr(allocation, "why_ended", lambda *_: self._ask("why", self.cause))
+        monkeypatch.setattr(allocation, "is_requeued_by_slurm", lambda *_: self._ask("again", self.runs_again))
+        monkeypatch.setattr(allocation, "give_back", lambda jobs: self.done.extend(f"cancel {job}" for job in jobs))
+        monkeypatch.setattr(allocation, "Slurm", lambda: self)
+
+    def _ask(self, what: str, answer: Any) -> Any:
+        self.asked.append(what)
+        return answer
+
+    def requeue(self, job: str) -> None:
+        if self.refuses:
+            raise SlurmError("not allowed")
+        self.done.append(f"requeue {job}")
+
+    def jobs(self, _: list[str]) -> dict[str, Any]:
+        return {}
+
+    def submit(self, _: str) -> str:
+        self.done.append("submit")
+        return "8"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    made = Place(tmp_path, "slurm", "7:0")
+    (made.directory / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    return made
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(monkeypatch)
+
+
+def lead(place: Place, running: str = "r", requeues: int = 3, nodes: tuple[str, ...] = ("n1", "n2")) -> HeadDuties:
+    config = Config.model_validate({"elastic": {"max_requeues": requeues}})
+    head = place.lead(1, config)
+    head.ending._drivers = FakeDrivers()  # type: ignore[assignment]
+    head.context.memory.running = running
+    joined(head, *nodes, job="7")
+    head.table.members.table["n1"].info["index"] = 0  # the batch host's
+    return head
+
+
+async def end(head: HeadDuties) -> None:
+    """As the agent does it, once it was told to stop."""
+    for member in head.table.members.table.values():
+        member.alive = member.node == "n1"  # the others' agents have ended
+        member.info |= {"state": "ended", "left": 0}
+    await head.close("signal SIGTERM")
+    await asyncio.to_thread(head.write_end, "signal SIGTERM", 0)
+
+
+async def signalled(head: HeadDuties) -> None:
+    assert head.terminated()
+    await head.context.all_done()
+
+
+@pytest.mark.parametrize(
+    ("look", "cause", "again", "done"),
+    [
+        (Look("COMPLETING", None, preempted=True), "", False, ["submit"]),
+        (Look("COMPLETING", None, preempted=True), "", True, []),  # Slurm queues it anew by itself
+        (Look("COMPLETING", None), "time limit", False, ["submit"]),
+        (None, "node failure", True, []),
+    ],
+)
+def test_what_slurm_takes_goes_on_once(
+    place: Place, slurm: FakeSlurm, look: Look | None, cause: str, again: bool, done: list[str]
+) -> None:
+    place.run("r", "running")
+    slurm.look, slurm.cause, slurm.runs_again = look, cause, again
+
+    async def story() -> None:
+        head = lead(place)
+        await signalled(head)
+        assert place.stopped == ["signal SIGTERM"] and head.context.course.goes_on
+        await end(head)
+
+    run(story)
+    assert slurm.done == done and not (place.directory / layout.ENDED_FILE).exists()
+    assert place.read("duties.json")["running"] == "r"
+    assert len(place.events("requeued", "successor")) == 1
+
+
+def test_a_person_s_scancel_ends_it(place: Place, slurm: FakeSlurm) -> None:
+    place.run("r", "running")
+
+    async def story() -> None:
+        head = lead(place)
+        await signalled(head)
+        await end(head)
+
+    run(story)
+    assert slurm.done == [] and (place.directory / layout.ENDED_FILE).exists()
+    assert [row["goes_on"] for row in place.events("ending")] == [False] and not place.events("requeues_used_up")
+
+
+@pytest.mark.parametrize(("queue", "goes_on"), [([], ""), (["next"], "preempted")])
+def test_a_finished_run_is_nothing_to_go_on_with(
+    place: Place, slurm: FakeSlurm, queue: list[str], goes_on: str
+) -> None:
+    """Slurm takes the allocation while the driver writes the weights."""
+    place.run("r", "finished")
+    slurm.look = Look("COMPLETING", None, preempted=True)
+
+    async def story() -> None:
+        head = lead(place)
+        head.context.memory.queue = queue
+        await signalled(head)
+        assert head.context.course.goes_on == goes_on
+
+    run(story)
+
+
+def test_the_notice_saves_and_has_the_job_requeued(place: Place, slurm: FakeSlurm) -> None:
+    directory = place.run("r", "running")
+    slurm.look = Look("RUNNING", 20.0)
+
+    async def story() -> None:
+        head = lead(place)
+        for _ in range(3):  # the batch script's, the agent's, the node loop's
+            head.notice()
+        await head.context.all_done()
+        assert place.stopped == ["walltime"] and runs.stop_continues(directory)
+        await end(head)
+
+    run(story)
+    assert slurm.done == ["requeue 7"] and slurm.asked == ["look"]
+    assert [row["why"] for row in place.events("notice")] == ["walltime"]
+
+
+def test_where_a_requeue_is_refused_a_successor_follows(place: Place, slurm: FakeSlurm) -> None:
+    place.run("r", "running")
+    slurm.look, slurm.refuses = Look("RUNNING", 20.0), True
+
+    async def story() -> None:
+        head = lead(place)
+        head.notice()
+        await head.context.all_done()
+        await end(head)
+
+    run(story)
+    assert slurm.done == ["submit"] and len(place.events("successor")) == 1
+    assert Cluster.read(place.directory).jobs == ("7", "8")  # type: ignore[union-attr]
+
+
+def test_the_limit_of_requeues_is_told(place: Place, slurm: FakeSlurm) -> None:
+    place.run("r", "running")
+    slurm.look = Look("RUNNING", 20.0)
+
+    async def story() -> None:
+        head = lead(place, requeues=0)
+        head.notice()
+        await head.context.all_done()
+        await end(head)
+
+    run(story)
+    assert slurm.done == [] and len(place.events("requeues_used_up")) == 1
+
+
+def test_a_run_that_finishes_while_it_is_saved_does_not_go_on(place: Place, slurm: FakeSlurm) -> None:
+    directory = place.run("r", "running")
+    slurm.look = Look("RUNNING", 20.0)
+
+    async def story() -> None:
+        head = lead(place)
+
+        async def finishes() -> None:
+            runs.Run.read(directory).save(directory, state="finished")  # type: ignore[union-attr]
+
+        head.ending._drivers.ended = finishes  # type: ignore[method-assign]
+        head.notice()
+        await head.context.all_done()
+        assert not head.context.course.goes_on
+
+    run(story)
+
+
+def test_down_while_the_allocation_ends(place: Place, slurm: FakeSlurm) -> None:
+    """A person's word counts: the job is not requeued."""
+    place.run("r", "running")
+    slurm.look = Look("RUNNING", 20.0)
+
+    async def story() -> None:
+        head = lead(place)
+        head.notice()
+        await head.context.all_done()
+        head.ending.down(5.0)
+        await end(head)
+
+    run(story)
+    assert slurm.done == [] and (place.directory / layout.ENDED_FILE).exists()
+
+
+def test_a_save_that_takes_too_long_is_told(place: Place, slurm: FakeSlurm) -> None:
+    place.run("r", "running")
+
+    async def story() -> None:
+        head = lead(place)
+        drivers = head.ending._drivers
+        drivers.running, drivers.ended = True, asyncio.Event().wait  # type: ignore[misc,method-assign,assignment]
+        head.ending.begin("down", 0.0)
+        await head.context.all_done()
+        assert place.stopped == ["down"]
+
+    run(story)
+    assert [row["run"] for row in place.events("save_timed_out")] == ["r"]
+
+
+def test_a_joiner_that_leads_is_left_where_others_can_go_on(
+    place: Place, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "TERM_LIMIT", 0.0)
+
+    async def story() -> None:
+        head = lead(place)
+        head.table.members.table["n1"].info["job"] = "9"
+        await signalled(head)
+        assert list(head.context.memory.draining) == ["n1"] and place.resigned == ["its job was told to end"]
+
+    run(story)
+    assert slurm.asked == []  # it is quick
+
+
+def test_the_base_job_is_lost_and_the_joiners_go_on(place: Place, slurm: FakeSlurm) -> None:
+    slurm.look = Look("COMPLETING", None, reason="JobLaunchFailure")
+
+    async def story() -> None:
+        head = lead(place)
+        head.table.members.table["n2"].info["job"] = "9"
+        await signalled(head)
+        assert len(place.resigned) == 1 and not place.stopped and not head.context.course.ending
+
+    run(story)
+    assert [row["why"] for row in place.events("base_lost")] == ["JobLaunchFailure"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_the_end_of_a_joiner_s_job(place: Place, slurm: FakeSlurm, own: bool) -> None:
+    place.run("r", "running")
+
+    async def story() -> None:
+        head = lead(place, nodes=("n1",) if own else ("n1", "n2"))
+        head.table.members.table["n1" if own else "n2"].info["job"] = "9"
+        head.ending.joiner_ends("9", "time")
+        await head.context.all_done()
+        assert list(head.context.memory.draining) == ([] if own else ["n2"])
+        assert head.context.course.ending == own
+
+    run(story)
+
+
+def test_a_fenced_head_sees_to_no_end(place: Place, slurm: FakeSlurm) -> None:
+    slurm.look = Look("COMPLETING", None, preempted=True)
+
+    async def story() -> None:
+        head = lead(place)
+        layout.claim(place.directory, 2, "n2")
+        await signalled(head)
+        assert place.resigned == ["a newer incarnation has begun"] and not place.stopped
+
+    run(story)
+
+
+def test_the_end_of_local_agents_is_their_own(place: Place) -> None:
+    place.cluster = replace(place.cluster, backend="local")
+
+    async def story() -> None:
+        assert not lead(place).terminated()
+
+    run(story)
+
+
+def test_the_last_word(place: Place, slurm: FakeSlurm) -> None:
+    """Of nodes: the unclean ones, those without a word, and those that were lost before."""
+    replace(place.cluster, jobs=("7", "9")).write(place.directory / layout.CLUSTER_FILE)
+
+    async def story() -> None:
+        head = lead(place, running="", nodes=("n1", "n2", "n3", "n4"))
+        table = head.table.members.table
+        table["n4"].alive = False
+        closing = asyncio.create_task(head.close("down"))
+        await asyncio.sleep(0)
+        for node, left in (("n2", 0), ("n3", 2)):
+            table[node].alive = False
+            table[node].info |= {"state": "ended", "left": left}
+        await closing
+        await asyncio.to_thread(head.write_end, "down", 0)
+
+    run(story)
+    said = json.loads((place.directory / layout.ENDED_FILE).read_text())
+    assert (said["unclean"], said["lost"], said["reason"]) == ({"n3": 2}, ["n4"], "down")
+    assert slurm.done == ["cancel 9"] and (place.directory / layout.EXIT_CODE_FILE).read_text() == "0\n"
+
+
+def test_every_way_is_one_of_the_allocation_s() -> None:
+    assert {way.value for way in Onward} == {"requeue", "itself", "successor"}

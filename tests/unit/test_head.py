@@ -1,0 +1,545 @@
+"""The head's duties, with a directory and members by hand: no agent, no Ray, no Slurm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from made_heads import Place, joined, lost, run
+
+from raylaunch import layout, runs, state
+from raylaunch.backends import Job
+from raylaunch.cli import cli
+from raylaunch.config import Config
+from raylaunch.head import HeadDuties
+from raylaunch.layout import Cluster
+from raylaunch.link import Member
+from raylaunch.nodeloop import Turn
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def hide_listings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a client of NFS has them: nothing that others made is listed."""
+    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+
+
+def test_a_claim_that_no_listing_shows_is_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert layout.claim(place.directory, 1, "n1") and not layout.is_fenced(place.directory, 1)
+    hide_listings(monkeypatch)
+    assert layout.claim(place.directory, 2, "n2")
+    assert layout.is_fenced(place.directory, 1) and not layout.is_fenced(place.directory, 2)
+
+
+def test_a_newer_head_json_fences_where_the_claim_cannot_be_seen(place: Place) -> None:
+    assert layout.claim(place.directory, 1, "n1")
+    place.head(2).write(place.directory / layout.HEAD_FILE)
+    assert layout.is_fenced(place.directory, 1)
+
+
+def test_a_storage_that_is_gone_fences_nobody(place: Place) -> None:
+    assert layout.claim(place.directory, 1, "n1")
+    place.directory.rename(place.directory.with_name("elsewhere"))
+    assert not layout.is_fenced(place.directory, 1)
+
+
+def test_a_head_of_a_past_life_is_fenced(place: Place) -> None:
+    """`up` removes the claims of the life before."""
+    assert layout.claim(place.directory, 1, "n1")
+    (place.directory / layout.INCARNATIONS / "00000001").unlink()
+    assert layout.is_fenced(place.directory, 1)
+
+
+@pytest.mark.parametrize("name", [layout.HEAD_FILE, layout.MEMBERS_FILE, layout.DUTIES_FILE])
+def test_the_last_words_of_an_older_head_are_replaced(place: Place, name: str) -> None:
+    """It was frozen between its look at the fence and its write."""
+
+    async def story() -> None:
+        old, new = place.lead(1), place.lead(2)
+        new.table.members.table["n1"] = Member("n1", {"state": "ready"})
+        new.context.memory.queue = ["wanted"]
+        new.context.duties_file.write(asdict(new.context.memory))
+        new.table.write(new.table.rows())
+        new._file.write(asdict(new.head))
+        expected = place.read(name)
+        new.restore()
+        assert not place.events("restored")
+        old._file.write(asdict(old.head))
+        old.context.duties_file.write(asdict(old.context.memory))
+        old.table._file.write({"incarnation": 1, "nodes": []})
+        assert place.read(name) != expected
+        new.restore()
+        assert place.read(name) == expected
+        new.restore()
+        await new.context.off_loop(lambda: None)
+        assert [row["file"] for row in place.events("restored")].count(name) == 1
+
+    run(story)
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+def left_over(place: Place) -> list[str]:
+    return sorted(path.name.partition("-")[2] for path in (place.directory / layout.REQUESTS).iterdir())
+
+
+def asked(place: Place, kind: str, **values: Any) -> Path:
+    return layout.request(place.directory, kind, **values)
+
+
+def test_a_request_is_deleted_when_it_is_remembered(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "run", run="one")
+        asked(place, "scale", nodes=3)
+        await head.requests.turn()
+        assert left_over(place) == []
+        assert (place.read("duties.json")["queue"], place.read("duties.json")["wanted"]) == (["one"], 3)
+
+    run(story)
+
+
+def test_a_head_that_was_replaced_takes_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was frozen, and a newer one leads: no listing tells."""
+
+    async def story() -> None:
+        old, new = place.lead(1), place.lead(2)
+        path = asked(place, "run", run="mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(layout, "claims", lambda _: [1])
+            await old.requests.turn()
+        assert path.exists() and place.read("duties.json")["queue"] == []
+        await new.requests.turn()
+        assert place.read("duties.json")["queue"] == ["mine"] and not path.exists()
+
+    run(story)
+
+
+class Killed(Exception):
+    """The head dies here."""
+
+
+@pytest.mark.parametrize("moment", ["taken", "remembered", "replaced"])
+def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """Its successor does what was asked, once."""
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    async def story() -> None:
+        old = place.lead(1)
+        for kind, values in (("run", {"run": "mine"}), ("strike", {"node": "n3", "reason": "broken"})):
+            asked(place, kind, **values)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            if moment == "taken":
+                patch.setattr(old.context.duties_file, "write", die)
+            elif moment == "remembered":
+                patch.setattr("raylaunch.requests.Request.done", die)
+            else:  # between its look at the fence and its write; it writes all the same
+                write = old.context.duties_file.write
+                patch.setattr(old.context.duties_file, "write", lambda value: (write(value), claim_next()))
+            await old.requests.turn()
+            await old.context.off_loop(lambda: None)
+            if moment == "replaced":
+                raise Killed
+        assert len(left_over(place)) == 2
+        new = place.lead(3 if moment == "replaced" else 2)
+        await new.requests.turn()
+        assert new.context.memory.queue == ["mine"] and new.context.memory.strikes == {"n3": 1}
+        assert left_over(place) == [] and place.read("duties.json")["strikes"] == {"n3": 1}
+
+    def claim_next() -> None:
+        layout.claim(place.directory, 2, "n2")
+
+    run(story)
+
+
+def test_a_head_is_replaced_while_it_writes_what_it_took(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was frozen after its look at the fence; its successor has read duties.json before it thaws and writes."""
+    newer: list[HeadDuties] = []
+
+    async def story() -> None:
+        old = place.lead(1)
+        write = old.context.duties_file.write
+
+        def thaw(value: Any) -> None:
+            newer.append(place.lead(2))
+            write(value)
+
+        monkeypatch.setattr(old.context.duties_file, "write", thaw)
+        asked(place, "run", run="mine")
+        await old.requests.turn()
+        assert len(left_over(place)) == 1
+        (new,) = newer
+        new.restore()
+        await new.requests.turn()
+        assert place.read("duties.json")["queue"] == ["mine"] and left_over(place) == []
+
+    run(story)
+
+
+def test_a_disk_that_is_full_keeps_the_request(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "strike", node="n3", reason="broken")
+        with monkeypatch.context() as patch, pytest.raises(OSError):
+            patch.setattr(head.context.duties_file, "write", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+            await head.requests.turn()
+        assert len(left_over(place)) == 1
+        await head.requests.turn()
+        assert left_over(place) == [] and place.read("duties.json")["strikes"] == {"n3": 1}
+
+    run(story)
+
+
+def test_a_run_that_is_queued_twice_runs_once(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "run", run="mine")
+        asked(place, "run", run="mine")
+        await head.requests.turn()
+        assert place.read("duties.json")["queue"] == ["mine"]
+
+    run(story)
+
+
+def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "scale", nodes="many")
+        asked(place, "dance")
+        (place.directory / layout.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
+        (place.directory / layout.REQUESTS / ".2-half.json").write_text('{"kind": "ru')
+        asked(place, "run", run="good")
+        await head.requests.turn()
+        assert place.read("duties.json")["queue"] == ["good"]
+        await head.requests.turn()
+        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == ["bad", "bad", "bad", "json"]
+        await head.context.off_loop(lambda: None)
+        assert len(place.events("request_refused")) == 2
+
+    run(story)
+
+
+def test_a_request_that_cannot_be_read_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        asked(place, "run", run="mine")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "EIO")))
+            patch.setattr(layout, "is_fenced", lambda *_: False)
+            await head.requests.turn()
+        assert len(left_over(place)) == 1 and not head.context.memory.queue
+        await head.requests.turn()
+        assert left_over(place) == [] and head.context.memory.queue == ["mine"]
+
+    run(story)
+
+
+def test_down_is_heard_by_the_next_head_too(place: Place) -> None:
+    async def story() -> None:
+        old = place.lead(1)
+        asked(place, "down", save_limit=5)
+        await old.requests.turn()
+        await old.requests.turn()
+        assert old.context.course.ending and len(left_over(place)) == 1
+        new = place.lead(2)
+        await new.requests.turn()
+        assert new.context.course.ending
+
+    run(story)
+
+
+def test_the_end_of_another_allocation_s_time_is_over(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        path = place.directory / layout.REQUESTS / "walltime.json"
+        state.write_json(path, {"kind": "walltime", "life": "6:0"})
+        await head.requests.turn()
+        assert not head.ending._noticed and left_over(place) == []
+        for _ in range(2):  # the batch script's has always the same name
+            state.write_json(path, {"kind": "walltime", "life": head.head.life})
+            await head.requests.turn()
+        assert head.ending._noticed
+        head.context.cancel_all()
+
+    run(story)
+
+
+def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
+    """Unless another agent has come in place of the one that was to go."""
+
+    def connect(head: HeadDuties, pid: int) -> None:
+        head.table.members.table["n2"] = Member("n2", {"state": "ready", "pid": pid})
+        head.table.changed(head.table.members.table["n2"], "joined")
+
+    async def story() -> None:
+        old = place.lead(1)
+        connect(old, 22)
+        old.context.memory.running = "r"
+        asked(place, "drain", node="n2", reason="too many")
+        await old.requests.turn()
+        new = place.lead(2)
+        new.context.memory.running = "r"
+        connect(new, 22)
+        assert new.table.state_of(new.table.members.table["n2"]) == "draining"
+        connect(new, 23)
+        assert new.table.state_of(new.table.members.table["n2"]) == "ready"
+
+    run(story)
+
+
+# -- strikes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", ["ended", "lost"])
+def test_whoever_is_gone_does_not_count_when_most_are_lost(place: Place, before: str) -> None:
+    """A switch takes three nodes of four; twenty were here in the weeks before."""
+
+    async def story() -> None:
+        head = place.lead(1)
+        old = [f"old{i}" for i in range(20)]
+        joined(head, *old, "n1", "n2", "n3", "n4")
+        lost(head, *old, ago=3600.0)
+        for node in old:
+            head.table.members.table[node].info["state"] = "ended" if before == "ended" else "ready"
+        lost(head, "n2", "n3", "n4")
+        for node in ("n2", "n3", "n4"):
+            await head.table.blame(head.table.members.table[node], "silent", after=0.0)
+        assert head.context.memory.strikes == {}
+
+    run(story)
+
+
+def test_one_node_of_four_that_is_lost_is_struck_whoever_was_lost_before(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        old = [f"old{i}" for i in range(20)]
+        joined(head, *old, "n1", "n2", "n3", "n4")
+        lost(head, *old, ago=3600.0)
+        lost(head, "n4")
+        await head.table.blame(head.table.members.table["n4"], "silent", after=0.0)
+        assert head.context.memory.strikes == {"n4": 1}
+
+    run(story)
+
+
+def test_who_was_lost_before_an_election_is_not_struck_by_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raylaunch.head.member_table.FOLLOW_LIMIT", 0.0)
+
+    async def story() -> None:
+        head = place.lead(2)
+        rows = [{"name": f"n{i}", "state": "ready", "since": 5.0, "role": "worker", "job": "1"} for i in range(1, 6)]
+        rows[3]["state"] = rows[4]["state"] = "lost"
+        head.table.inherit(rows)
+        joined(head, "n1", "n2")
+        await head.context.all_done()
+        await head.context.off_loop(lambda: None)
+        assert head.context.memory.strikes == {"n3": 1}
+        assert [row["node"] for row in place.events("node_lost")] == ["n3"]
+        assert next(row for row in head.table.rows() if row["name"] == "n4")["since"] == 5.0
+
+    run(story)
+
+
+def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raylaunch.head.member_table.KEEP_GONE", 3)
+
+    async def story() -> None:
+        head = place.lead(1)
+        joined(head, *(f"n{i}" for i in range(10)))
+        for i in range(8):
+            lost(head, f"n{i}", ago=100.0 - i)
+        head.table.forget_the_longest_gone()
+        assert [row["name"] for row in head.table.rows()] == ["n5", "n6", "n7", "n8", "n9"]
+
+    run(story)
+
+
+# -- mistakes of our own ---------------------------------------------------------------------------
+
+
+def test_a_mistake_in_the_node_loop_is_told_once_and_shown_until_it_is_over(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: list[Exception | None] = [KeyError("n1"), KeyError("n2"), TypeError("x"), KeyError("n1"), None]
+    shown: list[dict[str, str]] = []
+
+    async def story() -> None:
+        head = place.lead(1)
+        head.context.ready.set()
+        over = asyncio.Event()
+
+        def turn(*_: object) -> Turn:
+            shown.append(dict(head.context.errors.present))
+            if not faults:
+                head.table.closed = True
+                loop.call_soon_threadsafe(over.set)
+                return Turn(pause=1000.0)
+            if (fault := faults.pop(0)) is not None:
+                raise fault
+            return Turn(pause=0.0)
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.turn", lambda _self, *rest: turn(*rest))
+        monkeypatch.setattr("raylaunch.head.node_duty.LEAST", 0.0)
+        monkeypatch.setattr("raylaunch.head.node_duty.AFTER_FAILURE", 0.0)
+        head.enough.set()
+        task = asyncio.create_task(head.nodes.run())
+        await over.wait()
+        task.cancel()
+        await head.context.off_loop(lambda: None)
+
+    run(story)
+    told = place.events("internal_error")
+    assert [row["work"] for row in told] == ["node loop"] * 2
+    assert "KeyError: 'n1' (test_head.py:" in told[0]["error"] and "TypeError: x" in told[1]["error"]
+    assert [bool(one) for one in shown] == [False, True, True, True, True, False]
+
+
+def test_status_shows_a_mistake_of_ours(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        head.context.errors.tell("node loop", KeyError("n1"))
+        head.table.write([])
+        await head.context.off_loop(lambda: None)
+
+    run(story)
+    alive = Job("local", "RUNNING", True)
+    monkeypatch.setattr("raylaunch.backends.LocalBackend.states", lambda *_: {"local": alive})
+    done = CliRunner().invoke(cli, ["status", "--state-dir", str(place.directory.parents[1])])
+    assert "internal error in the node loop: KeyError: 'n1'" in " ".join(done.output.split()), done.output
+
+
+# -- the end ---------------------------------------------------------------------------------------
+
+
+def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jobs are read for the last time after that; the turn's thread cannot be cancelled."""
+    submitting, answer = threading.Event(), threading.Event()
+
+    def turn(*_: object) -> Turn:
+        submitting.set()
+        assert answer.wait(10)
+        replace(place.cluster, jobs=("local", "joiner")).write(place.directory / layout.CLUSTER_FILE)
+        return Turn()
+
+    async def story() -> None:
+        head = place.lead(1)
+        head.context.ready.set()
+        head.enough.set()
+        head.context.spawn(head.nodes.run())
+        await asyncio.to_thread(submitting.wait, 10)
+        closing = asyncio.create_task(head.close("down"))
+        await asyncio.to_thread(stopped.wait, 10)
+        done, _ = await asyncio.wait({closing}, timeout=0.2)
+        assert not done
+        answer.set()
+        await closing
+        now = Cluster.read(place.directory)
+        assert now is not None and now.jobs == ("local", "joiner")
+
+    stopped = threading.Event()
+    monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.turn", turn)
+    monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.stop", lambda _: stopped.set())
+    run(story)
+
+
+# -- the event loop --------------------------------------------------------------------------------
+
+_FILE_WORK = {"open", "os.listdir", "os.scandir", "os.rename", "os.remove", "os.mkdir", "os.link", "os.utime"}
+_watched: dict[str, Any] = {"directory": None, "found": []}
+
+
+def _hook(name: str, arguments: tuple[Any, ...]) -> None:
+    """What Python tells of each file that is opened; a hook stays for good, and is idle but for one test."""
+    directory = _watched["directory"]
+    if directory is None or name not in _FILE_WORK or threading.current_thread() is not threading.main_thread():
+        return
+    if any(isinstance(one, (str, os.PathLike)) and str(one).startswith(directory) for one in arguments):
+        _watched["found"].append(f"{name}{arguments[:2]} " + "".join(traceback.format_stack(limit=8)[:-1]))
+
+
+sys.addaudithook(_hook)
+
+
+class FakeProcess:
+    """A driver, or what tells of a run's end."""
+
+    returncode: int | None = None
+
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+
+    async def wait(self) -> int:
+        await self.over.wait()
+        return 0
+
+    async def communicate(self, _: bytes) -> None:
+        return None
+
+    def kill(self) -> None:
+        self.over.set()
+
+
+def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its begin to its end: shared storage that stalls must not look like a dead head."""
+    made: list[FakeProcess] = []
+
+    async def start(*_: object, **__: object) -> FakeProcess:
+        made.append(FakeProcess())
+        return made[-1]
+
+    async def until(what: Callable[[], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not what():
+                await asyncio.sleep(0.005)
+
+    async def story() -> None:
+        head = place.lead(2)
+        _watched["directory"] = str(place.directory.parents[1])
+        await head.open("an election")
+        head.table.members.table["n1"] = Member("n1", {"state": "ready", "pid": 1, "job": "1"})
+        for what in ("joined", "changed"):
+            head.table.changed(head.table.members.table["n1"], what)
+        await until(lambda: bool(made))
+        made[-1].over.set()  # the driver ends without a word: the alerts are told
+        head.table.changed(head.table.members.table["n1"], "silent")
+        head.context.errors.tell("test", KeyError("x"))
+        await until(
+            lambda: not head.requests._taken and head.context.memory.running == "" and not head.context.memory.queue
+        )
+        closing = asyncio.create_task(head.close("down"))
+        await until(closing.done)
+        closing.result()
+        _watched["directory"] = None
+
+    config = Config.model_validate({"alerts": {"command": ["true"]}})
+    state.make_dir(place.directory.parents[1] / "runs")
+    with runs.prepared(state.run_dir(place.directory.parents[1], "r"), config, "main"):
+        layout.request(place.directory, "run", run="r")
+        layout.request(place.directory, "strike", node="n9", reason="x")
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+    monkeypatch.setattr("raylaunch.head.request_loop.LOOK_EVERY", 0.01)
+    monkeypatch.setattr("raylaunch.head.run_queue.BROKEN_PAUSE", 0.0)
+    monkeypatch.setattr("raylaunch.head.head.metrics.keep", lambda *_: asyncio.sleep(1000))
+    _watched["found"].clear()
+    try:
+        run(story)
+    finally:
+        _watched["directory"] = None
+    assert not _watched["found"], _watched["found"][0]
+    assert place.events("run_ended")

@@ -1,0 +1,260 @@
+"""The queue of runs, with drivers that end as told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_heads import Place, run
+
+from raylaunch import runs, state
+from raylaunch.head import HeadDuties, run_queue
+from raylaunch.head.run_queue import LONG, TRIES, Losses
+from raylaunch.runs import Run
+
+
+class FakeDrivers:
+    """Its drivers end as told, each after having written its state. `between`: called before each ends."""
+
+    running = False
+
+    def __init__(self, *ends: tuple[int, str], between: Callable[[], None] = lambda: None) -> None:
+        self.ends, self.between = list(ends), between
+        self.driven: list[str] = []
+        self.told: list[tuple[str, ...]] = []
+        self.killed = 0
+
+    async def run(self, directory: Path) -> int:
+        self.driven.append(directory.name)
+        self.between()
+        status, now = self.ends.pop(0)
+        record = Run.read(directory)
+        assert record is not None
+        record.save(directory, state=now)
+        return status
+
+    async def tell(self, directory: Path, limit: float, *why: str) -> None:
+        self.told.append((directory.name, *why))
+
+    async def ended(self) -> None:
+        return None
+
+    def kill(self) -> None:
+        self.killed += 1
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setattr(run_queue, "BROKEN_PAUSE", 0.0)
+    return Place(tmp_path)
+
+
+def lead(place: Place, drivers: FakeDrivers, incarnation: int = 1) -> HeadDuties:
+    head = place.lead(incarnation)
+    head.queue._drivers = head.ending._drivers = drivers  # type: ignore[assignment]
+    head.context.ready.set()
+    head.context.enough.set()
+    return head
+
+
+async def until(what: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not what():
+            await asyncio.sleep(0.001)
+
+
+def state_of(directory: Path) -> str:
+    record = Run.read(directory)
+    assert record is not None
+    return record.state
+
+
+@pytest.mark.parametrize(
+    ("ends", "outcome", "told"),
+    [
+        ([(1, "running"), (1, "queued"), (0, "finished")], "finished", False),  # it could not read its storage
+        ([(-9, "running"), (1, "failed")], "failed", False),  # by its own word
+        ([(1, "running")] * 3, "failed", True),  # again and again, with no step between
+        ([(-9, "finished")], "finished", False),  # it was lost while it wrote the weights
+        ([(1, "finished")], "finished", False),
+    ],
+)
+def test_a_driver_that_breaks_is_started_again(
+    place: Place, ends: list[tuple[int, str]], outcome: str, told: bool
+) -> None:
+    async def story() -> None:
+        drivers = FakeDrivers(*ends)
+        head = lead(place, drivers)
+        assert await head.queue.drive("r") == outcome
+        await head.context.off_loop(lambda: None)
+        assert not drivers.ends and drivers.told == [("r",)] * told
+
+    directory = place.run("r")
+    run(story)
+    lost = [status for status, now in ends if status != 0 and now not in runs.FINAL]
+    assert len(place.events("driver_lost")) == len(lost) and state_of(directory) == outcome
+
+
+def test_how_often_a_driver_is_started_again() -> None:
+    losses = Losses()
+    for number in range(1, TRIES):
+        losses = losses.and_one(progress=False, lived=1.0)
+        assert losses.again and losses.pause(1) == run_queue.BROKEN_PAUSE * number and losses.pause(-9) == 0.0
+    assert not losses.and_one(progress=False, lived=1.0).again
+    assert losses.and_one(progress=True, lived=1.0).again  # a step between
+    assert losses.and_one(progress=False, lived=LONG).again  # steps are not told
+
+
+def test_a_run_that_is_over_is_not_driven_again(place: Place) -> None:
+    """Its head went while the driver wrote the weights; the next one finds it among what it has to do."""
+    place.run("r", "finished")
+
+    async def story() -> None:
+        drivers = FakeDrivers()
+        assert await lead(place, drivers).queue.drive("r") == "finished" and not drivers.driven
+
+    run(story)
+
+
+def test_one_run_after_the_other(place: Place) -> None:
+    for name in ("a", "b"):
+        place.run(name)
+    seen: list[tuple[str, list[str]]] = []
+
+    async def story() -> None:
+        drivers = FakeDrivers((0, "finished"), (1, "failed"))
+        head = lead(place, drivers)
+        drivers.between = lambda: seen.append((head.context.memory.running, list(head.context.memory.queue)))
+        for name in ("a", "b", "b"):
+            head.queue.add(name)
+        head.context.spawn(head.queue.run())
+        await until(lambda: not drivers.ends and not head.context.memory.running)
+        head.context.cancel_all()
+        await head.context.off_loop(lambda: None)
+        assert drivers.driven == ["a", "b"] and not place.stopped
+
+    run(story)
+    assert seen == [("a", ["b"]), ("b", [])]
+    assert (place.read("duties.json")["running"], place.read("duties.json")["queue"]) == ("", [])
+    assert [row["state"] for row in place.events("run_ended")] == ["finished", "failed"]
+
+
+def test_the_next_head_begins_with_the_run_that_was_driven(place: Place) -> None:
+    async def story() -> None:
+        head = lead(place, FakeDrivers())
+        head.context.memory.running, head.context.memory.queue = "a", ["b"]
+        head.context.remember()
+        await head.context.off_loop(lambda: None)
+        assert place.lead(2).context.memory.queue == ["a", "b"]
+
+    run(story)
+
+
+@pytest.mark.parametrize(("end", "code"), [((0, "finished"), 0), ((1, "failed"), 1)])
+def test_the_cluster_of_one_run_ends_with_it(place: Place, end: tuple[int, str], code: int) -> None:
+    place.cluster = replace(place.cluster, run="r")
+    place.run("r")
+
+    async def story() -> None:
+        head = lead(place, FakeDrivers(end))
+        head.context.elected = True  # it waits for nobody
+        head.context.spawn(head.queue.run())
+        await until(lambda: bool(place.stopped))
+        head.context.cancel_all()
+        assert place.stopped == [f"run r {end[1]}"] and head.exit_code == code
+
+    run(story)
+
+
+def test_a_run_that_is_queued_anew_waits_for_the_next_allocation(place: Place) -> None:
+    directory = place.run("r")
+
+    async def story() -> None:
+        drivers = FakeDrivers((0, "queued"), between=lambda: runs.request_stop(directory, "walltime", continues=True))
+        head = lead(place, drivers)
+        head.queue.add("r")
+        head.context.spawn(head.queue.run())
+        await until(lambda: not drivers.ends and not head.context.memory.running)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        head.context.cancel_all()
+        assert head.context.memory.queue == ["r"] and drivers.driven == ["r"]
+
+    run(story)
+
+
+def test_a_driver_that_was_fenced_ends_its_head(place: Place) -> None:
+    place.run("r")
+
+    async def story() -> None:
+        head = lead(place, FakeDrivers((runs.DRIVER_FENCED, "running")))
+        head.queue.add("r")
+        await head.queue.run()
+        assert place.resigned == ["a newer incarnation has begun"]
+        assert head.context.memory.running == "r"  # nothing of it is ours to settle
+
+    run(story)
+    assert not place.events("run_ended")
+
+
+def test_a_mistake_in_one_run_s_driving_is_told_and_the_next_one_runs(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.run("b")
+
+    async def story() -> None:
+        drivers = FakeDrivers((0, "finished"))
+        head = lead(place, drivers)
+        drive = head.queue.drive
+
+        async def breaks(name: str) -> str:
+            if name == "a":
+                raise KeyError(name)
+            return await drive(name)
+
+        monkeypatch.setattr(head.queue, "drive", breaks)
+        head.queue.add("a")
+        head.queue.add("b")
+        head.context.spawn(head.queue.run())
+        await until(lambda: drivers.driven == ["b"] and not head.context.memory.running)
+        head.context.cancel_all()
+        await head.context.off_loop(lambda: None)
+
+    run(story)
+    assert [row["work"] for row in place.events("internal_error")] == ["driving of run a"]
+
+
+@pytest.mark.parametrize("condition", ["finished", "running"])
+def test_a_driver_that_outlives_its_run_makes_way_for_the_next(
+    place: Place, monkeypatch: pytest.MonkeyPatch, condition: str
+) -> None:
+    monkeypatch.setattr(run_queue, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(run_queue, "STOP_LIMIT", 0.0)
+    directory = place.run("r", condition)
+    reads: list[Any] = []
+    read = Run.read
+
+    def counted(path: Path) -> Run | None:
+        reads.append(path)
+        return read(path)
+
+    async def story() -> None:
+        drivers = FakeDrivers()
+        head = lead(place, drivers)
+        monkeypatch.setattr(Run, "read", counted)
+        making_way = asyncio.create_task(head.queue.make_way("r", 0.0))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not making_way.done() and not drivers.killed  # nobody waits
+        head.context.memory.queue = ["next"]
+        await until(lambda: making_way.done() or len(reads) > 5)
+        making_way.cancel()
+        assert drivers.killed == (condition == "finished")
+
+    run(story)
+    assert runs.stop_reason(directory) == ("another run waits" if condition == "finished" else None)
+    assert bool(state.read_events(place.directory, "driver_cut_short")) == (condition == "finished")
