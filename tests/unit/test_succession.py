@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch import layout, runs, seek, state
+from raylaunch import election, layout, runs, seek, state
 from raylaunch.checkpoint import store
 from raylaunch.config import Config
 from raylaunch.layout import Head
