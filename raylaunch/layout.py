@@ -10,7 +10,7 @@
               members.json  the nodes, by the head                 code.json     commit, versions
               duties.json   what the next head must know, by the head
               nodes/N.json  a node that could not start
-              requests/     what the command line asks of the head
+              requests/     what is asked of the head (see `requests`)
               events.jsonl  logs/  ended.json  exit_code
 
 Plain path arithmetic and the two records that travel between processes; no decisions.

@@ -6,6 +6,7 @@ read again only when they have changed: at two thousand nodes the table is large
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,13 +28,22 @@ class _Cached:
 
     def read(self) -> Any:
         try:
-            stat = self._path.stat()
+            stamp = _stamp(self._path)
         except FileNotFoundError:
             return self._value
-        stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         if stamp != self._stamp:
             self._value, self._stamp = state.read_json(self._path), stamp
         return self._value
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """By opening it: what is known of a name may be a minute old (see `fence`)."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        stat = os.fstat(fd)
+    finally:
+        os.close(fd)
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 class Roster:

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from raylaunch import allocation, layout, runs, state
 from raylaunch.allocation import Look, Onward
@@ -23,6 +25,11 @@ from raylaunch.head.member_table import OVER, MemberTable
 from raylaunch.layout import Cluster
 from raylaunch.runs import Run
 from raylaunch.timing import ENDING_LIMIT, SAVE_LIMIT, TELL_LIMIT, TERM_LIMIT
+
+T = TypeVar("T")
+
+STORAGE_LIMIT = 5.0
+"""Seconds that the end waits for the storage's word."""
 
 
 class Ending:
@@ -69,19 +76,19 @@ class Ending:
     async def _act(self, event: Event, job: str) -> None:
         facts = await self._facts(event, job)
         if event is Event.SIGTERM:
-            self._run_is_over = await self._look_whether_over()
+            self._run_is_over = await self._asked(False, is_over, self._run())
         self._carry_out(policy.decide(facts), facts, job)
 
     async def _facts(self, event: Event, job: str) -> Facts:
         """What is asked of Slurm costs time: only what the decision depends on."""
         context = self._context
         facts = Facts(
-            event, await self._is_fenced(), in_base=job == context.head.job,
+            event, await self._asked(False, context.is_fenced), in_base=job == context.head.job,
             others=bool(self._table.ready(beside=str(self._table.own("job")))), notice=context.notice,
         )  # fmt: skip
         if facts.wants_job:
             look = await asyncio.to_thread(allocation.look, job)
-            facts = replace(facts, job=seen(look), longest_save=await self._longest_save())
+            facts = replace(facts, job=seen(look), longest_save=await self._asked(0.0, longest_save, self._run()))
         if facts.wants_cause:
             facts = replace(facts, cause=await asyncio.to_thread(allocation.why_ended, context.directory, job))
         if facts.wants_way:
@@ -89,27 +96,16 @@ class Ending:
             facts = replace(facts, runs_again=again)
         return facts
 
-    async def _is_fenced(self) -> bool:
-        fenced = False  # a storage that does not say keeps nobody from the end
-        with self._context.errors.caught("look for newer heads at the end"):
-            fenced = await self._context.off_loop(self._context.is_fenced)
-        return fenced
+    async def _asked(self, otherwise: T, work: Callable[..., T], *arguments: Any) -> T:
+        """What the storage says; one that does not say keeps nobody from the end."""
+        answer = otherwise
+        with self._context.errors.caught("look at the storage at the end"):
+            answer = await asyncio.wait_for(self._context.off_loop(work, *arguments), STORAGE_LIMIT)
+        return answer
 
-    async def _longest_save(self) -> float:
-        """Seconds of the slowest save of the present run so far."""
-        name, found = self._context.memory.running, 0.0
-        if name:
-            with self._context.errors.caught("look at the run's saves"):
-                found = await self._context.off_loop(longest_save, runs.directory(self._context.directory, name))
-        return found
-
-    async def _look_whether_over(self) -> bool:
-        """Whether the present run has come to its end, and its driver only has things to do yet."""
-        name, record = self._context.memory.running, None
-        if name:
-            with self._context.errors.caught("look at the run"):
-                record = await self._context.off_loop(Run.read, runs.directory(self._context.directory, name))
-        return record is not None and record.state in runs.FINAL
+    def _run(self) -> Path:
+        """The directory of the present run."""
+        return runs.directory(self._context.directory, self._context.memory.running)
 
     def _work(self) -> Work:
         memory = self._context.memory
@@ -175,7 +171,8 @@ class Ending:
         if not context.course.goes_on:
             context.memory.queue.clear()
         if context.memory.running:
-            await self._save_run(context.memory.running, reason, limit)
+            with contextlib.suppress(TimeoutError):  # the storage stalls
+                await asyncio.wait_for(self._save_run(context.memory.running, reason, limit), limit + STORAGE_LIMIT)
         context.stop(reason)
 
     async def _save_run(self, name: str, reason: str, limit: float) -> None:
@@ -184,11 +181,10 @@ class Ending:
         await context.off_loop(context.tried, runs.request_stop, run, reason, bool(context.course.goes_on))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._drivers.ended(), limit)
-        record = await context.off_loop(Run.read, run)
-        is_over = record is not None and record.state in runs.FINAL
-        if not is_over and self._drivers.running:
+        over = await context.off_loop(is_over, run)
+        if not over and self._drivers.running:
             context.event("save_timed_out", run=name, seconds=limit)
-        if is_over and not context.memory.queue:  # while it was asked to stop; or before, and its weights were written
+        if over and not context.memory.queue:  # while it was asked to stop; or before, and its weights were written
             context.course = context.course.finished()
 
     # -- the end ---------------------------------------------------------------------------------------
@@ -270,6 +266,13 @@ def seen(look: Look | None) -> Job | None:
     return Job(look.state, look.seconds_left, look.preempted, look.taken) if look is not None else None
 
 
-def longest_save(run: Any) -> float:
+def longest_save(run: Path) -> float:
+    """Seconds of the slowest save of a run so far."""
     rows = state.read_events(run, "commit")
     return max((float(row.get("seconds", 0)) for row in rows), default=0.0)
+
+
+def is_over(run: Path) -> bool:
+    """Whether a run has come to its end, and its driver only has things to do yet."""
+    record = Run.read(run)
+    return record is not None and record.state in runs.FINAL

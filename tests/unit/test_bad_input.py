@@ -83,7 +83,7 @@ def check(done: Result, code: int, words: Sequence[str], nothing_on_stdout: bool
 
 def nothing_in(state_dir: Path) -> bool:
     """No cluster and no run, not even half made."""
-    return not list(state_dir.glob("*/*"))
+    return not list(state_dir.glob("*/[!.]*"))
 
 
 # Arguments ({home}: where the files above lie), exit code, words that must be said.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,25 @@ def test_the_last_word(place: Place, slurm: FakeSlurm) -> None:
 
 def test_every_way_is_one_of_the_allocation_s() -> None:
     assert {way.value for way in Onward} == {"requeue", "itself", "successor"}
+
+
+def test_a_storage_that_stalls_keeps_nobody_from_the_end(
+    place: Place, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm ends the job meanwhile: what it took goes on."""
+    monkeypatch.setattr(ending, "STORAGE_LIMIT", 0.01)
+    slurm.look = Look("COMPLETING", None, preempted=True)
+    stalls = threading.Event()
+
+    async def story() -> None:
+        head = lead(place)
+        blocked = asyncio.ensure_future(head.context.off_loop(stalls.wait, 10))
+        assert head.terminated()
+        async with asyncio.timeout(10):
+            while not place.stopped:
+                await asyncio.sleep(0.001)
+        assert not blocked.done() and head.context.course.goes_on == "preempted"
+        stalls.set()
+        await head.context.all_done()
+
+    run(story)

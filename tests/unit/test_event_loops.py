@@ -44,11 +44,6 @@ EVERYBODYS = {
     for name in dir(kind)
 }  # fmt: skip
 """Names of methods that do not say whose they are."""
-KNOWN = {
-    "drivers.Drivers._one", "drivers.Drivers.tell",  # the log of the driver
-    "head.HeadDuties._keep_nodes",  # NodeLoop's start, and what it writes of a refusal
-}  # fmt: skip
-"""Still to be mended; delete the entry with its fault."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +160,7 @@ def ours() -> dict[str, str]:
 
 
 def test_no_file_work_in_event_loops() -> None:
-    found = [way for way in in_loops(ours()) if way.partition(", line")[0] not in KNOWN]
-    assert found == [], "hand these to asyncio.to_thread"
+    assert in_loops(ours()) == [], "hand these to asyncio.to_thread"
 
 
 AGENT = """

@@ -24,6 +24,7 @@ from raylaunch.head import HeadDuties
 from raylaunch.layout import Cluster
 from raylaunch.link import Member
 from raylaunch.nodeloop import Turn
+from raylaunch.roster import Roster
 
 
 @pytest.fixture
@@ -543,3 +544,14 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
         _watched["directory"] = None
     assert not _watched["found"], _watched["found"][0]
     assert place.events("run_ended")
+
+
+def test_a_driver_opens_what_it_looks_at(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a client of NFS knows of head.json by its name may be a minute old."""
+    place.head(1).write(place.directory / layout.HEAD_FILE)
+    seen = Roster(place.directory, 1)
+    old = (place.directory / layout.HEAD_FILE).stat()
+    assert not seen.fenced()
+    place.head(2).write(place.directory / layout.HEAD_FILE)
+    monkeypatch.setattr(Path, "stat", lambda *_, **__: old)
+    assert seen.fenced()

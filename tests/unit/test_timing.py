@@ -6,8 +6,9 @@ import ast
 
 import pytest
 
-from raylaunch import allocation, timing
+from raylaunch import timing
 from raylaunch.config import Config
+from raylaunch.head import allocation_policy
 
 LIMITS = {name: value for name, value in vars(timing).items() if isinstance(value, float)}
 
@@ -36,4 +37,4 @@ def test_no_limit_stands_here_alone() -> None:
 
 def test_slurm_s_notice_leaves_time_to_save_and_to_end() -> None:
     notice = float(Config().slurm.signal.partition("@")[2])
-    assert allocation.budget(0.0) <= notice
+    assert allocation_policy.budget(0.0) <= notice
