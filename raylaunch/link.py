@@ -137,6 +137,9 @@ class Members:
             log.info("connection refused peer=%s reason=%r", writer.get_extra_info("peername"), str(error))
             writer.close()
             return
+        except asyncio.CancelledError:  # this agent ends; asyncio's server (3.11) logs a cancelled handler as an error
+            writer.close()
+            return
         pinger = asyncio.create_task(self._ping(writer))
         reason = "connection closed"
         try:
@@ -152,7 +155,7 @@ class Members:
         except (ConnectionError, OSError) as error:
             reason = str(error) or reason
         except asyncio.CancelledError:
-            reason = "this agent ends"  # asyncio's server (3.11) logs a cancelled handler as an error
+            reason = "this agent ends"
         finally:
             pinger.cancel()
             writer.close()

@@ -173,10 +173,10 @@ def test_who_cannot_greet_is_refused_with_one_line(greeting: bytes, caplog: pyte
 def test_an_impostor_that_says_nonsense_is_no_head(nonce: str, answer: str) -> None:
     async def main() -> None:
         async def impostor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.write(f'{{"nonce": {nonce}}}\n'.encode())
-            await reader.readline()
-            writer.write(answer.encode() + b"\n")
-            writer.close()
+            with contextlib.suppress(asyncio.CancelledError), contextlib.closing(writer):
+                writer.write(f'{{"nonce": {nonce}}}\n'.encode())
+                await reader.readline()
+                writer.write(answer.encode() + b"\n")
 
         async with asyncio.timeout(60), await asyncio.start_server(impostor, "127.0.0.1", 0) as server:
             with pytest.raises((Refused, OSError)):
