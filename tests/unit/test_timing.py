@@ -8,7 +8,7 @@ import pytest
 
 from raylaunch import timing
 from raylaunch.config import Config
-from raylaunch.head import allocation_policy
+from raylaunch.head import allocation_policy, node_duty
 
 LIMITS = {name: value for name, value in vars(timing).items() if isinstance(value, float)}
 
@@ -38,3 +38,7 @@ def test_no_limit_stands_here_alone() -> None:
 def test_slurm_s_notice_leaves_time_to_save_and_to_end() -> None:
     notice = float(Config().slurm.signal.partition("@")[2])
     assert allocation_policy.budget(0.0) <= notice
+
+
+def test_down_waits_for_a_job_that_is_being_submitted() -> None:
+    assert node_duty.TURN_LIMIT < timing.DOWN_LIMIT
