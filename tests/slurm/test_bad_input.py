@@ -32,7 +32,7 @@ def empty(site: Site) -> Iterator[dict[str, str]]:
     path = site.state / "empty"
     yield {"RAYLAUNCH_STATE_DIR": str(path)}
     wait_for("no job", lambda: not site.jobs(), 60, lambda: str(site.jobs()))
-    assert not list(path.glob("*/*")), "a cluster or run is half made"
+    assert not list(path.glob("*/[!.]*")), "a cluster or run is half made"
 
 
 # Arguments of `up`, exit code, words that must be said (`a|b`: one of them).
