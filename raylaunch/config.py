@@ -470,8 +470,8 @@ class CheckpointConfig(Section):
     """Where the copy is written from. A process beside each worker (about 0.4 GB of its own) leaves the steps all of
     Python; a thread costs nothing more than the copy."""
     save_consolidated: bool = False
-    """When the run is finished, write its weights into `model` in the run directory, as safetensors that the model's
-    own loader reads (`raylaunch checkpoints RUN export`)."""
+    """When the run is finished, write its weights into `model` in the run directory, as safetensors that the model's own
+    loader reads. The run counts as finished before that. If it fails, run `raylaunch checkpoints RUN export`."""
 
     @property
     def background(self) -> Literal["thread", "process"] | None:
