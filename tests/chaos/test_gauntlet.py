@@ -65,8 +65,14 @@ class Gauntlet:
         """Three ready nodes, and two more that Slurm can give."""
         for node in self.drill.site.sandbox.status().nodes:
             if not node.running:
-                self.drill.site.sandbox.start(node.name)
+                self.boot(node.name)
         self.drill.wait("three ready nodes", lambda: self.drill.ready() == 3, RUN)
+
+    def boot(self, node: str) -> None:
+        """Once Slurm has found it dead: of a batch host that is back sooner it ends the whole job."""
+        state = ["sinfo", "-h", "-n", node, "-o", "%T"]
+        self.drill.wait(f"{node} is down for Slurm", lambda: "down" in self.drill.site.slurm(*state), RUN)
+        self.drill.site.sandbox.start(node)
 
     def wait_next_attempt(self, **fields: object) -> None:
         """Until the present attempt has ended, with these words, and another one has begun."""
