@@ -14,8 +14,8 @@ SHARDS := long-trainer long-slurm long-chaos long-campaign
 
 env: $(STAMP)  ## .venv with everything in it
 
-# Compiled on all cores, which pip does on one. (Never not at all: where PYTHONDONTWRITEBYTECODE is set, every process
-# would compile what it imports. Files that are templates or of another Python's syntax are no failure.)
+# pip compiles on one core; compileall uses all of them. Do not leave it out: where PYTHONDONTWRITEBYTECODE is set, every
+# process would compile what it imports. Packages contain files that cannot be compiled (templates): not an error.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
@@ -28,11 +28,11 @@ demo: env  ## two local nodes, one language model, a visibly lower loss
 # Two groups of tests at a time (files, or what shares a cluster), in the order of pyproject's testpaths: the longest begins first.
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20
 
-test: env packages  ## the gate: what a change must pass (12 minutes; the Slurm tests where root and Debian's packages can be had)
+test: env packages  ## the gate: tests that every change must pass (about 15 minutes; the Slurm tests need root and Debian's packages)
 	$(PYTEST) -m "not long"
 
-# What the gate leaves out, in shards that run alone (CONTRIBUTING says which to run when).
-test-long: $(SHARDS)  ## everything that the gate leaves out, shard by shard (hours)
+# Tests that are not part of the gate, in shards that can run alone (CONTRIBUTING.md says when to run which).
+test-long: $(SHARDS)  ## all tests that are not part of the gate, shard by shard (hours)
 
 long-trainer: env packages  ## the trainer under every plan, the examples, the observers
 	$(PYTEST) -m long tests/integration

@@ -70,4 +70,6 @@ class InternalErrors:
 
 def line(work: str, error: Any) -> str:
     """For people."""
-    return f"internal error in the {work}: {error}; it goes on. Please report this with the cluster's logs."
+    return (
+        f"internal error in the {work}: {error}; raylaunch continues. Please report this error with the cluster's logs."
+    )

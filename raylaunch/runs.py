@@ -84,8 +84,8 @@ def handing_over(run: Path) -> Iterator[None]:
     with locks.held(path, HAND_OVER_LIMIT) as is_ours:
         if not is_ours:
             raise RunError(
-                f"another `raylaunch` has been handing a run over for {HAND_OVER_LIMIT:g} s",
-                f"Try again; if it is frozen, find it with `fuser {path}`.",
+                f"another `raylaunch train` or `submit` has been handing a run over for {HAND_OVER_LIMIT:g} s",
+                f"Try again. If that command is frozen, find its process with `fuser {path}`.",
             )
         yield
 

@@ -5,6 +5,7 @@ set -eu
 count=$1 seed=$2 name=campaign-$$
 raylaunch="${BIN:-.venv/bin}/raylaunch"
 out=${OUT:-/var/tmp/raylaunch-campaign}
+began=$(date +%s)
 mkdir -p "$out"
 trap '"$raylaunch" sandbox down --name "$name"' EXIT
 "$raylaunch" sandbox up --name "$name" --nodes 5 --cpus 4
@@ -26,4 +27,5 @@ status=0
 "$raylaunch" down
 cp -r "$RAYLAUNCH_STATE_DIR/runs/campaign/events.jsonl" "$RAYLAUNCH_STATE_DIR/runs/campaign/metrics.jsonl" \
     "$RAYLAUNCH_STATE_DIR"/clusters/main/events.jsonl "$out/" 2> /dev/null || true
+echo "long-campaign: $(($(date +%s) - began)) s"
 exit $status
