@@ -33,6 +33,11 @@ _TAKEN = {"PREEMPTED", "TIMEOUT", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "DEADLIN
 _BROKEN = {"JobLaunchFailure", "NodeDown", "SystemFailure", "NonZeroExitCode", "RaisedSignal"}
 """squeue's reasons of a job whose batch script is gone: when a batch host that Slurm held for down comes back,
 Slurm ends the whole job, whatever --no-kill says (JobLaunchFailure)."""
+_NO_SCRIPT = 1
+"""The signal by which slurmctld marks a job whose batch host came back without its batch script, for it booted before it
+was found dead; slurmctld then ends the whole job (NODE_FAIL, but squeue says COMPLETING for no reason). Of a job that a
+person cancels it is SIGTERM or SIGKILL. Measured on 22.05."""
+_PREEMPTED = {"preempted", "preemption"}
 _COMES_BACK = {"requeued", "node_fail", "boot_fail", "node failure"}
 
 
@@ -55,6 +60,8 @@ class Look:
     seconds_left: float | None
     preempted: bool = False
     reason: str = ""
+    signal: int = 0
+    """That ended its batch script."""
 
     @property
     def taken(self) -> str:
@@ -63,6 +70,8 @@ class Look:
             return "preempted"
         if self.state in _TAKEN:
             return self.state.lower()
+        if self.state == JobState.COMPLETING and self.signal == _NO_SCRIPT:
+            return "node_fail"
         return self.reason if self.reason in _BROKEN else ""
 
 
@@ -71,11 +80,15 @@ def look(job: str) -> Look | None:
     slurm = Slurm()
     try:
         row = slurm.jobs([job]).get(job) if job.isdigit() else None
-        # squeue says COMPLETING of a job that is cancelled and of one that is preempted.
-        return Look(str(row.state), row.time_left, slurm.is_preempted(job), row.reason) if row is not None else None
+        # squeue says COMPLETING of a job that is cancelled, of one that is preempted, of one whose host is new.
+        detail = slurm.detail(job) if row is not None else None
     except RaylaunchError as error:
         log.warning("Slurm does not answer error=%r", str(error))
         return None
+    if row is None:
+        return None
+    preempted, signal = (detail.preempted, detail.signal) if detail is not None else (False, 0)
+    return Look(str(row.state), row.time_left, preempted, row.reason, signal)
 
 
 def why_ended(directory: Path, job: str, patience: float = 2.0) -> str:
@@ -93,14 +106,18 @@ def why_ended(directory: Path, job: str, patience: float = 2.0) -> str:
 
 
 def is_requeued_by_slurm(job: str, why: str) -> bool:
-    """Whether Slurm itself runs a job again that it ended for this reason: after a failure of nodes, and a
-    preempted one unless its partition cancels what it preempts."""
-    if why not in {"preempted", "preemption"}:
-        return why in _COMES_BACK
+    """Whether Slurm itself runs a job again that it ended for this reason: one that may be requeued, after a failure of
+    nodes, and after a preemption unless its partition cancels what it preempts. Yes, where Slurm does not answer."""
+    if why not in _PREEMPTED | _COMES_BACK:
+        return False
+    slurm = Slurm()
     try:
-        return Slurm().preempt_mode(job) != "CANCEL"
+        detail = slurm.detail(job)
+        if detail is not None and not detail.requeue:
+            return False
+        return why in _COMES_BACK or slurm.preempt_mode(job) != "CANCEL"
     except RaylaunchError as error:
-        log.warning("the partition's way of preemption is not known error=%r", str(error))
+        log.warning("whether the job runs again is not known error=%r", str(error))
         return True
 
 

@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from raylaunch import export
+from raylaunch import configfile, export, layout, state
 from raylaunch.config import Config
 
+LOG_FILE = "export.log"
 LIMIT = 2 * 3600.0
 LOOK_EVERY = 0.2
 TERM_LIMIT = 5.0
@@ -31,7 +32,7 @@ def target(run_dir: Path) -> Path:
 
 def consolidate(run_dir: Path, config: Config, event: Callable[..., None], over: Callable[[], str | None]) -> None:
     """Write them. `over` says why there is no more time, None while there is; it is asked all the while."""
-    to, log = target(run_dir), run_dir / "export.log"
+    to, log = target(run_dir), run_dir / LOG_FILE
     if to.exists():
         reason = f"{to} is there already: move it away"
     else:
@@ -40,6 +41,15 @@ def consolidate(run_dir: Path, config: Config, event: Callable[..., None], over:
     if not reason:
         return event("exported", to=str(to))
     return event("export_failed", reason=reason, log=str(log), hint=_again(run_dir, config))
+
+
+def tell_cut_off(run_dir: Path) -> None:
+    """Where the driver was lost while it exported: say that it failed, which nobody else does."""
+    told = state.read_events(run_dir, "exporting", "exported", "export_failed")
+    if told and told[-1]["kind"] == "exporting":
+        hint = _again(run_dir, configfile.load_resolved(run_dir / layout.CONFIG_FILE))
+        log = str(run_dir / LOG_FILE)
+        state.append_event(run_dir, "export_failed", reason="its driver was lost", log=log, hint=hint)
 
 
 def _again(run_dir: Path, config: Config) -> str:

@@ -77,8 +77,6 @@ class Driver:
     def drive(self) -> str:
         """Run attempts until the policy says that it is over; the run's last state."""
         if self.run.state in runs.FINAL:  # the driver before this one was lost behind the run's end
-            if self.run.state == "finished" and not consolidate.target(self.run_dir).exists():
-                self._consolidate()
             return self.run.state
         self._insist(self._take_over)
         rested = False

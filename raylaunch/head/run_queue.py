@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylaunch import runs
+from raylaunch import consolidate, runs
 from raylaunch.errors import RaylaunchError
 from raylaunch.head.context import Context
 from raylaunch.head.drivers import Drivers
@@ -95,6 +95,9 @@ class RunQueue:
         try:
             with self._context.errors.caught(f"driving of run {name}"):
                 outcome = await self.drive(name)
+                if outcome in runs.FINAL:
+                    run = runs.directory(self._context.directory, name)
+                    await self._context.off_loop(consolidate.tell_cut_off, run)
         finally:
             making_way.cancel()
         return outcome

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from raylaunch.errors import SlurmError, SlurmUnavailable
 from raylaunch.slurm import parse, site
-from raylaunch.slurm.parse import FinishedRow, JobRow, NodeRow, PartitionRow, UsageRow
+from raylaunch.slurm.parse import FinishedRow, JobDetail, JobRow, NodeRow, PartitionRow, UsageRow
 from raylaunch.slurm.site import Association
 
 
@@ -239,17 +239,10 @@ class Slurm:
         """All nodes that this user sees, in one call."""
         return parse.parse_nodes(self._said("sinfo", "-h", "-N", "-o", parse.NODE_FORMAT))
 
-    def is_preempted(self, job: str) -> bool:
-        """Whether Slurm has decided to give the job's nodes to another one."""
+    def detail(self, job: str) -> JobDetail | None:
+        """What squeue does not say of a job; None where Slurm does not know it (any more: MinJobAge after its end)."""
         done = self._call(["scontrol", "show", "job", "--oneliner", job])
-        match = re.search(r" PreemptTime=(\S+)", done.stdout)
-        return match is not None and match[1] not in {"None", "Unknown"}
-
-    def output(self, job: str) -> Path | None:
-        """Where the job's standard output goes, for as long as Slurm knows the job (MinJobAge after its end)."""
-        done = self._call(["scontrol", "show", "job", "--oneliner", job])
-        match = re.search(r" StdOut=(/\S+)", done.stdout)
-        return Path(match[1]) if match is not None else None
+        return parse.parse_detail(done.stdout)
 
     def preempt_mode(self, job: str) -> str:
         """What Slurm does with the job's partition's jobs when it preempts them: REQUEUE, CANCEL, …; "" if unsaid."""

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 
 import hostlist
 
@@ -156,6 +157,20 @@ class JobRow:
 
 
 @dataclass(frozen=True, slots=True)
+class JobDetail:
+    """What `scontrol show job` says of a job, and squeue does not."""
+
+    preempted: bool
+    """Slurm has decided to give its nodes to another job."""
+    requeue: bool
+    """Slurm may run it again (sbatch's --requeue, JobRequeue in slurm.conf)."""
+    signal: int
+    """That ended its batch script, 0: none has."""
+    output: Path | None
+    """Where its standard output goes."""
+
+
+@dataclass(frozen=True, slots=True)
 class FinishedRow:
     """One job as sacct remembers it."""
 
@@ -292,6 +307,19 @@ def parse_jobs(text: str) -> list[JobRow]:
             )
         )
     return rows
+
+
+def parse_detail(text: str) -> JobDetail | None:
+    """`scontrol show job --oneliner` of one job; None where it shows none."""
+    says = dict(re.findall(r"(?:^| )(PreemptTime|Requeue|ExitCode|StdOut)=(\S+)", text))
+    if "ExitCode" not in says:
+        return None
+    return JobDetail(
+        preempted=says.get("PreemptTime", "None") not in _NOTHING,
+        requeue=says.get("Requeue") == "1",
+        signal=_number(says["ExitCode"].partition(":")[2]),
+        output=Path(says["StdOut"]) if says.get("StdOut", "").startswith("/") else None,
+    )
 
 
 def parse_finished(text: str) -> list[FinishedRow]:

@@ -22,7 +22,8 @@ def explain(job: str, slurm: Slurm) -> Verdict:
             action=f"See `scontrol show job {job}`, and its output so far.",
         )  # fmt: skip
     row = ((slurm.finished([job]) if here else None) or {}).get(job)
-    output = (slurm.output(job) if here else None) or Path(f"slurm-{job}.out")
+    detail = slurm.detail(job) if here else None
+    output = (detail.output if detail is not None else None) or Path(f"slurm-{job}.out")
     lines = list(reading.lines(output)) if output.is_file() else []
     if row is None and now is None and not lines:
         raise RaylaunchError(

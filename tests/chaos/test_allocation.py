@@ -130,6 +130,34 @@ def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill, refere
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("requeue", [True, False])
+def test_the_batch_host_boots_before_slurm_found_it_dead(
+    drill: Drill, reference: dict[int, float], requeue: bool
+) -> None:
+    """Slurm finds no batch script there and ends the whole job; it runs it again, where it may. No person asked for the
+    end: the run goes on. (Where Slurm was quicker and found the host dead, a successor comes in both cases.)"""
+    run = f"booted-{'requeue' if requeue else 'no-requeue'}"
+    if requeue:
+        submit(drill, run)
+    else:  # `up` asks for --no-requeue
+        drill.cluster = run
+        drill.up(2)
+        drill.train(run)
+    attempt, host, incarnation = drill.at_gate(run), drill.head(), drill.incarnation()
+    drill.site.sandbox.kill(host)
+    drill.wait("another head", lambda: drill.incarnation() > incarnation, run)
+    drill.site.sandbox.start(host)
+    drill.wait("what follows", lambda: bool(drill.cluster_events("requeued") + drill.cluster_events("successor")), run)
+    assert requeue or not drill.cluster_events("requeued")
+    drill.at_gate(run, after=attempt)
+    drill.open_gate(run)
+    drill.finished(drill.site.start("attach", run), run, reference, OTHER_SIZE)
+    if not requeue:
+        drill.site.run("down", run).expect(0)
+    drill.site.wait_clean(90)
+
+
+@pytest.mark.long
 def test_requeues_are_capped(drill: Drill, reference: dict[int, float]) -> None:
     job = submit(drill, "capped", elastic={"max_requeues": 0})
     drill.at_gate("capped")

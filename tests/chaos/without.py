@@ -156,8 +156,16 @@ SWITCHES = (
         ("allocation::test_preempted[low-False]",),
     ),
     Switch(
-        "successors", "raylaunch/allocation.py", 'return Slurm().preempt_mode(job) != "CANCEL"', "return True",
+        "successors", "raylaunch/allocation.py", ' or slurm.preempt_mode(job) != "CANCEL"', " or True",
         ("allocation::test_preempted[lowc-False]",),
+    ),
+    Switch(
+        "a batch host that is new", "raylaunch/allocation.py", " and self.signal == _NO_SCRIPT", " and False",
+        ("allocation::test_the_batch_host_boots_before_slurm_found_it_dead",),
+    ),
+    Switch(
+        "jobs that may not be requeued", "raylaunch/allocation.py", "not detail.requeue", "False",
+        ("allocation::test_the_batch_host_boots_before_slurm_found_it_dead[False]",),
     ),
     Switch(
         "one allocation", "raylaunch/allocation.py", "if _waits(slurm, job):", "if False:",

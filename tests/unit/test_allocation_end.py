@@ -11,7 +11,9 @@ import pytest
 
 from raylaunch import allocation, layout, locks
 from raylaunch.allocation import Look, Onward, is_requeued_by_slurm
+from raylaunch.errors import SlurmUnavailable
 from raylaunch.layout import Cluster
+from raylaunch.slurm.parse import JobDetail
 
 
 @pytest.mark.parametrize(
@@ -23,18 +25,52 @@ from raylaunch.layout import Cluster
         (Look("TIMEOUT", 0.0), "timeout"),
         (Look("COMPLETING", None, reason="JobLaunchFailure"), "JobLaunchFailure"),
         (Look("COMPLETING", None, reason="Dependency"), ""),
+        (Look("COMPLETING", None, signal=1), "node_fail"),  # its batch host booted before it was found dead
+        (Look("RUNNING", 60.0, signal=1), ""),
+        (Look("COMPLETING", None, signal=15), ""),
+        (Look("COMPLETING", None, signal=9), ""),
     ],
 )
 def test_why_slurm_ends_a_job(look: Look, why: str) -> None:
     assert look.taken == why
 
 
+class FakeSlurm:
+    """It knows the job; `mode` is how its partition preempts."""
+
+    def __init__(self, requeue: bool | None, mode: str = "REQUEUE") -> None:
+        self._requeue, self._mode = requeue, mode
+
+    def detail(self, _: str) -> JobDetail | None:
+        if self._requeue is None:
+            raise SlurmUnavailable("slurmctld does not answer")
+        return JobDetail(False, self._requeue, 0, None)
+
+    def preempt_mode(self, _: str) -> str:
+        return self._mode
+
+
 @pytest.mark.parametrize(
-    ("why", "again"),
-    [("node_fail", True), ("node failure", True), ("requeued", True), ("timeout", False), ("time limit", False),
-     ("JobLaunchFailure", False), ("its job was told to end", False)],
-)  # fmt: skip
-def test_what_slurm_runs_again_by_itself(why: str, again: bool) -> None:
+    ("why", "slurm", "again"),
+    [
+        ("node_fail", FakeSlurm(True), True),
+        ("node_fail", FakeSlurm(False), False),  # a cluster of `up`
+        ("node failure", FakeSlurm(True), True),
+        ("requeued", FakeSlurm(True), True),
+        ("preempted", FakeSlurm(True), True),
+        ("preempted", FakeSlurm(True, "CANCEL"), False),
+        ("preemption", FakeSlurm(False), False),
+        ("node_fail", FakeSlurm(None), True),
+        ("timeout", FakeSlurm(True), False),
+        ("time limit", FakeSlurm(True), False),
+        ("JobLaunchFailure", FakeSlurm(True), False),
+        ("its job was told to end", FakeSlurm(True), False),
+    ],
+)
+def test_what_slurm_runs_again_by_itself(
+    monkeypatch: pytest.MonkeyPatch, why: str, slurm: FakeSlurm, again: bool
+) -> None:
+    monkeypatch.setattr(allocation, "Slurm", lambda: slurm)
     assert is_requeued_by_slurm("1", why) == again
 
 

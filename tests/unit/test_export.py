@@ -153,6 +153,24 @@ def test_one_that_cannot_be_started_is_told(tmp_path: Path) -> None:
     assert events == ["exporting", "export_failed"]  # its log cannot be opened
 
 
+def test_one_whose_driver_was_lost_is_told_by_the_head(tmp_path: Path) -> None:
+    run = state.make_dir(tmp_path / "r")
+    (run / layout.CONFIG_FILE).write_text(configfile.dump(Config()))
+
+    def told() -> list[dict[str, Any]]:
+        consolidate.tell_cut_off(run)
+        return state.read_events(run, "export_failed")
+
+    assert not told()  # nothing was to be exported
+    state.append_event(run, "exporting")
+    (failed,) = told()
+    assert "driver was lost" in failed["reason"] and failed["hint"].startswith("raylaunch checkpoints r export")
+    assert len(told()) == 1  # once
+    state.append_event(run, "exporting")
+    state.append_event(run, "exported")
+    assert len(told()) == 1
+
+
 def test_who_watches_a_run_waits_for_its_weights(tmp_path: Path) -> None:
     cluster = state.make_dir(state.cluster_dir(tmp_path, "main"))
     record = Cluster("main", "local", 1, "c", 0.0, 1, 1, 1, ("7",))

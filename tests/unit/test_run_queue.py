@@ -110,14 +110,23 @@ def test_how_often_a_driver_is_started_again() -> None:
 
 
 def test_a_run_that_is_over_is_not_driven_again(place: Place) -> None:
-    """Its head went while the driver wrote the weights; the next one finds it among what it has to do."""
-    place.run("r", "finished")
+    """Its head went while the driver wrote the weights; the next one finds it among what it has to do, and says how to
+    write them."""
+    directory = place.run("r", "finished")
+    state.append_event(directory, "exporting")
 
     async def story() -> None:
         drivers = FakeDrivers()
-        assert await lead(place, drivers).queue.drive("r") == "finished" and not drivers.driven
+        head = lead(place, drivers)
+        head.queue.add("r")
+        head.context.spawn(head.queue.run())
+        await until(lambda: bool(place.events("run_ended")) and not head.context.memory.running)
+        head.context.cancel_all()
+        await head.context.off_loop(lambda: None)
+        assert not drivers.driven
 
     run(story)
+    assert "driver was lost" in state.read_events(directory, "export_failed")[0]["reason"]
 
 
 def test_one_run_after_the_other(place: Place) -> None:
