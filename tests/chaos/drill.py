@@ -75,7 +75,7 @@ class Drill:
                 "ckpt_every_steps": EVERY, "val_every_steps": 0,
             },
             "elastic": {"grow_after": 1.0, "hang_timeout": 600},  # a run that waits at its gate does not hang
-            "trainer": "trouble:gated",
+            "trainer": gate.TRAINER,
             "slurm": {"env": {"PYTHONPATH": str(Path(__file__).parent)}},  # for trainers that misbehave
         }  # fmt: skip
         for section, values in changes.items():

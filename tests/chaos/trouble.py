@@ -12,6 +12,7 @@ from typing import Any
 import gate
 import stale
 import torch
+from gate import before_each_step
 from torch import Tensor
 
 from raylaunch.checkpoint import store
@@ -23,29 +24,6 @@ AT = 12
 """The step before which it happens: 11 are done, 10 are committed where every fifth is."""
 
 
-def _before_each_step(config: Config, session: Session, deed: Callable[[Session, int], None]) -> None:
-    class Troubled(Session):
-        def progress(self, step: int, phase: str = "step") -> None:
-            super().progress(step, phase)
-            if phase == "step":
-                deed(self, step)
-
-    session.__class__ = Troubled
-    fsdp.train(config, session)
-
-
-def gated(config: Config, session: Session) -> None:
-    """A run that goes as far as the test allows (see `gate`), so that a fault strikes it where the test wants it to.
-
-    Rank 0 waits; the other ranks wait for it in the collective of that step, where real faults find them."""
-
-    def deed(session: Session, step: int) -> None:
-        if session.rank == 0:
-            gate.wait(session, step)
-
-    _before_each_step(config, session, deed)
-
-
 def exit_once(config: Config, session: Session) -> None:
     """Rank 1 of the first attempt exits with 1, without a word."""
 
@@ -53,7 +31,7 @@ def exit_once(config: Config, session: Session) -> None:
         if (session.attempt, session.rank, step) == (1, 1, AT - 1):
             os._exit(1)
 
-    _before_each_step(config, session, deed)
+    before_each_step(config, session, deed)
 
 
 def hang_once(config: Config, session: Session) -> None:
@@ -63,7 +41,7 @@ def hang_once(config: Config, session: Session) -> None:
         if (session.attempt, session.rank, step) == (1, 1, AT - 1):
             _sleeps_here()
 
-    _before_each_step(config, session, deed)
+    before_each_step(config, session, deed)
 
 
 def _sleeps_here() -> None:
@@ -77,7 +55,7 @@ def broken(config: Config, session: Session) -> None:
         if step == AT - 1:
             raise ValueError("a bug in somebody's code")
 
-    _before_each_step(config, session, deed)
+    before_each_step(config, session, deed)
 
 
 def grows(config: Config, session: Session) -> None:
@@ -91,7 +69,7 @@ def grows(config: Config, session: Session) -> None:
             while True:
                 kept.append(bytearray(b"x" * (16 << 20)))
 
-    _before_each_step(config, session, deed)
+    before_each_step(config, session, deed)
 
 
 def not_a_number(config: Config, session: Session) -> None:
@@ -104,7 +82,7 @@ def not_a_number(config: Config, session: Session) -> None:
         return loss * torch.nan if steps[-1] == AT - 1 and session.rank == 0 else loss
 
     fsdp.summed_loss = summed_loss
-    _before_each_step(config, session, lambda session, step: steps.append(step))
+    before_each_step(config, session, lambda session, step: steps.append(step))
 
 
 def stubborn(config: Config, session: Session) -> None:
@@ -114,4 +92,4 @@ def stubborn(config: Config, session: Session) -> None:
     # Without our marks: the agent that comes back would end it, sometimes before it has tried.
     plain = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
     subprocess.run([sys.executable, stale.__file__, str(mine), str(session.run_dir), *who], check=True, env=plain)
-    gated(config, session)
+    gate.train(config, session)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import held
+import gate
 import psutil
 import pytest
 
@@ -48,7 +48,7 @@ class Site:
         self.config = folder / "small.yaml"
         self.config.write_text(CONFIG.format(text=text, steps=STEPS))
         self.env = {**os.environ, "RAYLAUNCH_STATE_DIR": str(self.state), "XDG_CONFIG_HOME": str(folder / "none")}
-        self.env["PYTHONPATH"] = str(Path(__file__).parent)  # where `held` lies
+        self.env["PYTHONPATH"] = gate.PATH
 
     def __call__(self, *words: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
@@ -146,16 +146,17 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve(site: Site) -> None:
     told = site.state.parent / "told"
     run = site.state / "runs" / "hurt"
     site(
-        "train", str(site.config), "--cluster", "two", "--run", "hurt", "--detach", "--set", "trainer=held:train",
+        "train", str(site.config), "--cluster", "two", "--run", "hurt", "--detach", "--set", f"trainer={gate.TRAINER}",
         "--set", f"alerts.command={appending_to(told)}",
     )  # fmt: skip
-    until(lambda: held.waits(run, 0) and held.waits(run, 1), f"both ranks at step {held.HELD_AT}")
-    until(lambda: site.events("hurt", "commit"), "the save of step 5")
+    until(lambda: gate.waiting(run) == (1, gate.FIRST), f"the run waits with {gate.FIRST} steps done")
+    until(lambda: [e["step"] for e in site.events("hurt", "commit")] == [5, 10], "the save of step 10")
     os.kill(workers(site, "hurt", 1)[1], signal.SIGKILL)
+    gate.open_gate(run)
     until(lambda: site.state_of("hurt") == "finished", "end")
     started = site.events("hurt", "attempt_started")
     assert (started[0]["workers"], started[-1]["workers"]) == (2, 2)
-    assert started[1]["from_step"] == 5
+    assert started[1]["from_step"] == 10
     decisions = site.events("hurt", "decision")
     assert all(e["reason"] for e in decisions) and decisions[1]["reason"].startswith("fault: ")
     assert site.curve("hurt") == pytest.approx(curve, rel=1e-4)

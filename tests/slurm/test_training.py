@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gate
 import pytest
 import yaml
-from gates import GATES
-from helpers import LIMIT, Done, Site, same_curve, wait_for, write_texts
+from helpers import LIMIT, Command, Done, Site, same_curve, wait_for, write_texts
 from shared import Up
 
 from raylaunch import state
@@ -26,8 +26,8 @@ ALONE = ("--set", "elastic.replace=false", "--set", "elastic.max_requeues=0")
 """What replaces nodes and allocations has tests of its own (tests/chaos)."""
 SAME = 1e-4
 """Relative: floating-point order is all that another number of workers may change."""
-GATED = {"trainer": {"function": "gates:train"}, "slurm": {"env": {"PYTHONPATH": str(Path(__file__).parent)}}}
-"""Parts of a config: a run that waits for the test at `gates.GATES`."""
+GATED = {"trainer": {"function": gate.TRAINER}, "slurm": {"env": {"PYTHONPATH": gate.PATH}}}
+"""Parts of a config: a run that waits for the test."""
 
 
 def write_config(site: Site, name: str, **changes: Any) -> Path:
@@ -76,6 +76,11 @@ def of_cluster(main: Up, kind: str | None = None) -> list[dict[str, Any]]:
 @pytest.fixture
 def reference(main: Up) -> Smooth:
     return smooth(main)
+
+
+def at_gate(site: Site, run: str, steps: int, command: Command) -> None:
+    """Wait until a gated run waits with so many steps done."""
+    wait_for(f"{run} at step {steps}", lambda: gate.waiting(site.run_dir(run))[1] == steps, LIMIT, lambda: command.said)
 
 
 def worker(site: Site, run: str, rank: int, attempt: int = 1) -> tuple[str, str]:
@@ -198,18 +203,18 @@ def continued(site: Site, run: str) -> list[int]:
 @pytest.mark.long  # as tests/chaos has it
 def test_a_killed_node_then_other_sizes(site: Site) -> None:
     """Three nodes, a death, two nodes, `down`; then another cluster, of one node, ends the run."""
-    first, second = GATES
+    first, second = gate.FIRST, gate.FIRST + 2 * EVERY
     steps = {"max_steps": second + 2 * EVERY}
     site.run("up", "-c", write_config(site, "cluster", **GATED), "--nodes", 3, "--mem", "3G", *ALONE).expect(0)
     site.run("train", write_config(site, "plain", step_scheduler=steps), "--run", "plain").expect(0)
     config, run = write_config(site, "shrunk", step_scheduler=steps, **GATED), site.run_dir("shrunk")
 
     command = site.start("train", config, "--run", "shrunk")
-    wait_for("the first gate", (run / f"at-{first}").exists, LIMIT, lambda: command.said)
+    at_gate(site, "shrunk", first, command)
     site.sandbox.kill("node3")
-    (run / f"go-{first}").touch()
+    gate.allow(run, second)
     try:
-        wait_for("the second gate", (run / f"at-{second}").exists, LIMIT, lambda: command.said)
+        at_gate(site, "shrunk", second, command)
         assert "2 workers, from step" in command.said
         found = site.cluster_status("main")
         states = {node["name"]: node["state"] for node in found["nodes"]}
@@ -228,6 +233,7 @@ def test_a_killed_node_then_other_sizes(site: Site) -> None:
         site.sandbox.start("node3")
 
     site.run("up", "-c", write_config(site, "cluster", **GATED), "--nodes", 1, *ALONE).expect(0)
+    gate.open_gate(run)
     site.run("train", config, "--run", "shrunk").expect(0, f"1 workers, from step {stopped_at}", "finished")
     sizes = continued(site, "shrunk")
     assert (sizes[0], sizes[-1]) == (3, 1) and 2 in sizes
@@ -292,8 +298,8 @@ def test_let_go_come_back_and_run_out_of_time(site: Site) -> None:
 
 def test_submit(site: Site) -> None:
     """Two batch jobs side by side, each with a cluster of its own: one trains, one cannot."""
-    gate = GATES[0]
-    steps = {"max_steps": gate + 1, "warmup_steps": 5, "val_every_steps": 0}
+    last = gate.FIRST + 1
+    steps = {"max_steps": last, "warmup_steps": 5, "val_every_steps": 0}
     small = {"nodes": 1, "ntasks_per_node": 2, **GATED["slurm"]}
     good = write_config(site, "good", step_scheduler=steps, trainer=GATED["trainer"], slurm=small)
     bad = write_config(site, "bad", data={"text": ["/no/such/text"]}, elastic={"max_same_error": 1})
@@ -308,17 +314,17 @@ def test_submit(site: Site) -> None:
     site.run("train", good, "--cluster", "good").expect(2, "belongs to its run good")
     watched = site.start("attach", "good")
     watched.wait_said("step ")
-    wait_for("the gate", (site.run_dir("good") / f"at-{gate}").exists, LIMIT, lambda: watched.said)
-    (site.run_dir("good") / f"go-{gate}").touch()
+    at_gate(site, "good", gate.FIRST, watched)
+    gate.open_gate(site.run_dir("good"))
 
     wait_for("both jobs' ends", lambda: not site.jobs(), 2 * LIMIT, lambda: str(site.status()))
-    watched.ended().expect(0, f"run good is finished at step {gate + 1}")
+    watched.ended().expect(0, f"run good is finished at step {last}")
     site.wait_clean()
     for name, words in (("good", ("COMPLETED", "0:0")), ("bad", ("FAILED", "1:0"))):
         text = site.slurm("scontrol", "show", "job", jobs[name])
         assert f"JobState={words[0]} " in text and f"ExitCode={words[1]}" in text
     run = site.run_status("good")
-    assert (run["state"], run["step"], run["world_size"]) == ("finished", gate + 1, 2)
+    assert (run["state"], run["step"], run["world_size"]) == ("finished", last, 2)
     run = site.run_status("bad")
     assert run["state"] == "failed" and "/no/such/text" in run["reason"]
     site.run("attach", "bad").expect(1, "run bad failed", "/no/such/text", "logs")
