@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import hostlist
 
-from raylaunch import configfile, hosts, layout, processes, raynode, state
+from raylaunch import configfile, hosts, layout, processes, raynode, state, threads
 from raylaunch.appender import Appender, AppendingHandler
 from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, StateError
@@ -602,6 +602,7 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
         config = await asyncio.to_thread(configfile.load_resolved, here.directory / layout.CONFIG_FILE)
         agent = Agent(here, cluster, config, await asyncio.to_thread(NodeSetup.prepare, here, cluster, config))
         _handle_signals(agent)
+        threads.tell_deaths_in(here.directory, node=here.node)
         tasks = [asyncio.create_task(t) for t in (agent.live(), agent.until_gpus_fail(), agent.end.wait())]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:

@@ -7,7 +7,6 @@ so that a C++ abort or a library's print is found there too. The trainer is name
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
 import sys
@@ -66,7 +65,7 @@ def main(given: dict[str, Spec]) -> None:
     )
     if device.type == "cuda":
         check_distinct_gpus(seat.rank)
-    threads.tell_deaths(functools.partial(_thread_died, spec, seat.rank))
+    threads.tell_deaths_in(spec.run_dir, attempt=spec.attempt, rank=seat.rank)
     work(spec, seat)
 
 
@@ -92,14 +91,6 @@ def work(spec: Spec, seat: Seat) -> None:
         raise
     finally:
         session.close()
-
-
-def _thread_died(spec: Spec, rank: int, thread: str, error: str) -> None:
-    """An event: training may go on without it, but somebody has to know."""
-    try:
-        state.append_event(spec.run_dir, "thread_died", attempt=spec.attempt, rank=rank, thread=thread, error=error)
-    except StateError as failure:  # its traceback stands in this rank's log
-        print(f"raylaunch: no event of it: {failure.message}", file=sys.stderr, flush=True)
 
 
 def _node_name(node_id: str) -> str:

@@ -14,7 +14,6 @@ import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import NamedTuple
 
 from raylaunch.errors import SlurmError, SlurmUnavailable

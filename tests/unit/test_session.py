@@ -191,3 +191,13 @@ def test_a_thread_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.start()
         thread.join()
     assert told == [("worker", "ValueError: no number")] and printed[0] == "no number"
+
+
+def test_a_thread_that_dies_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda died: None)
+    threads.tell_deaths_in(tmp_path, attempt=4, rank=3)
+    thread = threading.Thread(target=lambda: [][0], name="pulse")
+    thread.start()
+    thread.join()
+    (event,) = state.read_events(tmp_path, "thread_died")
+    assert (event["attempt"], event["rank"], event["thread"]) == (4, 3, "pulse") and "IndexError" in event["error"]
