@@ -34,13 +34,19 @@ def test_a_node_that_struck_out_is_left_and_not_taken_again(alone: Drill) -> Non
     drill.up(2, elastic__max_strikes=2)
     reference = drill.smooth()
     command = drill.train("strict")
-    attempt = drill.at_gate("strict")
-    victim = drill.other_than_head()
+    drill.at_gate("strict")
+    victim, killed = drill.other_than_head(), ""
+
+    def agent() -> str:
+        """The pid of an agent there that is ready and was not killed."""
+        row = drill.site.members(drill.cluster)[victim]
+        return str(row["pid"]) if row["state"] == "ready" and str(row["pid"]) != killed else ""
+
     for strike in (1, 2):
-        drill.wait_nodes(**{victim: "ready"})
-        drill.site.inside(victim, "kill", "-9", str(drill.site.members(drill.cluster)[victim]["pid"]))
+        drill.wait(f"{victim} is ready", lambda: bool(agent()), "strict")
+        killed = agent()
+        drill.site.inside(victim, "kill", "-9", killed)
         drill.wait_cluster_event("strike", node=victim, count=strike)
-        attempt = drill.at_gate("strict", after=attempt)
     drill.wait_cluster_event("excluded", node=victim)
     joiner = drill.wait_cluster_event("joiner_submitted")
     assert victim in joiner["exclude"]
