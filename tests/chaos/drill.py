@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +58,13 @@ class Drill:
 
     # -- starting -----------------------------------------------------------------------------------
 
-    def up(self, nodes: int | str, **sets: Any) -> None:
-        """Bring the cluster up; `sets`: config keys with `__` for the dot."""
+    def up(self, nodes: int | str, options: Sequence[str] = (), **sets: Any) -> None:
+        """Bring the cluster up; `options` of sbatch; `sets`: config keys with `__` for the dot."""
         words = [w for key, value in sets.items() for w in ("--set", f"{key.replace('__', '.')}={value}")]
         config = self.config("cluster")
-        self.site.run("up", "-c", config, "--name", self.cluster, "--nodes", nodes, "--mem", "3G", *words).expect(0)
+        self.site.run(
+            "up", "-c", config, "--name", self.cluster, "--nodes", nodes, "--mem", "3G", *words, "--", *options
+        ).expect(0)
 
     def config(self, name: str, **changes: Any) -> Path:
         """A config file for the run; `changes` are whole sections' additions."""

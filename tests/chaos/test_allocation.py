@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import gate
 import pytest
@@ -14,15 +15,17 @@ from helpers import wait_for
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def drill() -> Iterator[Drill]:
+@contextmanager
+def open_drill() -> Iterator[Drill]:
     with Drill.on("allocation", nodes=2) as made:
         yield made
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def reference(drill: Drill) -> dict[int, float]:
-    """The losses of a run that nothing happened to."""
+    """As of the other modules, but in a job of its own: each test has its own job."""
+    if drill.site.run_dir("smooth").exists():
+        return drill.site.losses("smooth")
     drill.cluster = "smooth"
     config = drill.config("smooth", slurm={"nodes": 2}, trainer="trainers.fsdp:train")
     drill.site.run("submit", config, "--run", "smooth").expect(0)
@@ -125,7 +128,9 @@ def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill, refere
     else:
         drill.wait_cluster_event("successor")
     drill.open_gate("away")
-    ended_well(drill, "away", reference, OTHER_SIZE)
+    drill.finished(drill.site.start("attach", "away"), "away", reference, OTHER_SIZE)
+    drill.reboot(host)  # the successor may not have been there
+    drill.site.wait_clean(90)
     assert drill.sizes("away")[1] == 1
 
 
@@ -139,10 +144,12 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(
     run = f"booted-{'requeue' if requeue else 'no-requeue'}"
     if requeue:
         submit(drill, run)
-    else:  # `up` asks for --no-requeue
+    else:
         drill.cluster = run
-        drill.up(2)
+        drill.up(2, options=["--no-requeue"])
         drill.train(run)
+    job = drill.site.jobs()[0].split()[0]
+    assert f"Requeue={requeue:d}" in drill.site.slurm("scontrol", "show", "job", job)
     attempt, host, incarnation = drill.at_gate(run), drill.head(), drill.incarnation()
     drill.site.sandbox.kill(host)
     drill.wait("another head", lambda: drill.incarnation() > incarnation, run)

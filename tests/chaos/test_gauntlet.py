@@ -7,6 +7,7 @@ done twice, and nothing is left. (Each fault alone, and its variants: test_proce
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import gate
@@ -20,8 +21,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 RUN = "gauntlet"
 
 
-@pytest.fixture(scope="module")
-def drill() -> Iterator[Drill]:
+@contextmanager
+def open_drill() -> Iterator[Drill]:
     """Five nodes, three of them in the cluster: there are two to replace with."""
     with Drill.on("gauntlet", nodes=5) as made:
         made.up(3, elastic__max_strikes=50)

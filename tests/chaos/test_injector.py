@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from drill import Drill
@@ -12,8 +13,8 @@ from helpers import wait_for
 pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def drill() -> Iterator[Drill]:
+@contextmanager
+def open_drill() -> Iterator[Drill]:
     with Drill.on("injector", nodes=3) as made:
         made.up(3, elastic__max_strikes=50, elastic__replace="false")
         yield made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import stale
@@ -14,8 +15,8 @@ from raylaunch.sandbox.procs import Proc
 pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
-@pytest.fixture(scope="module")
-def drill() -> Iterator[Drill]:
+@contextmanager
+def open_drill() -> Iterator[Drill]:
     """Five nodes, three of them in the cluster at first: there are two to replace with."""
     with Drill.on("nodes", nodes=5) as made:
         made.up(3, elastic__max_nodes=4, elastic__max_strikes=50)

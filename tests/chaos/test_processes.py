@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from drill import OTHER_SIZE, SAME_SIZE, Drill
@@ -11,8 +12,8 @@ from helpers import wait_for
 pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(400)]
 
 
-@pytest.fixture(scope="module")
-def drill() -> Iterator[Drill]:
+@contextmanager
+def open_drill() -> Iterator[Drill]:
     """A cluster of three nodes, which replaces none: what a process does to it must mend by itself."""
     with Drill.on("processes", nodes=3) as made:
         made.up(3, elastic__replace="false", elastic__max_strikes=50)

@@ -25,24 +25,14 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 Trouble = Callable[[Path], AbstractContextManager[None]]
 
 
-@pytest.fixture(scope="module")
-def storage() -> Iterator[Path]:
-    """A small file system of its own for checkpoints; made before the nodes, which inherit it. (Their /tmp
-    is their own.)"""
-    with mounted(Path(f"/var/tmp/raylaunch-test-storage-{os.getpid()}"), "24m") as path:
-        yield path
+STORAGE, DISK = (Path(f"/var/tmp/raylaunch-test-{name}-{os.getpid()}") for name in ("storage", "disk"))
+"""Small file systems for checkpoints: one that may be full or read-only, one that can be stopped."""
 
 
-@pytest.fixture(scope="module")
-def disk() -> Iterator[Path]:
-    """A file system that can be stopped."""
-    with disk_at(Path(f"/var/tmp/raylaunch-test-disk-{os.getpid()}"), 64) as path:
-        yield path
-
-
-@pytest.fixture(scope="module")
-def drill(storage: Path, disk: Path) -> Iterator[Drill]:
-    with Drill.on("training", nodes=2) as made:
+@contextmanager
+def open_drill() -> Iterator[Drill]:
+    """The file systems are made before the nodes, which inherit them. (Their /tmp is their own.)"""
+    with mounted(STORAGE, "24m"), disk_at(DISK, 64), Drill.on("training", nodes=2) as made:
         made.up(2, elastic__replace="false", elastic__max_strikes=50)
         yield made
         made.clean()
@@ -149,13 +139,13 @@ def read_only(storage: Path) -> Iterator[None]:
 @pytest.mark.long
 @pytest.mark.parametrize(("trouble", "words"), [(full, "space"), (read_only, "Read-only")])
 def test_storage_that_takes_nothing_does_not_end_training(
-    drill: Drill, reference: dict[int, float], storage: Path, trouble: Trouble, words: str
+    drill: Drill, reference: dict[int, float], trouble: Trouble, words: str
 ) -> None:
     """Saves fail meanwhile, and are made again afterwards."""
     run = f"storage-{words.lower()}"
-    command = drill.train(run, checkpoint={"checkpoint_dir": str(storage / run)})
+    command = drill.train(run, checkpoint={"checkpoint_dir": str(STORAGE / run)})
     drill.at_gate(run)
-    with trouble(storage):
+    with trouble(STORAGE):
         drill.open_gate(run, gate.FIRST + EVERY)
         assert words in drill.wait_event(run, "checkpoint_failed")["error"]
     drill.open_gate(run)
@@ -164,17 +154,17 @@ def test_storage_that_takes_nothing_does_not_end_training(
 
 
 @pytest.mark.long
-def test_storage_that_stalls_does_not_end_training(drill: Drill, reference: dict[int, float], disk: Path) -> None:
+def test_storage_that_stalls_does_not_end_training(drill: Drill, reference: dict[int, float]) -> None:
     """A disk that answers nothing for a while, as a shared one may: no hang, and somebody is told."""
-    command = drill.train("stalls", checkpoint={"checkpoint_dir": str(disk)}, elastic={"hang_timeout": 10})
+    command = drill.train("stalls", checkpoint={"checkpoint_dir": str(DISK)}, elastic={"hang_timeout": 10})
     drill.at_gate("stalls")
-    subprocess.run(["fsfreeze", "--freeze", str(disk)], check=True)
+    subprocess.run(["fsfreeze", "--freeze", str(DISK)], check=True)
     frozen = time.monotonic()
     drill.open_gate("stalls")
     try:
         wait_for("the disk to have been away for long", lambda: time.monotonic() - frozen > 25, 60)
     finally:
-        subprocess.run(["fsfreeze", "--unfreeze", str(disk)], check=True)
+        subprocess.run(["fsfreeze", "--unfreeze", str(DISK)], check=True)
     assert drill.wait_event("stalls", "checkpoint_slow")["seconds"] > 10
     drill.finished(command, "stalls", reference, SAME_SIZE)
     assert drill.sizes("stalls") == [2]

@@ -122,7 +122,7 @@ SWITCHES = (
     ),
     Switch(
         "guests", "raylaunch/nodepolicy.py", "elif missing <= 0 and taking > 0", "elif False and taking > 0",
-        ("joining::test_idle_nodes_of_another_partition_are_taken",),
+        ("guests::test_idle_nodes_of_another_partition_are_taken",),
     ),
     Switch(
         "strikes", "raylaunch/nodepolicy.py", "if count >= elastic.max_strikes)", "if count < 0)",
@@ -134,7 +134,7 @@ SWITCHES = (
     ),
     Switch(
         "guests that lead", "raylaunch/head/allocation_policy.py", "if not facts.in_base and facts.others:  # the run", "if False:  # the run",
-        ("joining::test_a_guest_that_leads_is_preempted",),
+        ("guests::test_a_guest_that_leads_is_preempted",),
     ),
     Switch(
         "joiners without a base", "raylaunch/head/allocation_policy.py", "    if facts.others:\n        return Resign", "    if False:\n        return Resign",
