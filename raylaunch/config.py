@@ -471,7 +471,9 @@ class CheckpointConfig(Section):
     Python; a thread costs nothing more than the copy."""
     save_consolidated: bool = False
     """When the run is finished, write its weights into `model` in the run directory, as safetensors that the model's own
-    loader reads. The run counts as finished before that. If it fails, run `raylaunch checkpoints RUN export`."""
+    loader reads. The run counts as finished before that. It is ended after two hours, or a minute after another run
+    began to wait. If it fails, or the head's node dies meanwhile, nothing of the run is lost: the event `export_failed` has the
+    command that tries again, `raylaunch checkpoints RUN export latest --to DIR`."""
 
     @property
     def background(self) -> Literal["thread", "process"] | None:

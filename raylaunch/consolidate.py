@@ -44,9 +44,11 @@ def consolidate(run_dir: Path, config: Config, event: Callable[..., None], over:
 
 
 def tell_cut_off(run_dir: Path) -> None:
-    """Where the driver was lost while it exported: say that it failed, which nobody else does."""
+    """Where the driver was lost while it exported: tidy up, and say that it failed, which nobody else does."""
     told = state.read_events(run_dir, "exporting", "exported", "export_failed")
     if told and told[-1]["kind"] == "exporting":
+        for part in run_dir.glob(export.scratch_of(target(run_dir), "*").name):
+            shutil.rmtree(part, ignore_errors=True)
         hint = _again(run_dir, configfile.load_resolved(run_dir / layout.CONFIG_FILE))
         log = str(run_dir / LOG_FILE)
         state.append_event(run_dir, "export_failed", reason="its driver was lost", log=log, hint=hint)

@@ -45,8 +45,8 @@ def latest(run: str, directory: Path) -> Path:
     return found.path
 
 
-def scratch_of(to: Path, pid: int) -> Path:
-    """Where the process `pid` writes what becomes `to`."""
+def scratch_of(to: Path, pid: int | str) -> Path:
+    """Where the process `pid` writes what becomes `to`; "*": a pattern for all processes."""
     return to.with_name(f".{to.name}.part-{pid}")
 
 

@@ -70,6 +70,4 @@ class InternalErrors:
 
 def line(work: str, error: Any) -> str:
     """For people."""
-    return (
-        f"internal error in the {work}: {error}; raylaunch continues. Please report this error with the cluster's logs."
-    )
+    return f"internal error ({work}): {error}; raylaunch continues. Please report this error with the cluster's logs."

@@ -26,7 +26,7 @@ sets_option = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", 
 
 _CLUSTER_FLAGS = [
     ("--nodes", "slurm.nodes", "N or MIN:MAX nodes.", str),
-    ("--name", "cluster.name", "The cluster's name (default: main).", str),
+    ("--name", "cluster.name", "The cluster's name (default: main; for submit: the run's name).", str),
     ("--backend", "cluster.backend", "auto, slurm or local.", click.Choice(["auto", "slurm", "local"])),
     ("--partition", "slurm.partition", "Slurm partition.", str),
     ("--account", "slurm.account", "Slurm account.", str),

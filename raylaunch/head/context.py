@@ -102,7 +102,7 @@ class Context:
         self._files.submit(self._write_memory, asdict(self.memory))
 
     def _write_memory(self, memory: dict[str, Any]) -> None:
-        with self.errors.caught("writing of duties.json"):
+        with self.errors.caught("duties.json"):
             if not self.is_fenced():
                 self.duties_file.write(memory)
 

@@ -99,7 +99,7 @@ class Ending:
     async def _asked(self, otherwise: T, work: Callable[..., T], *arguments: Any) -> T:
         """What the storage says; one that does not say keeps nobody from the end."""
         answer = otherwise
-        with self._context.errors.caught("look at the storage at the end"):
+        with self._context.errors.caught("storage check at the end"):
             answer = await asyncio.wait_for(self._context.off_loop(work, *arguments), STORAGE_LIMIT)
         return answer
 
@@ -214,7 +214,7 @@ class Ending:
     async def _tell_end(self, reason: str) -> None:
         """Have the end of a run told whose driver could not any more."""
         context, name = self._context, self._context.memory.running
-        with context.errors.caught("telling of the end"):
+        with context.errors.caught("message of the end"):
             run = runs.directory(context.directory, name)
             record = await context.off_loop(Run.read, run) if name else None
             if record is not None and record.state in {"running", "holding"} and not context.course.goes_on:

@@ -111,7 +111,7 @@ class HeadDuties:
         """A head that was thought dead (frozen, cut off) finds that others went on, and makes way."""
         context = self.context
         while True:
-            with context.errors.caught("look for newer heads"):
+            with context.errors.caught("check for newer heads"):
                 if await context.off_loop(context.is_fenced):
                     context.event("fenced", node=self.head.node, incarnation=self.head.incarnation)
                     context.resign("a newer incarnation has begun")

@@ -209,7 +209,7 @@ class MemberTable:
             await self._context.table_changed.wait()
             self._context.table_changed.clear()
             written = False
-            with self._context.errors.caught("table of nodes"):
+            with self._context.errors.caught("node table"):
                 self.forget_the_longest_gone()
                 await self._context.off_loop(self.write, self.rows())
                 written = True

@@ -40,7 +40,7 @@ class NodeDuty:
         if not context.elected:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(context.enough.wait(), ABOARD_LIMIT)
-        with context.errors.caught("question whether jobs can be submitted"):
+        with context.errors.caught("check whether jobs can be submitted"):
             await self._ask_whether_it_may_submit(loop, backend)
         while True:
             context.nodes_changed.clear()

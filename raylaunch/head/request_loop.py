@@ -36,7 +36,7 @@ class RequestLoop:
 
     async def run(self) -> None:
         while True:
-            with self._context.errors.caught("taking of requests"):
+            with self._context.errors.caught("requests"):
                 await self.turn()
             await asyncio.sleep(LOOK_EVERY)
 

@@ -93,7 +93,7 @@ class RunQueue:
         outcome = "failed"  # where it cannot be told: the cluster lives on
         making_way = asyncio.create_task(self.make_way(name))
         try:
-            with self._context.errors.caught(f"driving of run {name}"):
+            with self._context.errors.caught(f"run {name}"):
                 outcome = await self.drive(name)
                 if outcome in runs.FINAL:
                     run = runs.directory(self._context.directory, name)

@@ -163,7 +163,9 @@ def test_one_whose_driver_was_lost_is_told_by_the_head(tmp_path: Path) -> None:
 
     assert not told()  # nothing was to be exported
     state.append_event(run, "exporting")
+    scratch = state.make_dir(export.scratch_of(target(run), 1))
     (failed,) = told()
+    assert not scratch.exists()
     assert "driver was lost" in failed["reason"] and failed["hint"].startswith("raylaunch checkpoints r export")
     assert len(told()) == 1  # once
     state.append_event(run, "exporting")

@@ -422,7 +422,7 @@ def test_status_shows_a_mistake_of_ours(place: Place, monkeypatch: pytest.Monkey
     alive = Job("local", "RUNNING", True)
     monkeypatch.setattr("raylaunch.backends.LocalBackend.states", lambda *_: {"local": alive})
     done = CliRunner().invoke(cli, ["status", "--state-dir", str(place.directory.parents[1])])
-    assert "internal error in the node loop: KeyError: 'n1'" in " ".join(done.output.split()), done.output
+    assert "internal error (node loop): KeyError: 'n1'" in " ".join(done.output.split()), done.output
 
 
 # -- the end ---------------------------------------------------------------------------------------

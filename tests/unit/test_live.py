@@ -159,7 +159,7 @@ def test_a_mistake_of_ours_is_shown(directory: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(facts.Reader, "_run", _run)
     found = facts.Reader(directory, None).look()
-    assert found.events and "internal error in the run: AttributeError: no such name" in text(found, width=150)
+    assert found.events and "internal error (run): AttributeError: no such name" in text(found, width=150)
 
 
 def test_a_mistake_in_the_metrics_is_an_event(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

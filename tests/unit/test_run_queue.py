@@ -234,7 +234,7 @@ def test_a_mistake_in_one_run_s_driving_is_told_and_the_next_one_runs(
         await head.context.off_loop(lambda: None)
 
     run(story)
-    assert [row["work"] for row in place.events("internal_error")] == ["driving of run a"]
+    assert [row["work"] for row in place.events("internal_error")] == ["run a"]
 
 
 @pytest.mark.parametrize("condition", ["finished", "running"])
