@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -19,7 +20,7 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +63,9 @@ GROUND_EVERY = 2.0
 DASHBOARD_PATIENCE = 15.0
 READ_LIMIT, CANCEL_LIMIT, RECORD_LIMIT = 30.0, 120.0, 10.0
 ONE_TRY, AGAIN_PAUSE = 10.0, 1.0
-"""Seconds: see `_insist`."""
+"""Seconds: see `_insist` and `_patiently`."""
+WRONG_SETUP = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR})
+"""What storage says that will say the same at the next try: a person has to hear of it."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +143,20 @@ async def check_canary(here: Here) -> Cluster:
 
 
 async def wait_for_head(here: Here) -> Head:
-    """The record of the head of this life and allocation."""
+    """The record of the head of this life and allocation. A look that fails is one that saw nothing."""
     deadline = time.monotonic() + HEAD_PATIENCE
     pause = 0.05
     while True:
-        head = await asyncio.to_thread(Head.read, here.directory)
-        if head is not None and not here.is_over(head):
-            return head
-        if await asyncio.to_thread((here.directory / layout.ENDED_FILE).exists):
-            raise BringUpError("the head could not start")
+        try:
+            head = await asyncio.to_thread(Head.read, here.directory)
+            if head is not None and not here.is_over(head):
+                return head
+            if await asyncio.to_thread((here.directory / layout.ENDED_FILE).exists):
+                raise BringUpError("the head could not start")
+        except (StateError, OSError) as error:
+            if not _may_pass(error) or time.monotonic() > deadline:
+                raise
+            log.warning("cannot look for the head, trying again error=%r", str(error))
         if time.monotonic() > deadline:
             raise BringUpError(f"no head within {HEAD_PATIENCE:g} s", f"See {here.directory / layout.LOGS}.")
         await asyncio.sleep(pause * random.uniform(0.7, 1.3))  # a thousand nodes should not ask in step
@@ -166,12 +174,8 @@ class NodeSetup:
     lease: hosts.PortLease
 
     @classmethod
-    def prepare(cls, here: Here, cluster: Cluster, config: Config) -> NodeSetup:
+    def prepare(cls, here: Here, token: str, cluster: Cluster, config: Config) -> NodeSetup:
         """Blocking: it reads shared storage, resolves host names, asks nvidia-smi."""
-        try:
-            token = (here.directory / layout.TOKEN_FILE).read_text().strip()
-        except FileNotFoundError as error:
-            raise BringUpError("the cluster has ended already") from error
         quick.ground(here.node)
         # A joiner may be on the node of the base job, or of another joiner: each has a directory of its own.
         suffix = str(here.index + 1) if here.local else here.job if here.joiner else None
@@ -180,6 +184,29 @@ class NodeSetup:
         address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
         resources = _resources(here, cluster, config)
         return cls(token, temp, address, resources, hosts.lease_ports(_ports_before(here)))
+
+
+def _token(here: Here) -> str:
+    """The cluster's secret. Blocking."""
+    try:
+        return (here.directory / layout.TOKEN_FILE).read_text().strip()
+    except FileNotFoundError as error:
+        raise BringUpError("the cluster has ended already") from error
+
+
+def _claim(here: Here, number: int) -> bool:
+    """Claim to begin this allocation as the head of that incarnation; False when somebody else has. Blocking.
+
+    It may be repeated after a failure, with the same number. The claim that failed may have been made all the same: the
+    storage's answer got lost, or the file beside it could not be removed. So one that is there may be ours, and nobody
+    would ever lead if we took it for another's. Nobody else's has our node and allocation: that begins once, by its
+    first node, where one agent comes after the other. (The next number would do as well, but not where the claim was
+    not made: `layout.is_fenced` wants no gaps.)
+    """
+    if layout.claim(here.directory, number, here.node, here.life):
+        return True
+    made = state.read_json(here.directory / layout.INCARNATIONS / f"{number:08d}") or {}
+    return (made.get("node"), made.get("life")) == (here.node, here.life)
 
 
 def _resources(here: Here, cluster: Cluster, config: Config) -> hosts.Resources:
@@ -287,23 +314,24 @@ class Agent:
 
     async def _first_head(self) -> tuple[Link, Head]:
         """The head as this agent starts: this node itself, one to wait for, or the one that reigns."""
-        head = await asyncio.to_thread(Head.read, self.here.directory)
-        over = head is None or self.here.is_over(head)
-        if over and head is not None and head.canary == self.here.canary:
+        here = self.here
+        head = await _patiently(lambda: asyncio.to_thread(Head.read, here.directory))
+        over = head is None or here.is_over(head)
+        if over and head is not None and head.canary == here.canary:
             # Slurm may run two allocations of one cluster: the one that began later leads, and it begins once.
-            ours = await asyncio.to_thread(layout.began, self.here.directory, self.here.life)
+            ours = await _patiently(lambda: asyncio.to_thread(layout.began, here.directory, here.life))
             over = ours is None or ours > head.incarnation
         if head is None or over:
-            if self.here.is_first:
-                claims = await asyncio.to_thread(layout.claims, self.here.directory)
+            if here.is_first:
+                claims = await _patiently(lambda: asyncio.to_thread(layout.claims, here.directory))
                 number = max([self.cluster.incarnation - 1, head.incarnation if head else 0, *claims]) + 1
-                if await asyncio.to_thread(layout.claim, self.here.directory, number, self.here.node, self.here.life):
+                if await _patiently(lambda: asyncio.to_thread(_claim, here, number)):
                     head = await self._lead(number, "")
-            if head is None or self.here.is_over(head):
-                head = await wait_for_head(self.here)
+            if head is None or here.is_over(head):
+                head = await wait_for_head(here)
             return await self._connect(head), head
         # Killed and started again, or a joiner: there is, or was, a head already.
-        return await self._seek(head, gone=head.node == self.here.node)
+        return await self._seek(head, gone=head.node == here.node)
 
     async def _seek(self, lost: Head, gone: bool) -> tuple[Link, Head]:
         return await Seeker(
@@ -313,19 +341,34 @@ class Agent:
 
     async def _lead(self, incarnation: int, why: str) -> Head:
         """Be the head from now on. A joiner leads the allocation that it joined, not its own."""
-        before = await asyncio.to_thread(Head.read, self.here.directory) if self.here.joiner else None
-        head = self._as_head(incarnation, before.life if before is not None else self.here.life)
+        here = self.here
+        before = await _patiently(lambda: asyncio.to_thread(Head.read, here.directory)) if here.joiner else None
+        head = self._as_head(incarnation, before.life if before is not None else here.life)
         self.duties = await asyncio.to_thread(  # it reads what the head before it left
-            HeadDuties, self.here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
-            nodes=self.cluster.max_nodes if self.here.local else len(self.here.peers),
+            HeadDuties, here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
+            nodes=self.cluster.max_nodes if here.local else len(here.peers),
         )  # fmt: skip
         try:
-            await self.duties.open(why)
+            if why:
+                await self.duties.open(why)
+            else:
+                await _patiently(self._open)
         except (RaylaunchError, OSError) as error:
             if why:  # the cluster does not end with a head that could not begin
                 self.resign(f"this node cannot lead: {error}")
             raise
         return head
+
+    async def _open(self) -> None:
+        """Begin as the head of a life or allocation, whose end would be the cluster's: it is repeated where the storage
+        hiccups, which it may be until head.json is written. (An elected head's may not, and that one resigns.)"""
+        assert self.duties is not None
+        try:
+            await self.duties.open("")
+        except StateError as error:
+            if error.__cause__ is None:  # no word of the storage's: we are fenced, and have to leave its files alone
+                raise BringUpError(error.message, error.hint) from None
+            raise
 
     def _missing(self) -> frozenset[str]:
         """Those of the base job's nodes that Slurm has taken out of it. Blocking."""
@@ -590,6 +633,31 @@ async def _insist(work: Callable[[], T], limit: float) -> T:
         await asyncio.sleep(AGAIN_PAUSE)
 
 
+async def _patiently(work: Callable[[], Awaitable[T]]) -> T:
+    """Work on the cluster directory without which this node cannot begin. A storage that hiccups would end the cluster on
+    its first node, and be a strike against any other, so a try that fails is repeated for READ_LIMIT, from the first
+    failure on. Unlike with `_insist`, one that hangs is waited for: a storage that stalls ends nobody, and a claim that
+    was left to itself might be made later."""
+    until = 0.0
+    while True:
+        try:
+            return await work()
+        except (RaylaunchError, OSError) as error:
+            until = until or time.monotonic() + READ_LIMIT
+            if not _may_pass(error) or time.monotonic() >= until:
+                raise
+            log.warning("attempt failed, retrying error=%r", str(error))
+        await asyncio.sleep(AGAIN_PAUSE)
+
+
+def _may_pass(error: RaylaunchError | OSError) -> bool:
+    """Whether this is the storage's, and may be over at the next try."""
+    cause = error.__cause__ or error
+    if isinstance(cause, OSError):
+        return cause.errno not in WRONG_SETUP
+    return isinstance(error, StateError)  # a file that cannot be read as ours: NFS may show one half
+
+
 async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
     """One agent from its first check to its last; the exit code."""
     agent: Agent | None = None
@@ -599,8 +667,10 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
         log_file = Appender(here.directory / layout.LOGS / f"{here.node}.log")
         at_end.callback(log_file.close, LOG_PATIENCE)
         _log_to(log_file)
-        config = await asyncio.to_thread(configfile.load_resolved, here.directory / layout.CONFIG_FILE)
-        agent = Agent(here, cluster, config, await asyncio.to_thread(NodeSetup.prepare, here, cluster, config))
+        file = here.directory / layout.CONFIG_FILE
+        config = await _patiently(lambda: asyncio.to_thread(configfile.load_resolved, file))
+        token = await _patiently(lambda: asyncio.to_thread(_token, here))
+        agent = Agent(here, cluster, config, await asyncio.to_thread(NodeSetup.prepare, here, token, cluster, config))
         _handle_signals(agent)
         threads.tell_deaths_in(here.directory, node=here.node)
         tasks = [asyncio.create_task(t) for t in (agent.live(), agent.until_gpus_fail(), agent.end.wait())]

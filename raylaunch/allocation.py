@@ -9,26 +9,35 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raylaunch import layout, locks
-from raylaunch.errors import RaylaunchError
+from raylaunch.errors import RaylaunchError, SlurmUnavailable
 from raylaunch.layout import Cluster
 from raylaunch.slurm.client import Slurm
-from raylaunch.slurm.parse import JobState
+from raylaunch.slurm.parse import JobState, parse_when
 
 log = logging.getLogger("raylaunch.allocation")
+
+T = TypeVar("T")
 
 JOBS_LOCK = ".jobs.lock"
 LOCK_LIMIT, LOCK_LIMIT_AT_END = 30.0, 5.0
 """Seconds to wait for that lock: longer than a command of Slurm may take; at the end there is less time."""
-_ENDED = re.compile(r"CANCELLED AT \S+ DUE TO (PREEMPTION|TIME LIMIT|NODE FAILURE)")
+AGAIN_AFTER = 1.0
+"""Seconds after which slurmctld is asked again that did not answer."""
+SKEW = 2.0
+"""Seconds by which the clocks of two nodes may differ."""
+_IS_REQUEUED = "pending execution"
+"""slurmctld's answer when a job is to be requeued that waits already, or will when it has ended."""
+_ENDED = re.compile(r"CANCELLED AT (\S+)(?: DUE TO ([A-Z]+(?: [A-Z]+)*))?")
 _TAKEN = {"PREEMPTED", "TIMEOUT", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "DEADLINE"}
 _BROKEN = {"JobLaunchFailure", "NodeDown", "SystemFailure", "NonZeroExitCode", "RaisedSignal"}
 """squeue's reasons of a job whose batch script is gone: when a batch host that Slurm held for down comes back,
@@ -37,8 +46,6 @@ _NO_SCRIPT = 1
 """The signal by which slurmctld marks a job whose batch host came back without its batch script, for it booted before it
 was found dead; slurmctld then ends the whole job (NODE_FAIL, but squeue says COMPLETING for no reason). Of a job that a
 person cancels it is SIGTERM or SIGKILL. Measured on 22.05."""
-_PREEMPTED = {"preempted", "preemption"}
-_COMES_BACK = {"requeued", "node_fail", "boot_fail", "node failure"}
 
 
 class Onward(Enum):
@@ -62,6 +69,8 @@ class Look:
     reason: str = ""
     signal: int = 0
     """That ended its batch script."""
+    again: bool | None = None
+    """Slurm runs it again by itself; None where it does not say."""
 
     @property
     def taken(self) -> str:
@@ -72,53 +81,74 @@ class Look:
             return self.state.lower()
         if self.state == JobState.COMPLETING and self.signal == _NO_SCRIPT:
             return "node_fail"
+        if self.again:  # of a job that is preempted and requeued, Slurm says no more
+            return "requeued"
         return self.reason if self.reason in _BROKEN else ""
 
 
-def look(job: str) -> Look | None:
-    """The job of this allocation now; None when Slurm does not say."""
+def look(job: str, restarts: int = 0) -> Look | None:
+    """The job of this allocation now, which had been requeued so often before; None when Slurm does not say."""
+    if not job.isdigit():
+        return None
     slurm = Slurm()
     try:
-        row = slurm.jobs([job]).get(job) if job.isdigit() else None
-        # squeue says COMPLETING of a job that is cancelled, of one that is preempted, of one whose host is new.
-        detail = slurm.detail(job) if row is not None else None
+        row = _twice(lambda: slurm.jobs([job])).get(job)
     except RaylaunchError as error:
         log.warning("Slurm does not answer error=%r", str(error))
         return None
     if row is None:
         return None
-    preempted, signal = (detail.preempted, detail.signal) if detail is not None else (False, 0)
-    return Look(str(row.state), row.time_left, preempted, row.reason, signal)
+    known = Look(str(row.state), row.time_left, reason=row.reason)
+    try:
+        # squeue says COMPLETING of a job that is cancelled, preempted, requeued, or has lost its batch host.
+        detail = slurm.detail(job)
+    except RaylaunchError as error:
+        log.warning("Slurm does not say why the job ends error=%r", str(error))
+        return known
+    if detail is None:
+        return known
+    return replace(known, preempted=detail.preempted, signal=detail.signal, again=detail.restarts > restarts)
 
 
-def why_ended(directory: Path, job: str, patience: float = 2.0) -> str:
-    """Why Slurm ends the job's step, by slurmstepd's own line in the job's output: "preemption", "time limit",
-    "node failure", or "" for a cancel by a person and where it says nothing."""
+def _twice(work: Callable[[], T], harmless: bool = True) -> T:
+    """slurmctld may be busy, or just being restarted. `harmless`: also where it may have done it without an answer."""
+    try:
+        return work()
+    except SlurmUnavailable as error:
+        if isinstance(error.__cause__, subprocess.TimeoutExpired) and not harmless:
+            raise
+        time.sleep(AGAIN_AFTER)
+        return work()
+
+
+@dataclass(frozen=True)
+class Word:
+    """slurmstepd's, on why a step was ended: for a cause ("preemption", "time limit", "node failure", "job requeue"); or,
+    if it names none, by a person. Neither, where it says nothing."""
+
+    cause: str = ""
+    cancelled: bool = False
+
+
+def why_ended(directory: Path, job: str, since: float, patience: float = 2.0) -> Word:
+    """Why Slurm ends the job's step, by the last line on that in the job's output. Lines before `since` are of an earlier
+    allocation: a job that is requeued writes on into the same file."""
     output, deadline = directory / layout.LOGS / f"slurm-{job}.out", time.monotonic() + patience
     while True:
+        causes = list[str]()
         with contextlib.suppress(OSError):
             found = _ENDED.findall(output.read_text(errors="replace")[-8192:])
-            if found:
-                return str(found[-1]).lower()
+            causes = [cause for moment, cause in found if _is_fresh(moment, since)]
+        if any(causes):
+            return Word([cause for cause in causes if cause][-1].lower())
         if time.monotonic() > deadline:
-            return ""
+            return Word(cancelled=bool(causes))
         time.sleep(0.1)
 
 
-def is_requeued_by_slurm(job: str, why: str) -> bool:
-    """Whether Slurm itself runs a job again that it ended for this reason: one that may be requeued, after a failure of
-    nodes, and after a preemption unless its partition cancels what it preempts. Yes, where Slurm does not answer."""
-    if why not in _PREEMPTED | _COMES_BACK:
-        return False
-    slurm = Slurm()
-    try:
-        detail = slurm.detail(job)
-        if detail is not None and not detail.requeue:
-            return False
-        return why in _COMES_BACK or slurm.preempt_mode(job) != "CANCEL"
-    except RaylaunchError as error:
-        log.warning("whether the job runs again is not known error=%r", str(error))
-        return True
+def _is_fresh(moment: str, since: float) -> bool:
+    when = parse_when(moment)
+    return when is None or when.timestamp() > since - SKEW
 
 
 def go_on(directory: Path, job: str, why: str, how: Onward) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -131,23 +161,32 @@ def go_on(directory: Path, job: str, why: str, how: Onward) -> Iterator[tuple[st
         return
     if how is Onward.REQUEUE:
         try:
-            slurm.requeue(job)
-            return
+            return _twice(lambda: slurm.requeue(job))
         except RaylaunchError as error:
-            if _waits(slurm, job):  # Slurm was quicker: a successor would be a second allocation of this cluster
+            # Slurm was quicker: a successor would be a second allocation of this cluster
+            if _IS_REQUEUED in str(error).lower() or _waits(slurm, job):
                 return
             yield "requeue_refused", {"job": job, "error": str(error)}
     try:
+        script = (directory / layout.SCRIPT_FILE).read_text()
         with locked(directory, LOCK_LIMIT_AT_END) as is_ours:
             if not is_ours:
                 yield "lock_held", lock_was_held(directory)
-            successor = slurm.submit((directory / layout.SCRIPT_FILE).read_text())
-            cluster = Cluster.read(directory)
-            if cluster is not None:
-                replace(cluster, jobs=(*cluster.jobs, successor)).write(directory / layout.CLUSTER_FILE)
-        yield "successor", {"job": successor, "why": why}
+            successor = _twice(lambda: slurm.submit(script), harmless=False)
+            yield "successor", {"job": successor, "why": why}
+            _record(directory, successor)
     except (RaylaunchError, OSError) as error:
         yield "successor_refused", {"error": str(error)}
+
+
+def _record(directory: Path, job: str) -> None:
+    """Among the cluster's jobs. One whose record gets lost is found by its comment."""
+    try:
+        cluster = Cluster.read(directory)
+        if cluster is not None:
+            replace(cluster, jobs=(*cluster.jobs, job)).write(directory / layout.CLUSTER_FILE)
+    except (RaylaunchError, OSError) as error:
+        log.error("the successor could not be written down job=%s error=%r", job, str(error))
 
 
 def _waits(slurm: Slurm, job: str) -> bool:

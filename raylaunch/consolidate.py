@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from raylaunch import configfile, export, layout, state
+from raylaunch import configfile, export, layout, runs, state
 from raylaunch.config import Config
 
 LOG_FILE = "export.log"
@@ -33,9 +33,8 @@ def target(run_dir: Path) -> Path:
 def consolidate(run_dir: Path, config: Config, event: Callable[..., None], over: Callable[[], str | None]) -> None:
     """Write them. `over` says why there is no more time, None while there is; it is asked all the while."""
     to, log = target(run_dir), run_dir / LOG_FILE
-    if to.exists():
-        reason = f"{to} is there already: move it away"
-    else:
+    reason = _in_the_way(to)
+    if not reason:
         event("exporting", to=str(to))
         reason = _run(run_dir, to, log, over)
     if not reason:
@@ -44,14 +43,25 @@ def consolidate(run_dir: Path, config: Config, event: Callable[..., None], over:
 
 
 def tell_cut_off(run_dir: Path) -> None:
-    """Where the driver was lost while it exported: tidy up, and say that it failed, which nobody else does."""
-    told = state.read_events(run_dir, "exporting", "exported", "export_failed")
-    if told and told[-1]["kind"] == "exporting":
+    """Where the driver was lost while it exported, or before: tidy up, and say that it failed, which nobody else does."""
+    told = state.read_events(run_dir, *runs.FINAL, "exporting", "exported", "export_failed")
+    last = told[-1]["kind"] if told else ""
+    if last not in {"finished", "exporting"}:
+        return
+    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
+    if last == "exporting" or config.checkpoint.save_consolidated:
         for part in run_dir.glob(export.scratch_of(target(run_dir), "*").name):
             shutil.rmtree(part, ignore_errors=True)
-        hint = _again(run_dir, configfile.load_resolved(run_dir / layout.CONFIG_FILE))
-        log = str(run_dir / LOG_FILE)
+        log, hint = str(run_dir / LOG_FILE), _again(run_dir, config)
         state.append_event(run_dir, "export_failed", reason="its driver was lost", log=log, hint=hint)
+
+
+def _in_the_way(to: Path) -> str:
+    """Why it cannot be written there, "" when it can."""
+    try:
+        return f"{to} is there already: move it away" if to.exists() else ""
+    except OSError as error:
+        return f"{to} cannot be looked at: {error}"
 
 
 def _again(run_dir: Path, config: Config) -> str:

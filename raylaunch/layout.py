@@ -92,6 +92,11 @@ class Head(Record):
         """The base job of this allocation."""
         return self.life.partition(":")[0]
 
+    @property
+    def restarts(self) -> int:
+        """How often Slurm had requeued it by then."""
+        return int(self.life.partition(":")[2] or 0)
+
     @classmethod
     def read(cls, directory: Path) -> Head | None:
         value = state.read_json(directory / HEAD_FILE)

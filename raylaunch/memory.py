@@ -16,6 +16,8 @@ class Draining:
 
     reason: str
     agent: int | None = None
+    left: bool = False
+    """The run does not use it any more."""
 
 
 @dataclass

@@ -14,16 +14,21 @@ was replaced meanwhile, and only then deletes the file. Whatever happens between
   either that has the request's name, or the successor does what it asks for.
 - It is replaced before it takes, and does not know: it takes what its successor takes from it again. It may do once
   more what it is asked for, but it remembers nothing (duties.json is not written by a fenced head) and ends.
-- A file cannot be read (the storage hiccups): it stays, and is tried again. One that is not JSON becomes NAME.bad.
+- A file cannot be read (the storage hiccups): it stays, and is tried again. What is no request becomes NAME.bad: a
+  file that is not JSON or too large, a pipe, a link. No file keeps the others from being taken.
 
 Names begin with the time, and requests are done in the order of their names. The batch script's (walltime.json) has a
-fixed name: while one of it is taken, another waits.
+fixed name: while one of it is taken, another waits; and a head forgets what it finds in `taken` when no file of it is
+left (`unfinished`), or the next one of that name would be deleted unheard.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +37,9 @@ from typing import Any
 from raylaunch import layout
 
 log = logging.getLogger("raylaunch.requests")
+
+SIZE_LIMIT = 1 << 16
+_TAKEN = re.compile(r"\.taken-([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,21 @@ def take(cluster: Path, incarnation: int, known: Collection[str] = ()) -> list[R
     return found
 
 
+def unfinished(cluster: Path, incarnation: int) -> set[str]:
+    """The names of those that heads up to this one took, and whose files are left."""
+    return {path.stem for path in _taken(cluster, incarnation)}
+
+
 def _lying(cluster: Path, incarnation: int) -> list[tuple[str, Path]]:
     """What was asked, and what heads up to this one took: (name, file), by name, the taken ones first."""
-    folder = cluster / layout.REQUESTS
-    asked = [(path.name.removesuffix(".json"), 1, path) for path in folder.glob("[!.]*.json")]
-    taken = [(path.stem, 0, path) for path in folder.glob("[!.]*.taken-[0-9]*")]
-    ours = [row for row in taken if int(row[2].suffix.removeprefix(".taken-")) <= incarnation]
-    return [(name, path) for name, _, path in sorted([*asked, *ours])]
+    asked = [(path.stem, 1, path) for path in (cluster / layout.REQUESTS).glob("[!.]*.json")]
+    taken = [(path.stem, 0, path) for path in _taken(cluster, incarnation)]
+    return [(name, path) for name, _, path in sorted([*asked, *taken])]
+
+
+def _taken(cluster: Path, incarnation: int) -> list[Path]:
+    found = ((path, _TAKEN.fullmatch(path.suffix)) for path in (cluster / layout.REQUESTS).glob("[!.]*.taken-*"))
+    return [path for path, match in found if match is not None and int(match[1]) <= incarnation]
 
 
 def _take(name: str, path: Path, incarnation: int) -> Request | None:
@@ -79,17 +95,28 @@ def _take(name: str, path: Path, incarnation: int) -> Request | None:
     try:
         if path != mine:
             path.rename(mine)
-        values = json.loads(mine.read_text(encoding="utf-8"))
+        values = json.loads(_read(mine))
         return Request(name, str(values["kind"]), values, mine)
     except FileNotFoundError:  # another head was quicker, or the listing is old
         return None
     except OSError as error:
         log.error("a request cannot be read, and is tried again path=%s error=%r", mine, str(error))
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         log.error("not a request path=%s error=%r", mine, str(error))
         _set_aside(mine, name)
         return None
+
+
+def _read(path: Path) -> bytes:
+    """Of a plain file of a request's size; ValueError for anything else. It waits for nobody, as a pipe would."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("it is no plain file")
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as source:
+        text = source.read(SIZE_LIMIT + 1)
+    if len(text) > SIZE_LIMIT:
+        raise ValueError(f"it is larger than {SIZE_LIMIT} bytes")
+    return text
 
 
 def _set_aside(path: Path, name: str) -> None:

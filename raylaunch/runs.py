@@ -22,7 +22,7 @@ from raylaunch.alerts import addresses
 from raylaunch.checkpoint import store
 from raylaunch.checkpoint.store import Keep
 from raylaunch.config import STDLIB, Config, TrainerConfig, continuation_differences
-from raylaunch.errors import RunError, UsageError
+from raylaunch.errors import RunError, StateError, UsageError
 from raylaunch.layout import Record
 from raylaunch.tracking import sinks
 
@@ -221,7 +221,10 @@ def with_global_batch(config: Config, size: int | None) -> Config:
 
 def request_stop(run: Path, reason: str, continues: bool = False) -> None:
     """Ask a run to save and end; taken at its next step. With `continues` it is queued again then: its
-    cluster goes on in another allocation."""
+    cluster goes on in another allocation. Who asked it to end for good, is obeyed."""
+    with contextlib.suppress(StateError):
+        if continues and stop_reason(run) is not None and not stop_continues(run):
+            return
     state.write_json(run / state.STOP_FILE, {"reason": reason, "continues": continues, "time": time.time()})
 
 

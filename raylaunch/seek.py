@@ -112,7 +112,11 @@ class Seeker:
         self._found = link_, head
 
     async def _claim(self) -> int:
-        """Try to be the next head; the incarnation, 0 when somebody else was first."""
+        """Try to be the next head; the incarnation, 0 when somebody else was first.
+
+        Storage that fails is a turn that saw nothing. A claim that failed may have been made all the same; nobody leads
+        with it then, and like a winner's who died it is passed over after PUBLISH_LIMIT: by the next number, ours or not.
+        """
         newest = max([self.lost.incarnation, *await asyncio.to_thread(layout.claims, self.directory)])
         if newest > self.lost.incarnation and newest != self._claimed[0]:
             self._began = time.monotonic()  # a new patience for that one

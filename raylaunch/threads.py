@@ -6,12 +6,13 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raylaunch import state
 from raylaunch.errors import StateError
 
 log = logging.getLogger("raylaunch.threads")
+T = TypeVar("T")
 
 
 def tell_deaths(tell: Callable[[str, str], None]) -> None:
@@ -38,3 +39,20 @@ def tell_deaths_in(directory: Path, **who: Any) -> None:
             log.error("the event could not be written error=%r", failure.message)
 
     tell_deaths(tell)
+
+
+def within(limit: float, otherwise: T, work: Callable[..., T], *arguments: Any) -> T:
+    """What `work` gives, in a thread of its own; `otherwise`, if it fails or takes longer than `limit` seconds. Then the
+    thread goes on, and nobody waits for it."""
+    given: list[T] = []
+
+    def run() -> None:
+        try:
+            given.append(work(*arguments))
+        except Exception as error:  # noqa: BLE001 (whatever it is: nobody else would hear of it)
+            log.error("%s failed error=%r", getattr(work, "__name__", work), error)
+
+    thread = threading.Thread(target=run, name="within", daemon=True)
+    thread.start()
+    thread.join(limit)
+    return given[0] if given else otherwise

@@ -21,6 +21,8 @@ SIGNAL_EARLY = 90.0
 LEAST = 20.0
 LEAST_TO_SAVE = 5.0
 JOB_ENDS = "its job was told to end"
+_COMES_BACK = {"preempted", "preemption", "node_fail", "node failure", "boot_fail", "requeued", "job requeue"}
+"""After which Slurm mostly runs a job again, where it does not say whether it does."""
 
 Way = Literal["requeue", "itself", "successor"]
 """How a cluster goes on in another allocation: the head has its job requeued (or submits a successor where Slurm
@@ -46,6 +48,8 @@ class Job:
     seconds_left: float | None = None
     preempted: bool = False
     taken: str = ""
+    again: bool | None = None
+    """Slurm runs it again by itself; None where it does not say."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,8 @@ class Facts:
     job: Job | None = None
     """The job that the event is about; None when Slurm does not say."""
     cause: str = ""
-    """Why it ended, by slurmstepd's own line: "" of a person's cancel. Known where `wants_cause`."""
-    runs_again: bool = False
-    """Slurm itself runs the job again. Known where `wants_way`."""
+    cancelled: bool = False
+    """Why it ended, by slurmstepd's own line; or that a person ended it, for sure. Known where `wants_cause`."""
     notice: float = 60.0
     """Seconds before the end at which Slurm's notice comes."""
     longest_save: float = 0.0
@@ -89,14 +92,14 @@ class Facts:
 
     @property
     def taken(self) -> str:
-        """Why Slurm ended the job; "" where a person did."""
+        """Why Slurm ended the job; "" where a person did, and where nobody knows."""
         return (self.job.taken if self.job is not None else "") or self.cause
 
     @property
-    def wants_way(self) -> bool:
-        """Whether the decision depends on `runs_again`: a joiner is never run again."""
-        ended = self.event is Event.SIGTERM and not (self.job is not None and self.job.state == "RUNNING")
-        return ended and self.in_base and not self.fenced and bool(self.taken)
+    def runs_again(self) -> bool:
+        """Slurm itself runs the job again. (A joiner is never run again.)"""
+        says = self.job.again if self.job is not None else None
+        return self.in_base and (self.taken in _COMES_BACK if says is None else says)
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,11 @@ class Resign:
 @dataclass(frozen=True)
 class End:
     """End at once, without saving. `taken`: why Slurm took the allocation, and what is unfinished goes on that way;
-    "": a person ended it, and nothing goes on."""
+    "": nothing goes on, unless that was settled before. `cancelled`: nothing goes on, for a person ended it."""
 
     taken: str
     way: Way = "successor"
+    cancelled: bool = False
 
 
 Decision = Save | Leave | Drain | Resign | End
@@ -172,7 +176,7 @@ def _terminated(facts: Facts) -> Decision:
     if facts.job is not None and facts.job.state == "RUNNING":  # the grace before a preemption
         return _noticed(facts) if facts.in_base else Save(JOB_ENDS, SAVE_LIMIT)
     if not facts.taken:
-        return End("")
+        return End("", cancelled=facts.cancelled)
     why = facts.taken if facts.in_base else f"the last joiner: {facts.taken}"
     if facts.runs_again:
         return End(why, "itself")
@@ -231,6 +235,8 @@ class Course:
     def end(self, end: End, work: Work) -> Course:
         """There is no time any more. Also when the end had begun: how the cluster goes on is known now."""
         reason = self.reason or f"signal SIGTERM{f' ({end.taken})' if end.taken else ''}"
+        if end.cancelled:
+            return self.called_off(reason)
         if end.taken and (self.goes_on or (not self.ending and work.goes_on)):
             return Course(reason, end.taken, end.way)
         return replace(self, reason=reason)

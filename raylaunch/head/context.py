@@ -10,17 +10,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raylaunch import layout, state
+from raylaunch import layout, requests, state
 from raylaunch.config import Config
 from raylaunch.errors import StateError
 from raylaunch.head.allocation_policy import Course
-from raylaunch.internal import InternalErrors
+from raylaunch.internal import EXPECTED, InternalErrors
 from raylaunch.layout import Cluster, Head
 from raylaunch.memory import Memory
 from raylaunch.published import Published
 
 log = logging.getLogger("raylaunch.head")
 T = TypeVar("T")
+
+AGAIN, AGAIN_AT_MOST = 1.0, 30.0
+"""Seconds until storage that failed is asked again: after the first time, and at the most."""
+
+
+class Replaced(Exception):
+    """A newer head leads."""
 
 
 class Context:
@@ -43,6 +50,8 @@ class Context:
         self.table_changed, self.nodes_changed = asyncio.Event(), asyncio.Event()
         self.errors = InternalErrors(self.event, self._table_is_another)
         self.duties_file = Published(directory / layout.DUTIES_FILE)
+        self.waits = 0
+        """How often storage that failed was waited for (see `insist`)."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._files = ThreadPoolExecutor(1, "files")  # one thread: what is written first is there first
@@ -53,6 +62,24 @@ class Context:
         """File work in its own thread; in order."""
         self._loop = asyncio.get_running_loop()
         return await self._loop.run_in_executor(self._files, work, *arguments)
+
+    async def insist(self, work: Callable[..., T], *arguments: Any) -> T:
+        """As `off_loop`, for what there is no going on without: storage that fails is waited for, until this is
+        cancelled. Raises Replaced instead of working for a head that a newer one has replaced."""
+        pause = AGAIN
+        while True:
+            try:
+                if await self.off_loop(self.is_fenced):
+                    raise Replaced
+                return await self.off_loop(work, *arguments)
+            except FileNotFoundError:
+                raise  # so the storage has answered
+            except EXPECTED as error:
+                if pause == AGAIN:  # once: it may be gone for hours
+                    log.error("waiting for the storage error=%r", str(error))
+            self.waits += 1
+            await asyncio.sleep(pause)
+            pause = min(AGAIN_AT_MOST, 2 * pause)
 
     def event(self, kind: str, **fields: Any) -> None:
         """One line of the cluster's events, written off the loop."""
@@ -88,6 +115,8 @@ class Context:
     def recall(self, nodes: int) -> None:
         """Take over what the head before this one left, and count the allocations. `nodes`: of the base job."""
         memory = self.memory = Memory.read(self.directory, self.cluster)
+        left = requests.unfinished(self.directory, self.head.incarnation)
+        memory.taken = [name for name in memory.taken if name in left]
         memory.wanted = memory.wanted or nodes
         if memory.running:  # its driver died with its head
             memory.queue.insert(0, memory.running)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from raylaunch import alerts, beside, configfile, layout
 from raylaunch.head.context import Context
+
+log = logging.getLogger("raylaunch.head")
+NOT_STARTED = 127
+"""The exit status of a driver that could not be started; as in shells."""
 
 
 class Drivers:
@@ -23,7 +29,12 @@ class Drivers:
     async def run(self, run: Path) -> int:
         """One driver, from its start to its end; the exit status."""
         command = [sys.executable, "-P", "-m", "raylaunch.driver", str(self._context.directory), str(run)]
-        self._process = await self._start(run, command, stdin=subprocess.DEVNULL)
+        out = await self._context.insist(_open_log, run)
+        try:
+            self._process = await self._start(out, command, stdin=subprocess.DEVNULL)
+        except OSError as error:  # no memory, no further process, or our Python's storage fails
+            log.error("a driver could not be started run=%s error=%r", run.name, str(error))
+            return NOT_STARTED
         return await self._process.wait()
 
     async def tell(self, run: Path, limit: float, *why: str) -> None:
@@ -31,7 +42,8 @@ class Drivers:
         events do not say so."""
         if not (await self._context.off_loop(configfile.load_resolved, run / layout.CONFIG_FILE)).alerts.sinks:
             return
-        process = await self._start(run, [*beside.command(alerts.MODULE, run), *why], stdin=subprocess.PIPE)
+        out = await self._context.off_loop(_open_log, run)
+        process = await self._start(out, [*beside.command(alerts.MODULE, run), *why], stdin=subprocess.PIPE)
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.communicate(b""), limit)  # the end of its stdin
@@ -40,9 +52,8 @@ class Drivers:
                 process.kill()
             await process.wait()
 
-    async def _start(self, run: Path, command: Sequence[str], stdin: int) -> asyncio.subprocess.Process:
-        """A process of this run, which writes into driver.log."""
-        out = await self._context.off_loop((run / layout.LOGS / "driver.log").open, "ab")
+    async def _start(self, out: IO[bytes], command: Sequence[str], stdin: int) -> asyncio.subprocess.Process:
+        """A process of a run, which writes into `out`; that is closed here."""
         try:
             return await asyncio.create_subprocess_exec(
                 *command, stdin=stdin, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=self._env
@@ -65,3 +76,8 @@ class Drivers:
         """Wait for the present driver's end."""
         if self._process is not None:
             await self._process.wait()
+
+
+def _open_log(run: Path) -> IO[bytes]:
+    """Where a run's driver writes, and who tells of its end."""
+    return (run / layout.LOGS / "driver.log").open("ab")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raylaunch import allocation, layout, runs, state
-from raylaunch.allocation import Look, Onward
+from raylaunch.allocation import Onward, Word
 from raylaunch.head import allocation_policy as policy
 from raylaunch.head.allocation_policy import Course, Drain, End, Event, Facts, Job, Leave, Resign, Save, Work
 from raylaunch.head.context import Context
@@ -24,12 +24,15 @@ from raylaunch.head.drivers import Drivers
 from raylaunch.head.member_table import OVER, MemberTable
 from raylaunch.layout import Cluster
 from raylaunch.runs import Run
+from raylaunch.threads import within
 from raylaunch.timing import ENDING_LIMIT, SAVE_LIMIT, TELL_LIMIT, TERM_LIMIT
 
 T = TypeVar("T")
 
 STORAGE_LIMIT = 5.0
 """Seconds that the end waits for the storage's word."""
+STALLED_LIMIT = 1.0
+"""The same of one that has not answered before."""
 
 
 class Ending:
@@ -37,7 +40,8 @@ class Ending:
 
     def __init__(self, context: Context, table: MemberTable, drivers: Drivers) -> None:
         self._context, self._table, self._drivers = context, table, drivers
-        self._noticed = False
+        self._noticed = self._closing = False
+        self._since, self._patience = time.time(), STORAGE_LIMIT
         self._run_is_over = False
         self._unclean: dict[str, Any] = {}
         self._lost: list[str] = []
@@ -51,8 +55,10 @@ class Ending:
             self._context.spawn(self._act(Event.NOTICE, self._context.head.job))
 
     def terminated(self) -> bool:
-        """SIGTERM came; whether the head sees to the end itself: it asks Slurm why, which decides what follows."""
-        if self._context.cluster.backend != "slurm" or self._context.course.ending:
+        """SIGTERM came; whether the head sees to the end itself: it asks Slurm why, which decides what follows. Also while
+        the run is saved for another allocation: Slurm may have begun that by itself, or a person wants none."""
+        course = self._context.course
+        if self._context.cluster.backend != "slurm" or self._closing or (course.ending and not course.goes_on):
             return False
         self._context.spawn(self._act(Event.SIGTERM, str(self._table.own("job") or self._context.head.job)))
         return True
@@ -77,24 +83,34 @@ class Ending:
         facts = await self._facts(event, job)
         if event is Event.SIGTERM:
             self._run_is_over = await self._asked(False, is_over, self._run())
-        self._carry_out(policy.decide(facts), facts, job)
+        decision = policy.decide(facts)
+        if not self._context.course.ending or isinstance(decision, End | Resign):
+            self._carry_out(decision, facts, job)
 
     async def _facts(self, event: Event, job: str) -> Facts:
         """What is asked of Slurm costs time: only what the decision depends on."""
         context = self._context
+        others = not context.course.ending and bool(self._table.ready(beside=str(self._table.own("job"))))
         facts = Facts(
-            event, await self._asked(False, context.is_fenced), in_base=job == context.head.job,
-            others=bool(self._table.ready(beside=str(self._table.own("job")))), notice=context.notice,
+            event, await self._asked(False, context.is_fenced), in_base=job == context.head.job, others=others,
+            notice=context.notice,
         )  # fmt: skip
         if facts.wants_job:
-            look = await asyncio.to_thread(allocation.look, job)
-            facts = replace(facts, job=seen(look), longest_save=await self._asked(0.0, longest_save, self._run()))
+            save = await self._asked(0.0, longest_save, self._run())
+            facts = replace(facts, job=await asyncio.to_thread(self._seen, job), longest_save=save)
         if facts.wants_cause:
-            facts = replace(facts, cause=await asyncio.to_thread(allocation.why_ended, context.directory, job))
-        if facts.wants_way:
-            again = await asyncio.to_thread(allocation.is_requeued_by_slurm, job, facts.taken)
-            facts = replace(facts, runs_again=again)
+            facts = await asyncio.to_thread(self._with_cause, facts, job)
         return facts
+
+    def _seen(self, job: str) -> Job | None:
+        """What Slurm says of the job. Blocking."""
+        look = allocation.look(job, self._context.head.restarts)
+        return Job(look.state, look.seconds_left, look.preempted, look.taken, look.again) if look is not None else None
+
+    def _with_cause(self, facts: Facts, job: str) -> Facts:
+        """Blocking, but not for longer than STORAGE_LIMIT."""
+        word = within(STORAGE_LIMIT, Word(), allocation.why_ended, self._context.directory, job, self._since)
+        return replace(facts, cause=word.cause, cancelled=word.cancelled)
 
     async def _asked(self, otherwise: T, work: Callable[..., T], *arguments: Any) -> T:
         """What the storage says; one that does not say keeps nobody from the end."""
@@ -181,7 +197,7 @@ class Ending:
         await context.off_loop(context.tried, runs.request_stop, run, reason, bool(context.course.goes_on))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._drivers.ended(), limit)
-        over = await context.off_loop(is_over, run)
+        over = await self._asked(False, is_over, run)
         if not over and self._drivers.running:
             context.event("save_timed_out", run=name, seconds=limit)
         if over and not context.memory.queue:  # while it was asked to stop; or before, and its weights were written
@@ -191,18 +207,21 @@ class Ending:
 
     async def close(self, reason: str) -> None:
         """Send the other agents home and wait for their word, bounded."""
+        self._closing = True
         self._context.course = self._context.course.begin(reason or "it ends")
-        self._drivers.kill()  # before the nodes: it would take their end for a fault
-        await self._drivers.ended()
-        told = asyncio.create_task(self._tell_end(reason))
         others = self._others()
+        self._drivers.kill()  # before the nodes: it would take their end for a fault
+        with contextlib.suppress(TimeoutError):  # it hangs in the storage
+            await asyncio.wait_for(self._drivers.ended(), STORAGE_LIMIT)
+        told = asyncio.create_task(self._tell_end(reason))
         self._table.members.order("end")
         deadline = time.monotonic() + ENDING_LIMIT
         while any(m.alive for m in others) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        await told
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(told, STORAGE_LIMIT)
         self._unclean = {m.node: m.info.get("left", -1) for m in others if m.info.get("left") != 0}
-        await self._context.off_loop(self._table.write, self._table.rows())
+        await self._asked(None, self._table.write, self._table.rows())
         self._table.members.close()
 
     def _others(self) -> list[Any]:
@@ -212,31 +231,54 @@ class Ending:
         return [m for m in everyone if m.alive]
 
     async def _tell_end(self, reason: str) -> None:
-        """Have the end of a run told whose driver could not any more."""
-        context, name = self._context, self._context.memory.running
+        """Have the end of a run told whose driver could not any more, or told that it would go on."""
+        context, memory = self._context, self._context.memory
+        name = memory.running or next(iter(memory.queue), "")
         with context.errors.caught("message of the end"):
             run = runs.directory(context.directory, name)
-            record = await context.off_loop(Run.read, run) if name else None
-            if record is not None and record.state in {"running", "holding"} and not context.course.goes_on:
+            record = await context.off_loop(Run.read, run) if name and not context.course.goes_on else None
+            if record is None or record.state not in {"running", "holding", "queued"}:
+                return
+            if record.state != "queued" or await context.off_loop(runs.stop_continues, run):
                 await self._drivers.tell(run, TELL_LIMIT, f"its cluster ended ({reason})")
 
     def write_end(self, reason: str, left_here: int) -> None:
         """The last word, in a thread: the job starts anew; or ended.json and the job's exit code. Nodes that did not
-        report count as unclean."""
+        report count as unclean. A storage that stalls keeps it from nothing that Slurm can do."""
         self._table.closed = True
-        self._context.close_files()
+        closed = within(STORAGE_LIMIT, False, self._files_are_closed)
+        self._patience = STORAGE_LIMIT if closed else STALLED_LIMIT
+        if within(self._patience, False, self._context.is_fenced):
+            return  # frozen meanwhile: all that is to be said is the newer head's
+        if self._context.course.goes_on:
+            self._context.course = self._last_look(self._context.course)
         if self._context.course.goes_on:
             self._go_on(self._context.course)
         else:
             self._write_last_word(reason, left_here)
 
+    def _files_are_closed(self) -> bool:
+        self._context.close_files()
+        return True
+
+    def _last_look(self, course: Course) -> Course:
+        """Before the job is requeued: whether Slurm, or a person, ended it while the cluster ended by itself."""
+        if course.way != "requeue":
+            return course
+        job = self._context.head.job
+        facts = Facts(Event.SIGTERM, job=self._seen(job))
+        if facts.job is None or facts.job.state == "RUNNING":
+            return course
+        decision = policy.decide(self._with_cause(facts, job) if facts.wants_cause else facts)
+        return course.end(decision, Work(False)) if isinstance(decision, End) else course
+
     def _go_on(self, course: Course) -> None:
         context = self._context
         # A full disk is no reason not to go on: the last commit is good.
-        context.tried(context.duties_file.write, asdict(context.memory))
-        way = Onward(course.way)
-        for kind, fields in allocation.go_on(context.directory, context.head.job, course.goes_on, way):
-            context.tried(functools.partial(state.append_event, context.directory, kind, **fields))
+        within(self._patience, None, context.tried, context.duties_file.write, asdict(context.memory))
+        for kind, fields in allocation.go_on(context.directory, context.head.job, course.goes_on, Onward(course.way)):
+            event = functools.partial(state.append_event, context.directory, kind, **fields)
+            within(self._patience, None, context.tried, event)
 
     def _write_last_word(self, reason: str, left_here: int) -> None:
         context, cluster = self._context, self._context.cluster
@@ -259,11 +301,6 @@ class Ending:
             m.info.get("index") == 0 and not m.info.get("joiner") and m.node not in self._lost
             for m in self._table.members.table.values()
         )
-
-
-def seen(look: Look | None) -> Job | None:
-    """What the policy needs of a look at the job."""
-    return Job(look.state, look.seconds_left, look.preempted, look.taken) if look is not None else None
 
 
 def longest_save(run: Path) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from raylaunch import layout, nodepolicy
@@ -120,16 +121,18 @@ class MemberTable:
 
     async def blame(self, member: Member, reason: str, after: float | None = None) -> None:
         """A strike for a lost node; none when most are lost at once, nor when the same agent is back: the network had
-        a hiccup."""
+        a hiccup. Nor where the storage does not say whether this head was replaced."""
         node, pid = member.node, member.info.get("pid")
         await asyncio.sleep(BLAME_AFTER if after is None else after)
         now = self.members.table.get(node)
         if now is not None and now.alive and now.info.get("pid") == pid:
             return
         losses = [m.since for m in self.members.table.values() if self.state_of(m) == "lost"]
-        most = most_were_lost(member.since, losses, len(self.alive()))
-        if not most and not await self._context.off_loop(self._context.is_fenced):
-            self.strike(node, reason)
+        if most_were_lost(member.since, losses, len(self.alive())):
+            return
+        with self._context.errors.caught(f"strike of node {node}"):
+            if not await self._context.off_loop(self._context.is_fenced):
+                self.strike(node, reason)
 
     def strike(self, node: str, reason: str) -> None:
         """A node was lost, or is broken: remembered over elections."""
@@ -174,15 +177,19 @@ class MemberTable:
             self.drained(node)
 
     def drained(self, node: str) -> None:
-        """No attempt uses the node any more: its agent may go. The head's own end would be the cluster's: it
-        resigns, comes back as a member, and its successor drains it."""
-        member, draining = self.members.table.get(node), self._context.memory.draining.get(node)
+        """No attempt uses the node any more: its agent may go; that is said once, so an agent which does not hear it
+        is told when it is back. The head's own end would be the cluster's: it resigns, comes back as a member, and its
+        successor drains it."""
+        memory, member = self._context.memory, self.members.table.get(node)
+        draining = memory.draining.get(node)
         if draining is None or member is None:
             return
         if node == self._context.head.node:
             self._context.resign(f"this node is drained: {draining.reason}")
-        else:
-            self.members.order("end", only=member)
+            return
+        memory.draining[node] = replace(draining, left=True)
+        self._context.remember()
+        self.members.order("end", only=member)
 
     def all_drained(self) -> None:
         """There is no run any more."""
@@ -194,7 +201,7 @@ class MemberTable:
         draining = self._context.memory.draining.get(member.node)
         if draining is not None and draining.agent != member.info.get("pid"):
             self._forget_draining(member.node)
-        elif draining is not None and not self._context.memory.running:
+        elif draining is not None and (draining.left or not self._context.memory.running):
             self.drained(member.node)
 
     def _forget_draining(self, node: str) -> None:

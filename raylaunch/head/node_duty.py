@@ -35,7 +35,7 @@ class NodeDuty:
 
     async def run(self) -> None:
         context, backend = self._context, backends.of(self._context.cluster.backend)
-        loop = self._loop = await context.off_loop(NodeLoop, context.directory, context.config, backend)
+        loop = self._loop = await self._begin(backend)
         await context.ready.wait()
         if not context.elected:
             with contextlib.suppress(TimeoutError):
@@ -52,6 +52,16 @@ class NodeDuty:
             await asyncio.sleep(LEAST)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(context.nodes_changed.wait(), pause)
+
+    async def _begin(self, backend: Backend) -> NodeLoop:
+        """It reads what lies there already."""
+        context, begun = self._context, None
+        while begun is None:
+            with context.errors.caught("begin of the node loop"):
+                begun = await context.off_loop(NodeLoop, context.directory, context.config, backend)
+            if begun is None:
+                await asyncio.sleep(AFTER_FAILURE)
+        return begun
 
     async def _ask_whether_it_may_submit(self, loop: NodeLoop, backend: Backend) -> None:
         """Before the first joiner is needed."""

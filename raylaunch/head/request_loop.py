@@ -20,6 +20,8 @@ from raylaunch.timing import SAVE_LIMIT
 log = logging.getLogger("raylaunch.head")
 
 LOOK_EVERY = 0.3
+LARGEST = 1e9
+"""Beyond it, as 1e999 and NaN are, a number is no number of nodes or seconds."""
 
 
 class Refused(ValueError):
@@ -129,6 +131,6 @@ def _text(wanted: Mapping[str, Any], key: str) -> str:
 
 def _number(wanted: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = wanted.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
         raise Refused(f"{key} is no number: {value!r}")
     return value

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raylaunch import consolidate, runs
 from raylaunch.errors import RaylaunchError
-from raylaunch.head.context import Context
+from raylaunch.head.context import Context, Replaced
 from raylaunch.head.drivers import Drivers
 from raylaunch.head.ending import Ending
 from raylaunch.head.member_table import MemberTable
@@ -90,16 +90,20 @@ class RunQueue:
         return True
 
     async def _outcome(self, name: str) -> str:
-        outcome = "failed"  # where it cannot be told: the cluster lives on
+        outcome = "failed"  # where a mistake of ours keeps it from being told: the cluster lives on
         making_way = asyncio.create_task(self.make_way(name))
         try:
             with self._context.errors.caught(f"run {name}"):
-                outcome = await self.drive(name)
-                if outcome in runs.FINAL:
-                    run = runs.directory(self._context.directory, name)
-                    await self._context.off_loop(consolidate.tell_cut_off, run)
+                try:
+                    outcome = await self.drive(name)
+                except Replaced:
+                    outcome = "fenced"
         finally:
             making_way.cancel()
+        if outcome in runs.FINAL:
+            with self._context.errors.caught(f"weights of run {name}"):
+                run = runs.directory(self._context.directory, name)
+                await self._context.off_loop(consolidate.tell_cut_off, run)
         return outcome
 
     def _over(self, name: str, outcome: str) -> None:
@@ -125,21 +129,21 @@ class RunQueue:
     # -- one run ---------------------------------------------------------------------------------------
 
     async def drive(self, name: str) -> str:
-        """Drive a run until it ends; its last state."""
+        """Drive a run until it ends; its last state. Raises Replaced."""
         context, run = self._context, runs.directory(self._context.directory, name)
-        record = await context.off_loop(Run.read, run)
+        record = await context.insist(Run.read, run)
         if record is None:
             return "failed"  # it was moved away while it waited
         if record.state in runs.FINAL:  # the head before this one went when its driver was about to
             context.event("run_ended", run=name, state=record.state, status=0)
             return str(record.state)
-        if await context.off_loop(runs.stop_continues, run):
-            await context.off_loop(runs.clear_stop, run)
+        if await context.insist(runs.stop_continues, run):
+            await context.insist(runs.clear_stop, run)
         context.event("run_started", run=name)
         status, said = await self._drive(run, record)
-        if status == runs.DRIVER_FENCED or await context.off_loop(context.is_fenced):
-            return "fenced"
-        outcome = str(await context.off_loop(runs.settle, run, status, record.id))
+        if status == runs.DRIVER_FENCED:
+            raise Replaced
+        outcome = str(await context.insist(runs.settle, run, status, record.id))
         if not said and outcome in runs.FINAL:
             with contextlib.suppress(RaylaunchError, OSError):
                 await self._drivers.tell(run, RUN_TELL_LIMIT)
@@ -149,17 +153,18 @@ class RunQueue:
     async def _drive(self, run: Path, record: Run) -> tuple[int, bool]:
         """One driver after the other; the last one's exit status, and whether it had a last word."""
         context, losses = self._context, Losses()
-        last = await context.off_loop(runs.last_metrics, run)
+        last = await context.insist(runs.last_metrics, run)
         while True:
-            began = time.monotonic()
+            began, waits = time.monotonic(), context.waits
             status = await self._drivers.run(run)
-            now = await context.off_loop(Run.read, run)
+            now = await context.insist(Run.read, run)
             said = now is None or now.id != record.id or now.state in runs.FINAL
             if said or status in {0, runs.DRIVER_FENCED} or context.course.ending:
                 return status, said
             context.event("driver_lost", run=run.name, status=status)
-            before, last = last, await context.off_loop(runs.last_metrics, run)
-            losses = losses.and_one(last != before, time.monotonic() - began)
+            before, last = last, await context.insist(runs.last_metrics, run)
+            if context.waits == waits:  # else it died of what kept us waiting, too
+                losses = losses.and_one(last != before, time.monotonic() - began)
             if not losses.again:
                 return status, said
             await asyncio.sleep(losses.pause(status))
@@ -167,20 +172,25 @@ class RunQueue:
     async def make_way(self, name: str, limit: float = SAVE_LIMIT) -> None:
         """Have a driver end that has other things to do when its run is over (its weights are written), `limit` seconds
         after another run began to wait for it; for as long as this is not cancelled."""
-        run = runs.directory(self._context.directory, name)
-        ours = await self._context.off_loop(Run.read, run)
+        context, run = self._context, runs.directory(self._context.directory, name)
+        ours: Run | None = None
         since: float | None = None
-        while ours is not None:
+        while True:
+            with context.errors.caught("look for a driver that outlives its run"):
+                ours = ours or await context.off_loop(Run.read, run)
+                now = await context.off_loop(Run.read, run) if ours and context.memory.queue else None
+                if not (ours and now and (now.state in runs.FINAL or now.id != ours.id)):
+                    since = None
+                elif since is None:
+                    since = time.monotonic()
+                elif time.monotonic() - since >= limit:
+                    return await self._cut_short(run, asked=now.id == ours.id)
             await asyncio.sleep(LOOK_EVERY)
-            now = await self._context.off_loop(Run.read, run) if self._context.memory.queue else None
-            is_over = now is not None and (now.state in runs.FINAL or now.id != ours.id)
-            since = (since or time.monotonic()) if is_over else None
-            if since is not None and time.monotonic() - since >= limit:
-                return await self._cut_short(run, asked=now is not None and now.id == ours.id)
 
     async def _cut_short(self, run: Path, asked: bool) -> None:
-        self._context.event("driver_cut_short", run=run.name, reason="another run waits")
+        context = self._context
+        context.event("driver_cut_short", run=run.name, reason="another run waits")
         if asked:  # else the file is the next run's of that name
-            await self._context.off_loop(runs.request_stop, run, "another run waits")
+            await context.off_loop(context.tried, runs.request_stop, run, "another run waits")
             await asyncio.sleep(STOP_LIMIT)
         self._drivers.kill()

@@ -9,7 +9,6 @@ It never retries, sleeps, or calls a command once a node or a job where one call
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -242,15 +241,6 @@ class Slurm:
         """What squeue does not say of a job; None where Slurm does not know it (any more: MinJobAge after its end)."""
         done = self._call(["scontrol", "show", "job", "--oneliner", job])
         return parse.parse_detail(done.stdout)
-
-    def preempt_mode(self, job: str) -> str:
-        """What Slurm does with the job's partition's jobs when it preempts them: REQUEUE, CANCEL, …; "" if unsaid."""
-        row = self.jobs([job]).get(job)
-        if row is None:
-            return ""
-        done = self._call(["scontrol", "show", "partition", "--oneliner", row.partition])
-        match = re.search(r" PreemptMode=(\w+)", done.stdout)
-        return match[1].upper() if match is not None else ""
 
     def requeue(self, job: str) -> None:
         """End the job and queue it anew, under its id. It then waits, two minutes by default, for its old

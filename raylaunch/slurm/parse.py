@@ -162,8 +162,8 @@ class JobDetail:
 
     preempted: bool
     """Slurm has decided to give its nodes to another job."""
-    requeue: bool
-    """Slurm may run it again (sbatch's --requeue, JobRequeue in slurm.conf)."""
+    restarts: int
+    """How often it was requeued. Slurm counts at the very moment in which it decides to run a job again."""
     signal: int
     """That ended its batch script, 0: none has."""
     output: Path | None
@@ -311,13 +311,18 @@ def parse_jobs(text: str) -> list[JobRow]:
 
 def parse_detail(text: str) -> JobDetail | None:
     """`scontrol show job --oneliner` of one job; None where it shows none."""
-    says = dict(re.findall(r"(?:^| )(PreemptTime|Requeue|ExitCode|StdOut)=(\S+)", text))
-    if "ExitCode" not in says:
+    _, known, fields = text.partition("\n")[0].partition(
+        " JobState="
+    )  # before it: the job's name, which may be anything
+    says: dict[str, str] = {}
+    for key, value in re.findall(r" (PreemptTime|Restarts|ExitCode|StdOut)=(.*?)(?= \w+=|$)", f" {fields}"):
+        says.setdefault(key, value)  # behind them: a comment, which may be anything
+    if not known:
         return None
     return JobDetail(
         preempted=says.get("PreemptTime", "None") not in _NOTHING,
-        requeue=says.get("Requeue") == "1",
-        signal=_number(says["ExitCode"].partition(":")[2]),
+        restarts=_number(says.get("Restarts", "0")),
+        signal=_number(says.get("ExitCode", "0:0").partition(":")[2]),
         output=Path(says["StdOut"]) if says.get("StdOut", "").startswith("/") else None,
     )
 

@@ -156,19 +156,18 @@ SWITCHES = (
         ("allocation::test_preempted[low-False]",),
     ),
     Switch(
-        "successors", "raylaunch/allocation.py", ' or slurm.preempt_mode(job) != "CANCEL"', " or True",
-        ("allocation::test_preempted[lowc-False]",),
+        "successors", "raylaunch/head/allocation_policy.py", " and (self.taken in _COMES_BACK if says is None else says)", "",
+        (
+            "allocation::test_preempted[lowc-False]",
+            "allocation::test_the_batch_host_boots_before_slurm_found_it_dead[False]",
+        ),
     ),
     Switch(
         "a batch host that is new", "raylaunch/allocation.py", " and self.signal == _NO_SCRIPT", " and False",
         ("allocation::test_the_batch_host_boots_before_slurm_found_it_dead",),
     ),
     Switch(
-        "jobs that may not be requeued", "raylaunch/allocation.py", "not detail.requeue", "False",
-        ("allocation::test_the_batch_host_boots_before_slurm_found_it_dead[False]",),
-    ),
-    Switch(
-        "one allocation", "raylaunch/allocation.py", "if _waits(slurm, job):", "if False:",
+        "one allocation", "raylaunch/allocation.py", "if _IS_REQUEUED in str(error).lower() or _waits(slurm, job):", "if False:",
         ("allocation::test_a_job_that_waits_again_already",),
     ),
     Switch(
@@ -177,7 +176,7 @@ SWITCHES = (
     ),
     Switch(
         "why it ended", "raylaunch/head/ending.py",
-        "cause=await asyncio.to_thread(allocation.why_ended, context.directory, job)", 'cause="preemption"',
+        "cause=word.cause, cancelled=word.cancelled", 'cause="preemption"',
         ("allocation::test_a_cancelled_job_stays_cancelled",),
     ),
     Switch("watchdog", "raylaunch/watchdog.py", "if idle <= most:", "if True:", ("training_loop::test_a_rank_hangs",)),

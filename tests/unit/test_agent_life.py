@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ import virtual
 from raylaunch import agent, hosts, layout
 from raylaunch.agent import Agent, Here, NodeSetup
 from raylaunch.config import Config
-from raylaunch.errors import BringUpError
+from raylaunch.errors import BringUpError, ConfigError, RaylaunchError, StateError
 from raylaunch.layout import Head
 from raylaunch.link import Closed
 
@@ -277,3 +278,146 @@ def test_under_a_newer_head_ray_starts_afresh(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(agent.sample, "start", lambda *_: None)
     live(monkeypatch, scenario, ended)
     assert ended == [4712]
+
+
+# -- a storage that hiccups while a node begins -------------------------------------------------------
+
+
+def storage_error(number: int, kind: type[RaylaunchError] = StateError) -> RaylaunchError:
+    """As `state` and `configfile` tell of it."""
+    error = kind("cannot read that")
+    error.__cause__ = OSError(number, "from the storage")
+    return error
+
+
+def hiccup(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, *errors: Exception, after: bool = False) -> None:
+    """The first calls raise these. `after`: only when their work is done."""
+    work, left = getattr(place, name), list(errors)
+
+    def failing(*arguments: Any) -> Any:
+        if left and not after:
+            raise left.pop(0)
+        answer = work(*arguments)
+        if left:
+            raise left.pop(0)
+        return answer
+
+    monkeypatch.setattr(place, name, failing)
+
+
+class Duties:
+    """Leads, after it failed with these."""
+
+    failures: list[Exception] = []  # noqa: RUF012
+    begun: list[tuple[int, str]] = []  # noqa: RUF012
+
+    def __init__(self, directory: Path, cluster: Any, config: Any, head: Head, *_: Any, **__: Any) -> None:
+        self.head = head
+
+    async def open(self, why: str) -> None:
+        self.begun.append((self.head.incarnation, why))
+        if self.failures:
+            raise self.failures.pop(0)
+
+
+@pytest.fixture
+def first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The first node of a requeued job: a head.json of the allocation before it is there."""
+    assert layout.claim(tmp_path, 1, "n1", "7:0")
+    HEAD.write(tmp_path / layout.HEAD_FILE)
+    node = made(FakeLink(), replace(HERE, directory=tmp_path, node="n1", index=0, life="7:1"))
+
+    async def connect(head: Head) -> Any:
+        return node.link
+
+    node._connect = connect
+    monkeypatch.setattr(agent, "HeadDuties", Duties)
+    monkeypatch.setattr(Duties, "failures", [])
+    monkeypatch.setattr(Duties, "begun", [])
+    return node
+
+
+def test_a_storage_that_hiccups_ends_no_cluster_that_begins(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
+    """Neither reading, nor the claim, nor what a head writes as it begins."""
+    stale = OSError(errno.ESTALE, "stale file handle")
+    hiccup(monkeypatch, Head, "read", storage_error(errno.EIO), StateError("half a file"))
+    hiccup(monkeypatch, layout, "began", stale)
+    hiccup(monkeypatch, layout, "claims", stale)
+    hiccup(monkeypatch, layout, "claim", storage_error(errno.EIO))
+    Duties.failures += [storage_error(errno.EIO), stale]
+    _, head = virtual.run(monkeypatch, first._first_head)
+    assert (head.incarnation, head.life) == (2, "7:1") and Duties.begun == [(2, "")] * 3
+
+
+def test_a_claim_that_was_made_though_it_failed_is_ours(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
+    hiccup(monkeypatch, layout, "claim", OSError(errno.EIO, "the answer got lost"), after=True)
+    _, head = virtual.run(monkeypatch, first._first_head)
+    assert head.incarnation == 2 and layout.claims(first.here.directory) == [1, 2]
+
+
+def test_another_s_claim_is_not(first: Any) -> None:
+    directory = first.here.directory
+    assert layout.claim(directory, 2, "n1", "7:2") and layout.claim(directory, 3, "n9", "7:1")
+    assert [agent._claim(first.here, number) for number in (1, 2, 3, 4)] == [False, False, False, True]
+
+
+def test_a_first_head_that_is_fenced_is_told_at_once(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
+    """What it would write again is the newer one's by now."""
+    Duties.failures += [StateError("a newer incarnation has begun")]
+    with pytest.raises(BringUpError, match="a newer incarnation"):
+        virtual.run(monkeypatch, first._first_head)
+    assert Duties.begun == [(2, "")]
+
+
+def test_an_elected_head_that_cannot_begin_resigns_at_once(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
+    Duties.failures += [storage_error(errno.EIO)]
+    with pytest.raises(StateError):
+        virtual.run(monkeypatch, lambda: first._lead(2, "elected"))
+    assert Duties.begun == [(2, "elected")] and first.again
+
+
+def test_a_look_for_the_head_that_fails_saw_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    HEAD.write(tmp_path / layout.HEAD_FILE)
+    hiccup(monkeypatch, Head, "read", storage_error(errno.ESTALE), OSError(errno.EIO, "input/output error"))
+    assert virtual.run(monkeypatch, lambda: agent.wait_for_head(replace(HERE, directory=tmp_path))) == HEAD
+
+
+@pytest.mark.parametrize(
+    ("number", "limit"), [(errno.EIO, agent.HEAD_PATIENCE), (errno.EACCES, 0.0), (errno.ENOTDIR, 0.0)]
+)
+def test_when_looking_for_the_head_fails_for_good(monkeypatch: pytest.MonkeyPatch, number: int, limit: float) -> None:
+    """A wrong setup is told at once."""
+
+    async def main() -> float:
+        began = time.monotonic()
+        with pytest.raises(StateError, match="cannot read"):
+            await agent.wait_for_head(HERE)
+        return time.monotonic() - began
+
+    hiccup(monkeypatch, Head, "read", *[storage_error(number)] * 10000)
+    assert limit <= virtual.run(monkeypatch, main) < limit + 1.0
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (storage_error(errno.EIO), 4),  # for READ_LIMIT
+        (storage_error(errno.EIO, ConfigError), 4),
+        (OSError(errno.ETIMEDOUT, "time-out"), 4),
+        (storage_error(errno.EACCES), 1),
+        (storage_error(errno.ENOENT, BringUpError), 1),  # the token is gone
+        (PermissionError(errno.EPERM, "no hard links here"), 1),
+        (ConfigError("config.yaml:3: no such key"), 1),
+    ],
+)
+def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int) -> None:
+    monkeypatch.setattr(agent, "READ_LIMIT", 3 * agent.AGAIN_PAUSE)
+    made_tries: list[int] = []
+
+    async def work() -> None:
+        made_tries.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        virtual.run(monkeypatch, lambda: agent._patiently(work))
+    assert len(made_tries) == tries

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from raylaunch import allocation, layout, locks
-from raylaunch.allocation import Look, Onward, is_requeued_by_slurm
-from raylaunch.errors import SlurmUnavailable
+from raylaunch.allocation import Look, Onward, Word
+from raylaunch.errors import SlurmError, SlurmUnavailable
 from raylaunch.layout import Cluster
-from raylaunch.slurm.parse import JobDetail
+from raylaunch.slurm.parse import JobDetail, JobRow, JobState
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,8 @@ from raylaunch.slurm.parse import JobDetail
         (Look("TIMEOUT", 0.0), "timeout"),
         (Look("COMPLETING", None, reason="JobLaunchFailure"), "JobLaunchFailure"),
         (Look("COMPLETING", None, reason="Dependency"), ""),
+        (Look("COMPLETING", None, again=True), "requeued"),  # preempted, or by a person's `scontrol requeue`
+        (Look("COMPLETING", None, again=False), ""),
         (Look("COMPLETING", None, signal=1), "node_fail"),  # its batch host booted before it was found dead
         (Look("RUNNING", 60.0, signal=1), ""),
         (Look("COMPLETING", None, signal=15), ""),
@@ -36,42 +41,112 @@ def test_why_slurm_ends_a_job(look: Look, why: str) -> None:
 
 
 class FakeSlurm:
-    """It knows the job; `mode` is how its partition preempts."""
+    """Its answers, one after the other: an exception is raised."""
 
-    def __init__(self, requeue: bool | None, mode: str = "REQUEUE") -> None:
-        self._requeue, self._mode = requeue, mode
+    def __init__(self, **answers: Any) -> None:
+        self._answers = {name: iter(answer) for name, answer in answers.items()}
+        self.done: list[str] = []
 
-    def detail(self, _: str) -> JobDetail | None:
-        if self._requeue is None:
-            raise SlurmUnavailable("slurmctld does not answer")
-        return JobDetail(False, self._requeue, 0, None)
+    def __getattr__(self, name: str) -> Any:
+        def answer(*_: object) -> Any:
+            self.done.append(name)
+            found = next(self._answers[name])
+            if isinstance(found, Exception):
+                raise found
+            return found
 
-    def preempt_mode(self, _: str) -> str:
-        return self._mode
+        return answer
+
+
+SILENT = SlurmUnavailable("slurmctld does not answer")
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, **answers: Any) -> FakeSlurm:
+    slurm = FakeSlurm(**answers)
+    monkeypatch.setattr(allocation, "Slurm", lambda: slurm)
+    monkeypatch.setattr(allocation, "AGAIN_AFTER", 0.0)
+    return slurm
+
+
+def row(state: str, reason: str = "") -> dict[str, JobRow]:
+    return {"7": JobRow("7", JobState(state), "main", "me", 1, (), None, 60, reason, "x")}
+
+
+def test_what_squeue_says_counts_where_scontrol_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch, jobs=[row("COMPLETING", "JobLaunchFailure")], detail=[SILENT])
+    assert allocation.look("7") == Look("COMPLETING", 60, reason="JobLaunchFailure")
+
+
+def test_slurm_may_be_silent_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch, jobs=[SILENT, row("COMPLETING")], detail=[JobDetail(False, 3, 0, None)])
+    assert allocation.look("7", restarts=2) == Look("COMPLETING", 60, again=True)
+    asked(monkeypatch, jobs=[SILENT, SILENT])
+    assert allocation.look("7") is None
+
+
+OLD, NEW = "2026-11-30T10:00:00", "2026-11-30T12:00:00"
 
 
 @pytest.mark.parametrize(
-    ("why", "slurm", "again"),
+    ("lines", "word"),
     [
-        ("node_fail", FakeSlurm(True), True),
-        ("node_fail", FakeSlurm(False), False),  # a cluster of `up`
-        ("node failure", FakeSlurm(True), True),
-        ("requeued", FakeSlurm(True), True),
-        ("preempted", FakeSlurm(True), True),
-        ("preempted", FakeSlurm(True, "CANCEL"), False),
-        ("preemption", FakeSlurm(False), False),
-        ("node_fail", FakeSlurm(None), True),
-        ("timeout", FakeSlurm(True), False),
-        ("time limit", FakeSlurm(True), False),
-        ("JobLaunchFailure", FakeSlurm(True), False),
-        ("its job was told to end", FakeSlurm(True), False),
+        ([f"{NEW} DUE TO TIME LIMIT ***"], Word("time limit")),
+        ([f"{NEW} DUE TO NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS ***"], Word("node failure")),
+        ([f"{NEW} DUE TO JOB REQUEUE ***"], Word("job requeue")),
+        ([f"{NEW} ***"], Word(cancelled=True)),
+        ([f"{NEW} ***", f"{NEW} DUE TO PREEMPTION ***"], Word("preemption")),  # of the grace, and of its end
+        ([f"{OLD} DUE TO TIME LIMIT ***"], Word()),  # of the allocation before: the job was requeued
+        ([f"{OLD} DUE TO PREEMPTION ***", f"{NEW} ***"], Word(cancelled=True)),
+        (["yesterday DUE TO TIME LIMIT ***"], Word("time limit")),  # SLURM_TIME_FORMAT
+        ([], Word()),
     ],
 )
-def test_what_slurm_runs_again_by_itself(
-    monkeypatch: pytest.MonkeyPatch, why: str, slurm: FakeSlurm, again: bool
+def test_slurmstepd_s_word(tmp_path: Path, lines: list[str], word: Word) -> None:
+    output = tmp_path / layout.LOGS / "slurm-7.out"
+    output.parent.mkdir()
+    output.write_text("".join(f"slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT {line}\n" for line in lines))
+    since = datetime.fromisoformat("2026-11-30T11:00:00").timestamp()
+    assert allocation.why_ended(tmp_path, "7", since, patience=0.0) == word
+
+
+PENDING = SlurmError("`scontrol requeue 7` failed (exit 1)\n  Job is pending execution")
+
+
+@pytest.mark.parametrize(
+    ("answers", "done"),
+    [
+        ({"requeue": [None]}, ["requeued"]),
+        ({"requeue": [SILENT, None]}, ["requeued"]),
+        ({"requeue": [PENDING]}, ["requeued"]),  # Slurm was quicker
+        ({"requeue": [SlurmError("no")], "jobs": [row("PENDING")]}, ["requeued"]),
+        ({"requeue": [SlurmError("no")], "jobs": [row("RUNNING")], "submit": [SILENT, "8"]},
+         ["requeued", "requeue_refused", "successor"]),
+        ({"requeue": [SlurmError("no")], "jobs": [row("RUNNING")], "submit": [SILENT, SILENT]},
+         ["requeued", "requeue_refused", "successor_refused"]),
+    ],
+)  # fmt: skip
+def test_the_next_allocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], done: list[str]
 ) -> None:
-    monkeypatch.setattr(allocation, "Slurm", lambda: slurm)
-    assert is_requeued_by_slurm("1", why) == again
+    asked(monkeypatch, **answers)
+    (tmp_path / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "walltime", Onward.REQUEUE)] == done
+
+
+def test_a_submission_that_may_have_been_taken_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = SlurmUnavailable("no answer within 10 s")
+    late.__cause__ = subprocess.TimeoutExpired("sbatch", 10)
+    slurm = asked(monkeypatch, submit=[late, "8"])
+    (tmp_path / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    done = [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Onward.SUCCESSOR)]
+    assert done == ["successor_refused"] and slurm.done == ["submit"]
+
+
+def test_a_successor_that_cannot_be_written_down_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch, submit=["8"])
+    (tmp_path / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    (tmp_path / layout.CLUSTER_FILE).write_text("{")
+    assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Onward.SUCCESSOR)] == ["successor"]
 
 
 def test_a_lock_that_somebody_frozen_holds_keeps_no_successor_back(

@@ -27,7 +27,8 @@ from raylaunch.head.allocation_policy import (
 )
 
 RUNNING, ENDING = Job("RUNNING", 60.0), Job("COMPLETING")
-PREEMPTED = Job("COMPLETING", preempted=True, taken="preempted")
+PREEMPTED = Job("COMPLETING", preempted=True, taken="preempted", again=False)
+REQUEUED = replace(PREEMPTED, again=True)
 
 
 def signal(job: Job | None = ENDING, **more: object) -> Facts:
@@ -57,13 +58,16 @@ def notice(left: float | None, notice: float = 60.0, **more: object) -> Facts:
         (signal(), End("")),
         (signal(None), End("")),
         (signal(PREEMPTED), End("preempted")),
-        (signal(PREEMPTED, runs_again=True), End("preempted", "itself")),
+        (signal(REQUEUED), End("preempted", "itself")),
         (signal(cause="time limit"), End("time limit")),
-        (signal(None, cause="node failure", runs_again=True), End("node failure", "itself")),
+        (signal(None, cause="node failure"), End("node failure", "itself")),  # Slurm is silent: mostly it does
+        (signal(Job("COMPLETING", taken="node_fail")), End("node_fail", "itself")),
+        (signal(Job("COMPLETING", taken="node_fail", again=False)), End("node_fail")),  # --no-requeue
+        (signal(cancelled=True), End("", cancelled=True)),
         # Where joiners can go on, they do.
         (signal(Job("COMPLETING", taken="JobLaunchFailure"), others=True),
          Resign("the base job ends (JobLaunchFailure), and the joiners go on", base_lost="JobLaunchFailure")),
-        (signal(PREEMPTED, others=True, runs_again=True), End("preempted", "itself")),
+        (signal(REQUEUED, others=True), End("preempted", "itself")),
         (signal(others=True), End("")),  # a person's scancel of the base job ends the cluster
         # A head that came with a joiner.
         (signal(in_base=False, others=True), Leave(JOB_ENDS)),
@@ -71,6 +75,7 @@ def notice(left: float | None, notice: float = 60.0, **more: object) -> Facts:
         (signal(RUNNING, in_base=False), Save(JOB_ENDS, limit=60.0)),
         (signal(PREEMPTED, in_base=False), End("the last joiner: preempted")),
         (signal(in_base=False), End("")),
+        (signal(REQUEUED, in_base=False), End("the last joiner: preempted")),  # a joiner is not run again
         # The end of a joiner's job.
         (Facts(Event.JOINER_ENDS, own=True, why="time"), Save("time", limit=60.0)),
         (Facts(Event.JOINER_ENDS, own=True, others=True, why="time"), Drain("time")),
@@ -85,39 +90,37 @@ def test_decisions(facts: Facts, expected: Decision) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "job", "cause", "way"),
+    ("facts", "job", "cause"),
     [
-        (notice(60.0), True, False, False),
-        (Facts(Event.JOINER_ENDS), False, False, False),
-        (signal(None), True, True, False),
-        (signal(RUNNING), True, False, False),
-        (signal(PREEMPTED), True, False, True),
-        (signal(cause="time limit"), True, True, True),
-        (signal(PREEMPTED, in_base=False), True, False, False),  # a joiner is not run again
-        (signal(in_base=False, others=True), False, False, False),  # it leaves, whatever it is
-        (signal(fenced=True), False, False, False),
+        (notice(60.0), True, False),
+        (Facts(Event.JOINER_ENDS), False, False),
+        (signal(None), True, True),
+        (signal(RUNNING), True, False),
+        (signal(PREEMPTED), True, False),
+        (signal(in_base=False, others=True), False, False),  # it leaves, whatever it is
+        (signal(fenced=True), False, False),
     ],
 )
-def test_what_is_asked_of_slurm(facts: Facts, job: bool, cause: bool, way: bool) -> None:
+def test_what_is_asked(facts: Facts, job: bool, cause: bool) -> None:
     """Each question costs seconds at the end of an allocation."""
-    assert (facts.wants_job, facts.wants_cause, facts.wants_way) == (job, cause, way)
+    assert (facts.wants_job, facts.wants_cause) == (job, cause)
 
 
 @given(
     event=st.sampled_from(Event), fenced=st.booleans(), in_base=st.booleans(), others=st.booleans(), own=st.booleans(),
-    job=st.sampled_from([None, RUNNING, ENDING, PREEMPTED]), cause=st.sampled_from(["", "time limit"]),
-    again=st.booleans(),
+    job=st.sampled_from([None, RUNNING, ENDING, PREEMPTED, REQUEUED]), cause=st.sampled_from(["", "time limit"]),
+    cancelled=st.booleans(),
 )  # fmt: skip
 def test_what_is_not_asked_for_decides_nothing(
-    event: Event, fenced: bool, in_base: bool, others: bool, own: bool, job: Job | None, cause: str, again: bool
+    event: Event, fenced: bool, in_base: bool, others: bool, own: bool, job: Job | None, cause: str, cancelled: bool
 ) -> None:
+    word = {"cause": "", "cancelled": True} if cancelled else {"cause": cause, "cancelled": False}
     facts = Facts(event, fenced, in_base, others, own=own)
-    full = replace(facts, job=job, cause=cause, runs_again=again)
     known = replace(facts, job=job) if facts.wants_job else facts
-    known = replace(known, cause=cause) if known.wants_cause else known
-    known = replace(known, runs_again=again) if known.wants_way else known
-    full = replace(full, cause="" if full.job is not None and full.job.taken else cause)
-    full = replace(full, runs_again=again and in_base)
+    known = replace(known, **word) if known.wants_cause else known  # type: ignore[arg-type]
+    full = replace(facts, job=job)
+    if full.job is None or not full.job.taken:
+        full = replace(full, **word)  # type: ignore[arg-type]
     assert decide(known) == decide(full)
 
 
@@ -135,12 +138,13 @@ def test_the_limit_of_requeues() -> None:
 
 # -- histories -------------------------------------------------------------------------------------
 
-ENDS = {  # what Slurm says of a job that it ended for reasons of its own: (look, slurmstepd's word, run again by itself)
-    "preempted": (PREEMPTED, "", True),
-    "cancelled by preemption": (PREEMPTED, "", False),
-    "time limit": (ENDING, "time limit", False),
-    "batch host back": (Job("COMPLETING", taken="JobLaunchFailure"), "", False),
-    "node failed": (None, "node failure", True),
+ENDS = {  # what Slurm says of a job that it ended for reasons of its own: (look, slurmstepd's word)
+    "preempted": (REQUEUED, ""),
+    "cancelled by preemption": (PREEMPTED, ""),
+    "time limit": (ENDING, "time limit"),
+    "batch host back": (Job("COMPLETING", taken="JobLaunchFailure", again=False), ""),
+    "batch host new": (Job("COMPLETING", taken="node_fail", again=True), ""),
+    "node failed": (None, "node failure"),
 }
 
 
@@ -173,10 +177,11 @@ class World:
             case "grace":
                 self.do(replace(facts, job=Job("RUNNING", 3600.0)))
             case "scancel":
-                if not before.ending:  # else how it goes on is decided already
-                    decision = self.do(replace(facts, job=ENDING))
-                    self.person = isinstance(decision, End)
-                    assert isinstance(decision, Leave) or (isinstance(decision, End) and not self.course.goes_on)
+                # while the end is under way, everybody leaves
+                others = self.others and not before.ending
+                decision = self.do(replace(facts, job=ENDING, cancelled=True, others=others))
+                self.person = self.person or isinstance(decision, End)
+                assert isinstance(decision, Leave) or (isinstance(decision, End) and not self.course.goes_on)
             case "down":
                 self.course = before.called_off("down") if before.ending else before.begin("down")
                 self.person = True
@@ -189,8 +194,8 @@ class World:
             case "fenced":
                 assert isinstance(decide(replace(facts, fenced=True)), Resign)
             case _:
-                job, cause, again = ENDS[what]
-                self.do(replace(facts, job=job, cause=cause, runs_again=again and self.in_base))
+                job, cause = ENDS[what]
+                self.do(replace(facts, job=job, cause=cause, others=self.others and not before.ending))
         assert not before.ending or self.course.reason == before.reason, "an allocation ends once"
 
     def do(self, facts: Facts) -> Decision:

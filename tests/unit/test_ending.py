@@ -13,8 +13,8 @@ import pytest
 from made_heads import Place, joined, run
 from test_run_queue import FakeDrivers
 
-from raylaunch import allocation, layout, runs
-from raylaunch.allocation import Look, Onward
+from raylaunch import allocation, layout, runs, state
+from raylaunch.allocation import Look, Onward, Word
 from raylaunch.config import Config
 from raylaunch.errors import SlurmError
 from raylaunch.head import HeadDuties, ending
@@ -26,12 +26,11 @@ class FakeSlurm:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.look: Look | None = Look("COMPLETING", None)
-        self.cause, self.runs_again, self.refuses = "", False, False
+        self.word, self.refuses = Word(), False
         self.asked: list[str] = []
         self.done: list[str] = []
-        monkeypatch.setattr(allocation, "look", lambda job: self._ask("look", self.look))
-        monkeypatch.setattr(allocation, "why_ended", lambda *_: self._ask("why", self.cause))
-        monkeypatch.setattr(allocation, "is_requeued_by_slurm", lambda *_: self._ask("again", self.runs_again))
+        monkeypatch.setattr(allocation, "look", lambda *_: self._ask("look", self.look))
+        monkeypatch.setattr(allocation, "why_ended", lambda *_: self._ask("why", self.word))
         monkeypatch.setattr(allocation, "give_back", lambda jobs: self.done.extend(f"cancel {job}" for job in jobs))
         monkeypatch.setattr(allocation, "Slurm", lambda: self)
 
@@ -89,19 +88,21 @@ async def signalled(head: HeadDuties) -> None:
 
 
 @pytest.mark.parametrize(
-    ("look", "cause", "again", "done"),
+    ("look", "cause", "done"),
     [
-        (Look("COMPLETING", None, preempted=True), "", False, ["submit"]),
-        (Look("COMPLETING", None, preempted=True), "", True, []),  # Slurm queues it anew by itself
-        (Look("COMPLETING", None), "time limit", False, ["submit"]),
-        (None, "node failure", True, []),
+        (Look("COMPLETING", None, preempted=True, again=False), "", ["submit"]),
+        (Look("COMPLETING", None, again=True), "", []),  # Slurm queues it anew by itself
+        (Look("COMPLETING", None, signal=1, again=True), "", []),  # its batch host booted
+        (Look("COMPLETING", None, signal=1, again=False), "", ["submit"]),
+        (Look("COMPLETING", None), "time limit", ["submit"]),
+        (None, "node failure", []),
     ],
 )
 def test_what_slurm_takes_goes_on_once(
-    place: Place, slurm: FakeSlurm, look: Look | None, cause: str, again: bool, done: list[str]
+    place: Place, slurm: FakeSlurm, look: Look | None, cause: str, done: list[str]
 ) -> None:
     place.run("r", "running")
-    slurm.look, slurm.cause, slurm.runs_again = look, cause, again
+    slurm.look, slurm.word = look, Word(cause)
 
     async def story() -> None:
         head = lead(place)
@@ -158,7 +159,7 @@ def test_the_notice_saves_and_has_the_job_requeued(place: Place, slurm: FakeSlur
         await end(head)
 
     run(story)
-    assert slurm.done == ["requeue 7"] and slurm.asked == ["look"]
+    assert slurm.done == ["requeue 7"] and slurm.asked == ["look"] * 2  # and once more before the requeue
     assert [row["why"] for row in place.events("notice")] == ["walltime"]
 
 
@@ -223,6 +224,125 @@ def test_down_while_the_allocation_ends(place: Place, slurm: FakeSlurm) -> None:
 
     run(story)
     assert slurm.done == [] and (place.directory / layout.ENDED_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("look", "word", "done"),
+    [
+        (Look("COMPLETING", None), Word(cancelled=True), []),  # a person wants no next allocation either
+        (Look("COMPLETING", None, again=True), Word(), []),  # Slurm runs the job again by itself: no second allocation
+        (Look("COMPLETING", None, preempted=True, again=False), Word(), ["submit"]),
+        (Look("COMPLETING", None), Word("time limit"), ["submit"]),
+        (Look("COMPLETING", None), Word(), ["requeue 7"]),  # nobody says why
+        (None, Word(), ["requeue 7"]),
+    ],
+)
+@pytest.mark.parametrize("signalled_first", [True, False])
+def test_the_job_ends_while_the_run_is_saved(
+    place: Place, slurm: FakeSlurm, look: Look | None, word: Word, done: list[str], signalled_first: bool
+) -> None:
+    """Slurm ends it, or a person, and SIGTERM comes, or comes when the agent does not hear any more."""
+    place.run("r", "running")
+    slurm.look = Look("RUNNING", 20.0)
+
+    async def story() -> None:
+        head = lead(place)
+        head.notice()
+        await head.context.all_done()
+        assert head.context.course.goes_on
+        slurm.look, slurm.word = look, word
+        if signalled_first:
+            await signalled(head)
+        await end(head)
+
+    run(story)
+    assert slurm.done == done and (place.directory / layout.ENDED_FILE).exists() == word.cancelled
+
+
+def test_sigterm_of_the_grace_lets_the_save_go_on(place: Place, slurm: FakeSlurm) -> None:
+    place.run("r", "running")
+    slurm.look = Look("RUNNING", 20.0)
+
+    async def story() -> None:
+        head = lead(place)
+        saved = asyncio.Event()
+        head.ending._drivers.ended = saved.wait  # type: ignore[method-assign,assignment]
+        head.ending.begin("walltime", 60.0, goes_on=True)
+        assert head.terminated()
+        async with asyncio.timeout(10):
+            while not slurm.asked:
+                await asyncio.sleep(0.001)
+        assert not place.stopped
+        saved.set()
+        await head.context.all_done()
+        assert place.stopped == ["walltime"]
+
+    run(story)
+    assert not place.events("notice")
+
+
+def test_a_stop_is_not_forgotten_by_the_notice(place: Place, slurm: FakeSlurm) -> None:
+    directory = place.run("r", "running")
+    runs.request_stop(directory, "raylaunch stop")
+    slurm.look = Look("RUNNING", 20.0)
+
+    async def story() -> None:
+        head = lead(place)
+        head.notice()
+        await head.context.all_done()
+
+    run(story)
+    assert runs.stop_reason(directory) == "raylaunch stop" and not runs.stop_continues(directory)
+
+
+def test_a_head_that_was_frozen_in_its_end_has_no_last_word(place: Place, slurm: FakeSlurm) -> None:
+    async def story() -> None:
+        head = lead(place)
+        await head.close("down")
+        layout.claim(place.directory, 2, "n2")
+        await asyncio.to_thread(head.write_end, "down", 0)
+
+    run(story)
+    assert not (place.directory / layout.ENDED_FILE).exists() and not slurm.done
+
+
+def test_a_storage_that_stalls_at_the_very_end(place: Place, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job is requeued all the same."""
+    monkeypatch.setattr(ending, "STORAGE_LIMIT", 0.01)
+    monkeypatch.setattr(ending, "STALLED_LIMIT", 0.01)
+    place.run("r", "running")
+    slurm.look = Look("RUNNING", 20.0)
+    stalls = threading.Event()
+
+    async def story() -> None:
+        head = lead(place)
+        head.ending.begin("walltime", 0.0, goes_on=True)
+        await head.context.all_done()
+        stalled = asyncio.ensure_future(head.context.off_loop(stalls.wait, 10))
+        monkeypatch.setattr(head.context.duties_file, "write", lambda _: stalls.wait(10))
+        monkeypatch.setattr(state, "append_event", lambda *_, **__: stalls.wait(10))
+        await end(head)
+        assert slurm.done == ["requeue 7"] and not stalled.done()
+        stalls.set()
+        await stalled
+
+    run(story)
+
+
+def test_down_while_the_run_is_paused_is_told(place: Place, slurm: FakeSlurm) -> None:
+    directory = place.run("r", "running")
+    slurm.look = Look("RUNNING", 20.0)
+
+    async def story() -> None:
+        head = lead(place)
+        head.notice()
+        await head.context.all_done()
+        runs.Run.read(directory).save(directory, state="queued")  # type: ignore[union-attr]
+        head.ending.down(5.0)
+        await end(head)
+        assert len(head.ending._drivers.told) == 1  # type: ignore[attr-defined]
+
+    run(story)
 
 
 def test_a_save_that_takes_too_long_is_told(place: Place, slurm: FakeSlurm) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -184,6 +185,28 @@ def test_storage_that_fails_does_not_end_the_search(monkeypatch: pytest.MonkeyPa
         assert (await network.seek())[1] == LOST
 
     virtual.run(monkeypatch, main)
+
+
+def test_a_claim_that_was_made_though_it_failed_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, network: Network
+) -> None:
+    """As that of a winner who died."""
+    claim, errors = layout.claim, [OSError(errno.EIO, "the answer got lost")]
+
+    def failing(*arguments: Any) -> bool:
+        made = claim(*arguments)
+        if errors:
+            raise errors.pop()
+        return made
+
+    async def main() -> None:
+        network.table("n1", "n2", "n3")
+        network.answers["a3"] = "lost"
+        assert (await network.seek())[1].incarnation == 5
+
+    monkeypatch.setattr(layout, "claim", failing)
+    virtual.run(monkeypatch, main)
+    assert layout.claims(network.directory) == [4, 5]
 
 
 def test_a_search_that_is_given_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from raylaunch.errors import SlurmError
 from raylaunch.slurm import parse
-from raylaunch.slurm.parse import ENDING, TERMINAL, WAITING, JobState
+from raylaunch.slurm.parse import ENDING, TERMINAL, WAITING, JobDetail, JobState
 
 DATA = Path(__file__).parent / "data"
 SEP = parse.SEPARATOR
@@ -167,6 +167,24 @@ def test_parse_submitted(text: str, job: str) -> None:
 def test_no_job_id(text: str) -> None:
     with pytest.raises(SlurmError, match="no job id"):
         parse.parse_submitted(text)
+
+
+DETAIL = (
+    "JobId=7 JobName=my run UserId=alice(1000) GroupId=alice(1000) MCS_label=N/A Priority=4294901756 Nice=0 Account=(null) "
+    "QOS=normal JobState=COMPLETING Reason=None Dependency=(null) Requeue=1 Restarts=1 BatchFlag=2 Reboot=0 ExitCode=0:1 "
+    "RunTime=00:00:21 TimeLimit=01:00:00 StartTime=2026-11-30T21:55:00 PreemptEligibleTime=2026-11-30T21:55:00 "
+    "PreemptTime=None Partition=main NodeList=node[2-3] BatchHost=node1 Comment=raylaunch StdOut=/data/my job/slurm-7.out Power="
+)
+
+
+def test_detail() -> None:
+    found = parse.parse_detail(DETAIL + "\n")
+    assert found == JobDetail(False, 1, 1, Path("/data/my job/slurm-7.out"))
+    preempted = parse.parse_detail(DETAIL.replace("PreemptTime=None", "PreemptTime=2026-11-30T21:56:15"))
+    assert preempted is not None and preempted.preempted
+    odd = DETAIL.replace("my run", "a Restarts=9 ExitCode=0:15").replace("=raylaunch", "=Restarts=9 ExitCode=0:15")
+    assert parse.parse_detail(odd) == found  # a name and a comment may be anything
+    assert parse.parse_detail("") is None and parse.parse_detail("slurm_load_jobs error") is None
 
 
 def test_finished() -> None:
