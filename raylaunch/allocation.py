@@ -39,9 +39,9 @@ _IS_REQUEUED = "pending execution"
 """slurmctld's answer when a job is to be requeued that waits already, or will when it has ended."""
 _ENDED = re.compile(r"CANCELLED AT (\S+)(?: DUE TO ([A-Z]+(?: [A-Z]+)*))?")
 _TAKEN = {"PREEMPTED", "TIMEOUT", "NODE_FAIL", "REQUEUED", "BOOT_FAIL", "DEADLINE"}
-_BROKEN = {"JobLaunchFailure", "NodeDown", "SystemFailure", "NonZeroExitCode", "RaisedSignal"}
-"""squeue's reasons of a job whose batch script is gone: when a batch host that Slurm held for down comes back,
-Slurm ends the whole job, whatever --no-kill says (JobLaunchFailure)."""
+_REASONS = {"TimeLimit", "JobLaunchFailure", "NodeDown", "SystemFailure", "NonZeroExitCode", "RaisedSignal"}
+"""squeue's, of a job whose time is up, or whose batch script is gone: when a batch host that Slurm held for down comes
+back, Slurm ends the whole job, whatever --no-kill says (JobLaunchFailure)."""
 _NO_SCRIPT = 1
 """The signal by which slurmctld marks a job whose batch host came back without its batch script, for it booted before it
 was found dead; slurmctld then ends the whole job (NODE_FAIL, but squeue says COMPLETING for no reason). Of a job that a
@@ -83,7 +83,7 @@ class Look:
             return "node_fail"
         if self.again:  # of a job that is preempted and requeued, Slurm says no more
             return "requeued"
-        return self.reason if self.reason in _BROKEN else ""
+        return self.reason if self.reason in _REASONS else ""
 
 
 def look(job: str, restarts: int = 0) -> Look | None:

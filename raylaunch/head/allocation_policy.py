@@ -176,7 +176,9 @@ def _terminated(facts: Facts) -> Decision:
     if facts.job is not None and facts.job.state == "RUNNING":  # the grace before a preemption
         return _noticed(facts) if facts.in_base else Save(JOB_ENDS, SAVE_LIMIT)
     if not facts.taken:
-        return End("", cancelled=facts.cancelled)
+        # Of all else that ends a job, Slurm gives a reason, where it says anything.
+        says = facts.job is not None and facts.job.again is not None
+        return End("", cancelled=facts.cancelled or says)
     why = facts.taken if facts.in_base else f"the last joiner: {facts.taken}"
     if facts.runs_again:
         return End(why, "itself")

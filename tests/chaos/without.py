@@ -141,7 +141,7 @@ SWITCHES = (
         ("joining::test_the_head_is_away_for_longer",),
     ),
     Switch(
-        "a batch host that comes back", "raylaunch/allocation.py", 'return self.reason if self.reason in _BROKEN else ""',
+        "a batch host that comes back", "raylaunch/allocation.py", 'return self.reason if self.reason in _REASONS else ""',
         'return ""', ("allocation::test_the_batch_host_is_away_for_longer",),
     ),
     Switch(

@@ -27,6 +27,7 @@ from raylaunch.slurm.parse import JobDetail, JobRow, JobState
         (Look("COMPLETING", None, preempted=True), "preempted"),
         (Look("TIMEOUT", 0.0), "timeout"),
         (Look("COMPLETING", None, reason="JobLaunchFailure"), "JobLaunchFailure"),
+        (Look("COMPLETING", None, reason="TimeLimit"), "TimeLimit"),
         (Look("COMPLETING", None, reason="Dependency"), ""),
         (Look("COMPLETING", None, again=True), "requeued"),  # preempted, or by a person's `scontrol requeue`
         (Look("COMPLETING", None, again=False), ""),

@@ -64,6 +64,7 @@ def notice(left: float | None, notice: float = 60.0, **more: object) -> Facts:
         (signal(Job("COMPLETING", taken="node_fail")), End("node_fail", "itself")),
         (signal(Job("COMPLETING", taken="node_fail", again=False)), End("node_fail")),  # --no-requeue
         (signal(cancelled=True), End("", cancelled=True)),
+        (signal(Job("COMPLETING", again=False)), End("", cancelled=True)),  # Slurm knows of no other reason
         # Where joiners can go on, they do.
         (signal(Job("COMPLETING", taken="JobLaunchFailure"), others=True),
          Resign("the base job ends (JobLaunchFailure), and the joiners go on", base_lost="JobLaunchFailure")),

@@ -230,6 +230,7 @@ def test_down_while_the_allocation_ends(place: Place, slurm: FakeSlurm) -> None:
     ("look", "word", "done"),
     [
         (Look("COMPLETING", None), Word(cancelled=True), []),  # a person wants no next allocation either
+        (Look("COMPLETING", None, again=False), Word(), []),
         (Look("COMPLETING", None, again=True), Word(), []),  # Slurm runs the job again by itself: no second allocation
         (Look("COMPLETING", None, preempted=True, again=False), Word(), ["submit"]),
         (Look("COMPLETING", None), Word("time limit"), ["submit"]),
@@ -256,7 +257,8 @@ def test_the_job_ends_while_the_run_is_saved(
         await end(head)
 
     run(story)
-    assert slurm.done == done and (place.directory / layout.ENDED_FILE).exists() == word.cancelled
+    by_a_person = word.cancelled or look == Look("COMPLETING", None, again=False)
+    assert slurm.done == done and (place.directory / layout.ENDED_FILE).exists() == by_a_person
 
 
 def test_sigterm_of_the_grace_lets_the_save_go_on(place: Place, slurm: FakeSlurm) -> None:
