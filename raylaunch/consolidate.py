@@ -43,7 +43,7 @@ def consolidate(run_dir: Path, config: Config, event: Callable[..., None], over:
 
 
 def tell_cut_off(run_dir: Path) -> None:
-    """Where the driver was lost while it exported, or before: tidy up, and say that it failed, which nobody else does."""
+    """Where the driver was lost while it exported, or before: tidy up, and say that it failed; nobody else does."""
     told = state.read_events(run_dir, *runs.FINAL, "exporting", "exported", "export_failed")
     last = told[-1]["kind"] if told else ""
     if last not in {"finished", "exporting"}:

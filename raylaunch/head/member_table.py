@@ -182,14 +182,15 @@ class MemberTable:
         successor drains it."""
         memory, member = self._context.memory, self.members.table.get(node)
         draining = memory.draining.get(node)
-        if draining is None or member is None:
+        if draining is None:
             return
         if node == self._context.head.node:
             self._context.resign(f"this node is drained: {draining.reason}")
             return
         memory.draining[node] = replace(draining, left=True)
         self._context.remember()
-        self.members.order("end", only=member)
+        if member is not None:
+            self.members.order("end", only=member)
 
     def all_drained(self) -> None:
         """There is no run any more."""

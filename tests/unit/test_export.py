@@ -147,6 +147,17 @@ def test_what_is_there_is_not_replaced(run: Callable[..., list[Event]], tmp_path
     assert kind == "export_failed" and "is there already" in told["reason"]
 
 
+def test_a_place_that_cannot_be_looked_at_is_told(
+    run: Callable[..., list[Event]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(_: Path) -> bool:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Path, "exists", stale)
+    ((kind, told),) = run(Process(0))
+    assert kind == "export_failed" and "Stale file handle" in told["reason"]
+
+
 def test_one_that_cannot_be_started_is_told(tmp_path: Path) -> None:
     events: list[str] = []
     consolidate.consolidate(tmp_path / "gone", Config(), lambda kind, **_: events.append(kind), lambda: None)
@@ -171,6 +182,24 @@ def test_one_whose_driver_was_lost_is_told_by_the_head(tmp_path: Path) -> None:
     state.append_event(run, "exporting")
     state.append_event(run, "exported")
     assert len(told()) == 1
+
+
+def test_one_whose_driver_was_lost_before_it_exported_is_told(tmp_path: Path) -> None:
+    run = state.make_dir(tmp_path / "r")
+
+    def told(save: bool, *kinds: str) -> int:
+        config = Config(checkpoint=CheckpointConfig(save_consolidated=save))
+        (run / layout.CONFIG_FILE).write_text(configfile.dump(config))
+        (run / state.EVENTS_FILE).unlink(missing_ok=True)
+        for kind in kinds:
+            state.append_event(run, kind)
+        for _ in range(2):
+            consolidate.tell_cut_off(run)
+        return len(state.read_events(run, "export_failed"))
+
+    assert told(True, "finished") == told(True, "finished", "exporting", "exported", "queued", "finished") == 1
+    assert not told(False, "finished") and not told(True, "finished", "exporting", "exported")
+    assert not told(True, "finished", "queued", "stopped")
 
 
 def test_who_watches_a_run_waits_for_its_weights(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sys
 import threading
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +25,7 @@ from raylaunch.config import Config
 from raylaunch.head import HeadDuties
 from raylaunch.layout import Cluster
 from raylaunch.link import Member
+from raylaunch.memory import Draining
 from raylaunch.nodeloop import Turn
 from raylaunch.roster import Roster
 
@@ -30,6 +33,17 @@ from raylaunch.roster import Roster
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
+
+
+def stale(*_: object) -> Any:
+    """What storage answers whose server was exchanged."""
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+async def until(what: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not what():
+            await asyncio.sleep(0.005)
 
 
 def hide_listings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +235,7 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
     async def story() -> None:
         head = place.lead(1)
         asked(place, "scale", nodes="many")
+        asked(place, "scale", nodes=float("inf"))
         asked(place, "dance")
         (place.directory / layout.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
         (place.directory / layout.REQUESTS / ".2-half.json").write_text('{"kind": "ru')
@@ -228,9 +243,9 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
         await head.requests.turn()
         assert place.read("duties.json")["queue"] == ["good"]
         await head.requests.turn()
-        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == ["bad", "bad", "bad", "json"]
+        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == ["bad", "bad", "bad", "bad", "json"]
         await head.context.off_loop(lambda: None)
-        assert len(place.events("request_refused")) == 2
+        assert len(place.events("request_refused")) == 3
 
     run(story)
 
@@ -240,12 +255,55 @@ def test_a_request_that_cannot_be_read_is_tried_again(place: Place, monkeypatch:
         head = place.lead(1)
         asked(place, "run", run="mine")
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "EIO")))
+            patch.setattr("raylaunch.requests._read", stale)
             patch.setattr(layout, "is_fenced", lambda *_: False)
             await head.requests.turn()
         assert len(left_over(place)) == 1 and not head.context.memory.queue
         await head.requests.turn()
         assert left_over(place) == [] and head.context.memory.queue == ["mine"]
+
+    run(story)
+
+
+def odd(folder: Path, kind: str) -> None:
+    """A file that sorts before all requests."""
+    path = folder / "0-odd.json"
+    match kind:
+        case "deeply nested":
+            path.write_text("[" * 60000)
+        case "large":
+            path.write_text('{"kind": "run", "run": "odd"}' + " " * 65536)
+        case "a pipe":
+            os.mkfifo(path)
+        case "a link":
+            (folder / ".elsewhere").write_text('{"kind": "run", "run": "odd"}')
+            path.symlink_to(folder / ".elsewhere")
+        case "a directory":
+            path.mkdir()
+        case name:
+            (folder / name).write_text('{"kind": "run", "run": "odd"}')
+
+
+@pytest.mark.parametrize("kind", ["deeply nested", "large", "a pipe", "a link", "a directory"])
+def test_what_is_no_request_is_set_aside_and_keeps_no_other_from_being_done(place: Place, kind: str) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        odd(place.directory / layout.REQUESTS, kind)
+        asked(place, "run", run="good")
+        await head.requests.turn()
+        assert head.context.memory.queue == ["good"] and left_over(place)[-1] == "odd.bad"
+
+    run(story)
+
+
+@pytest.mark.parametrize("name", ["0-odd.taken-00000001~", "0-odd.taken-1.bak", "0-odd.taken-"])
+def test_a_file_of_somebody_s_own_is_left_alone(place: Place, name: str) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        odd(place.directory / layout.REQUESTS, name)
+        asked(place, "run", run="good")
+        await head.requests.turn()
+        assert head.context.memory.queue == ["good"] and left_over(place) == [name.removeprefix("0-")]
 
     run(story)
 
@@ -280,6 +338,23 @@ def test_the_end_of_another_allocation_s_time_is_over(place: Place) -> None:
     run(story)
 
 
+def test_the_end_of_this_allocation_s_time_is_heard_though_a_head_died_behind_that_of_another(place: Place) -> None:
+    """The head had remembered and deleted the other one's request, which has the same name."""
+
+    async def story() -> None:
+        path = place.directory / layout.REQUESTS / "walltime.json"
+        state.write_json(path, {"kind": "walltime", "life": "6:0"})
+        await place.lead(1).requests.turn()
+        assert place.read("duties.json")["taken"] == ["walltime"] and left_over(place) == []
+        head = place.lead(2)
+        state.write_json(path, {"kind": "walltime", "life": head.head.life})
+        await head.requests.turn()
+        assert head.ending._noticed
+        head.context.cancel_all()
+
+    run(story)
+
+
 def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
     """Unless another agent has come in place of the one that was to go."""
 
@@ -301,6 +376,41 @@ def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
         assert new.table.state_of(new.table.members.table["n2"]) == "ready"
 
     run(story)
+
+
+def test_a_drained_node_that_does_not_hear_its_end_is_told_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is down when the driver says, once, that it has left; this head or the next hears from it again."""
+    ended: list[HeadDuties] = []
+
+    def connect(head: HeadDuties) -> None:
+        head.table.members.table["n2"] = Member("n2", {"state": "ready", "pid": 22})
+        monkeypatch.setattr(head.table.members, "order", lambda *_, only: only.alive and ended.append(head))
+        head.table.changed(head.table.members.table["n2"], "joined")
+
+    async def story() -> None:
+        old = place.lead(1)
+        old.context.memory.running = "r"
+        connect(old)
+        old.table.drain("n2", "Slurm drains it")
+        connect(old)
+        assert not ended  # the run is there
+        lost(old, "n2")
+        asked(place, "drained", node="n2")
+        await old.requests.turn()
+        assert not ended and place.read("duties.json")["draining"]["n2"]["left"]
+        connect(old)
+        new = place.lead(2)
+        new.context.memory.running = "r"
+        connect(new)
+        assert ended == [old, new]
+
+    run(story)
+
+
+def test_a_node_that_drains_since_an_older_version(place: Place) -> None:
+    place.lead(1)
+    state.write_json(place.directory / layout.DUTIES_FILE, {"canary": "canary", "draining": {"n2": {"reason": "x"}}})
+    assert place.lead(2).context.memory.draining == {"n2": Draining("x")}
 
 
 # -- strikes ---------------------------------------------------------------------------------------
@@ -368,6 +478,40 @@ def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatc
         assert [row["name"] for row in head.table.rows()] == ["n5", "n6", "n7", "n8", "n9"]
 
     run(story)
+
+
+def test_nobody_is_struck_by_a_head_that_may_have_been_replaced(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        joined(head, "n1", "n2", "n3", "n4")
+        lost(head, "n4")
+        head.context.is_fenced = stale  # type: ignore[method-assign]
+        await head.table.blame(head.table.members.table["n4"], "silent", after=0.0)
+        assert head.context.memory.strikes == {}
+
+    run(story)
+
+
+def test_the_node_loop_begins_when_the_storage_answers(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [stale, stale, lambda *_: SimpleNamespace(turn=turn)]
+    turned: list[bool] = []
+
+    def turn(*_: object) -> Turn:
+        turned.append(True)
+        return Turn(pause=1000.0)
+
+    async def story() -> None:
+        head = place.lead(1)
+        head.context.ready.set()
+        head.enough.set()
+        head.context.spawn(head.nodes.run())
+        await until(lambda: turned or place.stopped)
+        head.context.cancel_all()
+
+    monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop", lambda *rest: answers.pop(0)(*rest))
+    monkeypatch.setattr("raylaunch.head.node_duty.AFTER_FAILURE", 0.0)
+    run(story)
+    assert not place.stopped
 
 
 # -- mistakes of our own ---------------------------------------------------------------------------
@@ -503,11 +647,6 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
     async def start(*_: object, **__: object) -> FakeProcess:
         made.append(FakeProcess())
         return made[-1]
-
-    async def until(what: Callable[[], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not what():
-                await asyncio.sleep(0.005)
 
     async def story() -> None:
         head = place.lead(2)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_heads import Place, run
 
-from raylaunch import runs, state
-from raylaunch.head import HeadDuties, run_queue
+from raylaunch import layout, runs, state
+from raylaunch.errors import StateError
+from raylaunch.head import HeadDuties, context, run_queue
+from raylaunch.head.drivers import NOT_STARTED, Drivers
 from raylaunch.head.run_queue import LONG, TRIES, Losses
 from raylaunch.runs import Run
 
@@ -50,6 +53,7 @@ class FakeDrivers:
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     monkeypatch.setattr(run_queue, "BROKEN_PAUSE", 0.0)
+    monkeypatch.setattr(context, "AGAIN", 0.0)
     return Place(tmp_path)
 
 
@@ -71,6 +75,18 @@ def state_of(directory: Path) -> str:
     record = Run.read(directory)
     assert record is not None
     return record.state
+
+
+def failing(work: Callable[..., Any], when: Callable[[int], bool]) -> Callable[..., Any]:
+    """The storage answers with EIO whenever `when` says so of the number of the call."""
+    numbers = count()
+
+    def asked(*arguments: Any) -> Any:
+        if when(next(numbers)):
+            raise StateError("[Errno 5] Input/output error")
+        return work(*arguments)
+
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -97,6 +113,77 @@ def test_a_driver_that_breaks_is_started_again(
     run(story)
     lost = [status for status, now in ends if status != 0 and now not in runs.FINAL]
     assert len(place.events("driver_lost")) == len(lost) and state_of(directory) == outcome
+
+
+@pytest.mark.parametrize(
+    ("owner", "question"),
+    [(Run, "read"), (runs, "stop_continues"), (runs, "clear_stop"), (runs, "last_metrics"), (runs, "settle"),
+     (layout, "is_fenced")],
+)  # fmt: skip
+def test_storage_that_fails_ends_no_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch, owner: Any, question: str
+) -> None:
+    runs.request_stop(place.run("r"), "walltime", continues=True)
+
+    async def story() -> None:
+        head = lead(place, FakeDrivers((0, "finished")))
+        monkeypatch.setattr(owner, question, failing(getattr(owner, question), lambda number: number < 2))
+        assert await head.queue.drive("r") == "finished" and head.context.waits == 2
+
+    run(story)
+
+
+def test_a_driver_that_dies_while_the_storage_fails_does_not_count(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.run("r")
+
+    async def story() -> None:
+        head = lead(place, FakeDrivers(*[(1, "running")] * 2 * TRIES, (0, "finished")))
+        monkeypatch.setattr(runs, "last_metrics", failing(runs.last_metrics, lambda number: number % 2 == 0))
+        assert await head.queue.drive("r") == "finished"
+
+    run(story)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_run_is_not_forgotten_by_a_head_that_ends_while_the_storage_fails(
+    place: Place, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    directory, asked = place.run("r"), []
+
+    async def story() -> None:
+        head = lead(place, FakeDrivers((1, "running")))
+        monkeypatch.setattr(runs, "settle", failing(runs.settle, lambda _: not asked.append(1)))
+        monkeypatch.setattr(run_queue, "TRIES", 1)
+        head.queue.add("r")
+        head.context.spawn(head.queue.run())
+        await until(lambda: len(asked) > 1)
+        if replaced:
+            assert layout.claim(place.directory, 2, "n2")
+            await until(lambda: bool(place.resigned))
+        head.context.cancel_all()
+        await asyncio.sleep(0)
+        assert head.context.memory.running == "r" and state_of(directory) == "running"
+
+    run(story)
+
+
+def test_a_driver_waits_for_its_log(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs once that can be opened. A driver that cannot be started at all was lost, as one that broke."""
+
+    async def start(*_: object, **__: object) -> Any:
+        raise OSError(12, "Cannot allocate memory")
+
+    async def story() -> None:
+        opened = failing(Path.open, lambda number: number < 2)
+        monkeypatch.setattr("raylaunch.head.drivers._open_log", lambda run: opened(run / "logs" / "driver.log", "ab"))
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+        head = lead(place, FakeDrivers())
+        assert await Drivers(head.context, {}).run(directory) == NOT_STARTED and head.context.waits == 2
+
+    directory = place.run("r")
+    run(story)
 
 
 def test_how_often_a_driver_is_started_again() -> None:
@@ -235,6 +322,45 @@ def test_a_mistake_in_one_run_s_driving_is_told_and_the_next_one_runs(
 
     run(story)
     assert [row["work"] for row in place.events("internal_error")] == ["run a"]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyError("x")])
+def test_a_run_is_finished_whatever_becomes_of_its_weights(
+    place: Place, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    place.cluster = replace(place.cluster, run="r")
+    place.run("r")
+
+    def fails(_: Path) -> None:
+        raise error
+
+    async def story() -> None:
+        head = lead(place, FakeDrivers((0, "finished")))
+        head.context.elected = True
+        monkeypatch.setattr("raylaunch.consolidate.tell_cut_off", fails)
+        head.context.spawn(head.queue.run())
+        await until(lambda: bool(place.stopped))
+        head.context.cancel_all()
+        assert place.stopped == ["run r finished"] and head.exit_code == 0
+
+    run(story)
+
+
+def test_a_driver_makes_way_though_a_look_at_its_run_fails(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_queue, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(run_queue, "STOP_LIMIT", 0.0)
+    place.run("r", "finished")
+
+    async def story() -> None:
+        drivers = FakeDrivers()
+        head = lead(place, drivers)
+        head.context.memory.queue = ["next"]
+        monkeypatch.setattr(Run, "read", failing(Run.read, lambda number: number in {0, 2, 3}))
+        monkeypatch.setattr(runs, "request_stop", failing(runs.request_stop, lambda _: True))
+        await head.queue.make_way("r", 0.0)
+        assert drivers.killed == 1
+
+    run(story)
 
 
 @pytest.mark.parametrize("condition", ["finished", "running"])
