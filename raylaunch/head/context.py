@@ -75,6 +75,8 @@ class Context:
             except FileNotFoundError:
                 raise  # so the storage has answered
             except EXPECTED as error:
+                if isinstance(error.__cause__, ValueError):
+                    raise  # a file that is no JSON stays that
                 if pause == AGAIN:  # once: it may be gone for hours
                     log.error("waiting for the storage error=%r", str(error))
             self.waits += 1

@@ -169,6 +169,20 @@ def test_a_run_is_not_forgotten_by_a_head_that_ends_while_the_storage_fails(
     run(story)
 
 
+def test_a_damaged_run_is_not_waited_for(place: Place) -> None:
+    directory = place.run("r")
+    (directory / "run.json").write_text("{")
+
+    async def story() -> None:
+        head = lead(place, FakeDrivers())
+        head.queue.add("r")
+        head.context.spawn(head.queue.run())
+        await until(lambda: not head.context.memory.queue and not head.context.memory.running)
+        head.context.cancel_all()
+
+    run(story)
+
+
 def test_a_driver_waits_for_its_log(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs once that can be opened. A driver that cannot be started at all was lost, as one that broke."""
 
