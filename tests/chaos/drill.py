@@ -210,8 +210,8 @@ class Drill:
         """
         self.wait("Slurm's verdict", lambda: host not in self.site.job_nodes(job))
         self.site.sandbox.thaw(host)
-        steps = ["sh", "-c", "pgrep -x slurmstepd || true"]
-        self.wait(f"the end of all steps on {host}", lambda: not self.site.inside(host, *steps))
+        steps = ["sh", "-c", rf"pgrep -f '[s]lurmstepd: \[{job}\.' || true"]  # of this job: the successor may be there
+        self.wait(f"the end of all steps of job {job} on {host}", lambda: not self.site.inside(host, *steps))
         return f"{job} RUNNING" in self.site.jobs()
 
     def reboot(self, node: str) -> None:
