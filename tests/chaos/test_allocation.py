@@ -12,6 +12,8 @@ import pytest
 from drill import OTHER_SIZE, STEPS, Drill
 from helpers import wait_for
 
+from raylaunch.slurm.parse import parse_duration
+
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
@@ -57,6 +59,11 @@ def next_life(drill: Drill, run: str, life: int) -> None:
         return len(drill.cluster_events("head")) >= life
 
     drill.wait("the next life", begun, run)
+
+
+def seconds(drill: Drill, job: str) -> int:
+    """For which a job has been running."""
+    return parse_duration(drill.site.slurm("squeue", "-h", "-j", job, "-o", "%M")) or 0
 
 
 @pytest.mark.long
@@ -163,6 +170,8 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(
     job = drill.site.jobs()[0].split()[0]
     assert f"Requeue={requeue:d}" in drill.site.slurm("scontrol", "show", "job", job)
     attempt, host, incarnation = drill.at_gate(run), drill.head(), drill.incarnation()
+    # Of a young job Slurm does not expect the batch script yet (BatchStartTimeout and MessageTimeout), and lets it go on.
+    drill.wait("a job that is old enough", lambda: seconds(drill, job) > 45, run)
     drill.site.sandbox.kill(host)
     drill.wait("another head", lambda: drill.incarnation() > incarnation, run)
     drill.site.sandbox.start(host)
