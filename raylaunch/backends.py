@@ -123,7 +123,7 @@ class LocalBackend:
                     },
                 )  # fmt: skip
             job = job or f"local-{process.pid}"
-            started = processes.start_time(process.pid) or time.time()
+            started = processes.start_time(process.pid) or 0
             rows.append(
                 {"node": f"local{index + 1}", "index": index, "job": job, "pid": process.pid, "started": started}
             )
@@ -133,7 +133,7 @@ class LocalBackend:
     def agents(self, directory: Path, job: str | None = None) -> dict[str, int]:
         """Node → pid of the keepers that live, of one job or all."""
         rows = [r for r in state.read_json(directory / _AGENTS_FILE) or [] if job is None or r["job"] == job]
-        return {str(r["node"]): int(r["pid"]) for r in rows if processes.is_same(int(r["pid"]), float(r["started"]))}
+        return {str(r["node"]): int(r["pid"]) for r in rows if processes.is_same(int(r["pid"]), int(r["started"]))}
 
     def states(self, directory: Path, ids: Sequence[str]) -> dict[str, Job]:
         living = {job: self.agents(directory, job) for job in ids}

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -40,19 +41,20 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
-def start_time(pid: int) -> float | None:
-    """When the process began (a pid alone may be somebody else's by now); None when it is gone."""
+def start_time(pid: int) -> int | None:
+    """When the process began, in clock ticks since the machine's boot (a pid alone may be somebody else's by now); None
+    when it is gone. By proc(5)'s `stat`: the time of day, which psutil makes of it, moves when the clock is set."""
     try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.Error:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    fields = text[text.rindex(")") + 2 :].split()  # the name before may hold anything
+    return None if fields[0] in "ZX" else int(fields[19])
 
 
-def is_same(pid: int, started: float) -> bool:
+def is_same(pid: int, started: int) -> bool:
     """Whether `pid` still is the process that began at `started`."""
-    now = start_time(pid)
-    return now is not None and abs(now - started) < 0.05
+    return start_time(pid) == started
 
 
 def kill_child(process: subprocess.Popen[Any], limit: float = 1.0) -> None:
