@@ -59,7 +59,8 @@ class Pretrained(Wrapped):
         self._config, self._theirs = config, theirs
         inner: Any = self.inner
         if recompute != "none":
-            inner.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(inner, "activation_checkpointing_enable", None)  # its newer name
+            (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
             inner.enable_input_require_grads() if config.lora.rank else None
 
     @property
