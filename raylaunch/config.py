@@ -471,8 +471,8 @@ class CheckpointConfig(Section):
     Python; a thread costs nothing more than the copy."""
     save_consolidated: bool = False
     """When the run is finished, write its weights into `model` in the run directory, as safetensors that the model's own
-    loader reads. The run counts as finished before that. It is ended after two hours, or a minute after another run
-    began to wait. If it fails, or the head's node dies meanwhile, nothing of the run is lost: the event `export_failed` has the
+    loader reads. The run counts as finished before that. The export is ended after two hours, or
+    one minute after another run began to wait. If it fails, or the head's node dies meanwhile, nothing of the run is lost: the event `export_failed` has the
     command that tries again, `raylaunch checkpoints RUN export latest --to DIR`."""
 
     @property

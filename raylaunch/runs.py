@@ -223,7 +223,8 @@ def request_stop(run: Path, reason: str, continues: bool = False) -> None:
     """Ask a run to save and end; taken at its next step. With `continues` it is queued again then: its
     cluster goes on in another allocation. Who asked it to end for good, is obeyed."""
     with contextlib.suppress(StateError):
-        if continues and stop_reason(run) is not None and not stop_continues(run):
+        asked = state.read_json(run / state.STOP_FILE) if continues else None
+        if asked is not None and not asked.get("continues"):
             return
     state.write_json(run / state.STOP_FILE, {"reason": reason, "continues": continues, "time": time.time()})
 

@@ -82,6 +82,11 @@ async def end(head: HeadDuties) -> None:
     await asyncio.to_thread(head.write_end, "signal SIGTERM", 0)
 
 
+async def noticed(head: HeadDuties) -> None:
+    head.notice()
+    await head.context.all_done()
+
+
 async def signalled(head: HeadDuties) -> None:
     assert head.terminated()
     await head.context.all_done()
@@ -153,8 +158,7 @@ def test_the_notice_saves_and_has_the_job_requeued(place: Place, slurm: FakeSlur
     async def story() -> None:
         head = lead(place)
         for _ in range(3):  # the batch script's, the agent's, the node loop's
-            head.notice()
-        await head.context.all_done()
+            await noticed(head)
         assert place.stopped == ["walltime"] and runs.stop_continues(directory)
         await end(head)
 
@@ -169,8 +173,7 @@ def test_where_a_requeue_is_refused_a_successor_follows(place: Place, slurm: Fak
 
     async def story() -> None:
         head = lead(place)
-        head.notice()
-        await head.context.all_done()
+        await noticed(head)
         await end(head)
 
     run(story)
@@ -184,8 +187,7 @@ def test_the_limit_of_requeues_is_told(place: Place, slurm: FakeSlurm) -> None:
 
     async def story() -> None:
         head = lead(place, requeues=0)
-        head.notice()
-        await head.context.all_done()
+        await noticed(head)
         await end(head)
 
     run(story)
@@ -203,8 +205,7 @@ def test_a_run_that_finishes_while_it_is_saved_does_not_go_on(place: Place, slur
             runs.Run.read(directory).save(directory, state="finished")  # type: ignore[union-attr]
 
         head.ending._drivers.ended = finishes  # type: ignore[method-assign]
-        head.notice()
-        await head.context.all_done()
+        await noticed(head)
         assert not head.context.course.goes_on
 
     run(story)
@@ -217,8 +218,7 @@ def test_down_while_the_allocation_ends(place: Place, slurm: FakeSlurm) -> None:
 
     async def story() -> None:
         head = lead(place)
-        head.notice()
-        await head.context.all_done()
+        await noticed(head)
         head.ending.down(5.0)
         await end(head)
 
@@ -248,8 +248,7 @@ def test_the_job_ends_while_the_run_is_saved(
 
     async def story() -> None:
         head = lead(place)
-        head.notice()
-        await head.context.all_done()
+        await noticed(head)
         assert head.context.course.goes_on
         slurm.look, slurm.word = look, word
         if signalled_first:
@@ -290,8 +289,7 @@ def test_a_stop_is_not_forgotten_by_the_notice(place: Place, slurm: FakeSlurm) -
 
     async def story() -> None:
         head = lead(place)
-        head.notice()
-        await head.context.all_done()
+        await noticed(head)
 
     run(story)
     assert runs.stop_reason(directory) == "raylaunch stop" and not runs.stop_continues(directory)
@@ -337,8 +335,7 @@ def test_down_while_the_run_is_paused_is_told(place: Place, slurm: FakeSlurm) ->
 
     async def story() -> None:
         head = lead(place)
-        head.notice()
-        await head.context.all_done()
+        await noticed(head)
         runs.Run.read(directory).save(directory, state="queued")  # type: ignore[union-attr]
         head.ending.down(5.0)
         await end(head)

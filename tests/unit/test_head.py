@@ -284,14 +284,20 @@ def odd(folder: Path, kind: str) -> None:
             (folder / name).write_text('{"kind": "run", "run": "odd"}')
 
 
+async def good_is_done_beside(place: Place, kind: str) -> None:
+    """A request is taken though an odd file lies there."""
+    head = place.lead(1)
+    odd(place.directory / layout.REQUESTS, kind)
+    asked(place, "run", run="good")
+    await head.requests.turn()
+    assert head.context.memory.queue == ["good"]
+
+
 @pytest.mark.parametrize("kind", ["deeply nested", "large", "a pipe", "a link", "a directory"])
 def test_what_is_no_request_is_set_aside_and_keeps_no_other_from_being_done(place: Place, kind: str) -> None:
     async def story() -> None:
-        head = place.lead(1)
-        odd(place.directory / layout.REQUESTS, kind)
-        asked(place, "run", run="good")
-        await head.requests.turn()
-        assert head.context.memory.queue == ["good"] and left_over(place)[-1] == "odd.bad"
+        await good_is_done_beside(place, kind)
+        assert left_over(place)[-1] == "odd.bad"
 
     run(story)
 
@@ -299,11 +305,8 @@ def test_what_is_no_request_is_set_aside_and_keeps_no_other_from_being_done(plac
 @pytest.mark.parametrize("name", ["0-odd.taken-00000001~", "0-odd.taken-1.bak", "0-odd.taken-"])
 def test_a_file_of_somebody_s_own_is_left_alone(place: Place, name: str) -> None:
     async def story() -> None:
-        head = place.lead(1)
-        odd(place.directory / layout.REQUESTS, name)
-        asked(place, "run", run="good")
-        await head.requests.turn()
-        assert head.context.memory.queue == ["good"] and left_over(place) == [name.removeprefix("0-")]
+        await good_is_done_beside(place, name)
+        assert left_over(place) == [name.removeprefix("0-")]
 
     run(story)
 
