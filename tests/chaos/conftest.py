@@ -1,4 +1,4 @@
-"""What every module here has: one cluster for its tests, and the losses of a run on it that nothing happened to.
+"""What every module here has: one cluster for its tests.
 
 A module says in `open_drill` what it needs. A test that breaks something mends it; a test that fails leaves the cluster
 dirty, and the next one gets another.
@@ -59,9 +59,3 @@ def ground(request: pytest.FixtureRequest) -> Iterator[Ground]:
 def drill(ground: Ground) -> Drill:
     """The module's cluster."""
     return ground.drill()
-
-
-@pytest.fixture
-def reference(drill: Drill) -> dict[int, float]:
-    """The losses of a run that nothing happened to, on the module's cluster; it is made once."""
-    return drill.smooth()

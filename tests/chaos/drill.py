@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gate
+import undisturbed
 import yaml
 from helpers import BIN, Command, Site, own_sandbox, same_curve, wait_for, write_texts
+from undisturbed import EVERY, STEPS
 
 from raylaunch import state
 
-STEPS, EVERY = 80, 5
 SAME_SIZE, OTHER_SIZE = 0.0, 1e-4
 """Relative differences of the losses: none at the same size, floating-point order at another."""
 LIMIT = float(os.environ.get("RAYLAUNCH_TEST_PATIENCE", "240"))
@@ -69,13 +70,7 @@ class Drill:
     def config(self, name: str, **changes: Any) -> Path:
         """A config file for the run; `changes` are whole sections' additions."""
         config: dict[str, Any] = {
-            "model": {"size": "tiny"},
-            "data": {"text": [str(self.site.state / "text")], "seq_len": 64},
-            "step_scheduler": {
-                # Ten samples, one a pass: three workers share them unevenly, and steps are slow enough to hit.
-                "max_steps": STEPS, "global_batch_size": 10, "local_batch_size": 1,
-                "ckpt_every_steps": EVERY, "val_every_steps": 0,
-            },
+            **undisturbed.config(self.site.state / "text"),
             "elastic": {"grow_after": 1.0, "hang_timeout": 600},  # a run that waits at its gate does not hang
             "trainer": gate.TRAINER,
             "slurm": {"env": {"PYTHONPATH": str(Path(__file__).parent)}},  # for trainers that misbehave
@@ -89,14 +84,6 @@ class Drill:
     def train(self, run: str, **changes: Any) -> Command:
         """Start a run, and watch it in the background. It waits at its gate (see `gate`)."""
         return self.site.start("train", self.config(run, **changes), "--run", run, "--cluster", self.cluster)
-
-    def smooth(self) -> dict[int, float]:
-        """The losses of a run that nothing happens to; it is made once."""
-        if not self.site.run_dir("smooth").exists():
-            self.train("smooth", trainer="trainers.fsdp:train").ended().expect(0)
-        losses = self.site.losses("smooth")
-        assert list(losses) == list(range(1, STEPS + 1))
-        return losses
 
     # -- looking ------------------------------------------------------------------------------------
 
@@ -221,11 +208,15 @@ class Drill:
 
     # -- what must hold -----------------------------------------------------------------------------
 
-    def finished(self, command: Command, run: str, reference: dict[int, float], relative: float = OTHER_SIZE) -> None:
+    def finished(self, command: Command, run: str, relative: float = OTHER_SIZE) -> None:
         """The run came to its end on the curve of the undisturbed one, and no committed step was done again."""
         command.ended(LIMIT + 60).expect(0, f"run {run} is finished at step {STEPS}")
-        same_curve(self.site.losses(run), reference, relative)
+        same_curve(self.site.losses(run), self.reference(run), relative)
         self.committed_once(run)
+
+    def reference(self, run: str) -> Mapping[int, float]:
+        """The losses of a run that has as many workers from its beginning to its end as this one began with."""
+        return undisturbed.losses(self.sizes(run)[0])
 
     def committed_once(self, run: str) -> None:
         """Each attempt begins right after the last commit before it."""

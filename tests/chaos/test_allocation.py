@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import gate
 import pytest
-from drill import OTHER_SIZE, STEPS, Drill
+from drill import OTHER_SIZE, SAME_SIZE, Drill
 from helpers import wait_for
+from undisturbed import STEPS
 
 from raylaunch.slurm.parse import parse_duration
 
@@ -23,19 +24,6 @@ def open_drill() -> Iterator[Drill]:
         yield made
 
 
-@pytest.fixture
-def reference(drill: Drill) -> dict[int, float]:
-    """As of the other modules, but in a job of its own: each test has its own job."""
-    if drill.site.run_dir("smooth").exists():
-        return drill.site.losses("smooth")
-    drill.cluster = "smooth"
-    config = drill.config("smooth", slurm={"nodes": 2}, trainer="trainers.fsdp:train")
-    drill.site.run("submit", config, "--run", "smooth").expect(0)
-    drill.site.run("attach", "smooth").expect(0)
-    drill.site.wait_clean(60)
-    return drill.site.losses("smooth")
-
-
 def submit(drill: Drill, run: str, **changes: object) -> str:
     """A batch job of its own for the run; its id."""
     drill.cluster = run
@@ -44,8 +32,8 @@ def submit(drill: Drill, run: str, **changes: object) -> str:
     return done.out.strip()
 
 
-def ended_well(drill: Drill, run: str, reference: dict[int, float], relative: float = 0.0) -> None:
-    drill.finished(drill.site.start("attach", run), run, reference, relative)
+def ended_well(drill: Drill, run: str, relative: float = SAME_SIZE) -> None:
+    drill.finished(drill.site.start("attach", run), run, relative)
     drill.site.wait_clean(90)
 
 
@@ -68,7 +56,7 @@ def seconds(drill: Drill, job: str) -> int:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_a_chain_of_jobs_finishes_the_run(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_chain_of_jobs_finishes_the_run(drill: Drill) -> None:
     """Two run into their real time limits, the third finishes. In each of the two the run waits at its gate until it is
     asked to save."""
     job = submit(
@@ -87,7 +75,7 @@ def test_a_chain_of_jobs_finishes_the_run(drill: Drill, reference: dict[int, flo
     drill.site.slurm("scontrol", "update", f"jobid={job}", "TimeLimit=30")  # enough, however busy the machine is
     drill.open_gate("chain")
     assert {row["why"] for row in drill.cluster_events("notice")} == {"walltime"}
-    ended_well(drill, "chain", reference)
+    ended_well(drill, "chain")
     alerts = [event["alert"] for event in drill.run_events("chain", "alert")]
     assert (alerts.count("started"), alerts.count("held"), alerts[-1]) == (3, 2, "finished")  # in each life, once
     assert "ExitCode=0:0" in drill.site.slurm("scontrol", "show", "job", job)
@@ -100,7 +88,7 @@ def test_a_chain_of_jobs_finishes_the_run(drill: Drill, reference: dict[int, flo
         *(pytest.param(*row, marks=pytest.mark.long) for row in (("low", False), ("lowc", True), ("lowc", False))),
     ],
 )
-def test_preempted(drill: Drill, reference: dict[int, float], partition: str, grace: bool) -> None:
+def test_preempted(drill: Drill, partition: str, grace: bool) -> None:
     """`low` requeues what it preempts, `lowc` cancels it; with grace there is time to save."""
     run = f"preempted-{partition}-{'grace' if grace else 'none'}"
     drill.site.slurm("scontrol", "update", f"partition={partition}", f"GraceTime={10 if grace else 0}")
@@ -115,7 +103,7 @@ def test_preempted(drill: Drill, reference: dict[int, float], partition: str, gr
     wait_for("a job that waits", lambda: any("PENDING" in job for job in drill.site.jobs()), 60)
     drill.site.slurm("scancel", other)
     next_life(drill, run, 2)
-    ended_well(drill, run, reference)
+    ended_well(drill, run)
 
 
 @pytest.mark.long
@@ -134,7 +122,7 @@ def test_a_job_that_waits_again_already_gets_no_successor(drill: Drill) -> None:
 
 
 @pytest.mark.long
-def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill, reference: dict[int, float]) -> None:
+def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill) -> None:
     """Slurm ends the whole job when it comes back. Nobody asked for that: a successor goes on. (Or Slurm leaves it.)"""
     job = submit(drill, "away", slurm={"nodes": "1-2"}, elastic={"replace": False, "max_nodes": 3})
     attempt = drill.at_gate("away")
@@ -147,7 +135,7 @@ def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill, refere
     else:
         drill.wait_cluster_event("successor")
     drill.open_gate("away")
-    drill.finished(drill.site.start("attach", "away"), "away", reference, OTHER_SIZE)
+    drill.finished(drill.site.start("attach", "away"), "away", OTHER_SIZE)
     drill.reboot(host)  # the successor may not have been there
     drill.site.wait_clean(90)
     assert drill.sizes("away")[1] == 1
@@ -155,9 +143,7 @@ def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill, refere
 
 @pytest.mark.long
 @pytest.mark.parametrize("requeue", [True, False])
-def test_the_batch_host_boots_before_slurm_found_it_dead(
-    drill: Drill, reference: dict[int, float], requeue: bool
-) -> None:
+def test_the_batch_host_boots_before_slurm_found_it_dead(drill: Drill, requeue: bool) -> None:
     """Slurm finds no batch script there and ends the whole job; it runs it again, where it may. No person asked for the
     end: the run goes on. (Where Slurm was quicker and found the host dead, a successor comes in both cases.)"""
     run = f"booted-{'requeue' if requeue else 'no-requeue'}"
@@ -180,14 +166,14 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(
     next_life(drill, run, 3)
     drill.at_gate(run, after=attempt)
     drill.open_gate(run)
-    drill.finished(drill.site.start("attach", run), run, reference, OTHER_SIZE)
+    drill.finished(drill.site.start("attach", run), run, OTHER_SIZE)
     if not requeue:
         drill.site.run("down", run).expect(0)
     drill.site.wait_clean(90)
 
 
 @pytest.mark.long
-def test_requeues_are_capped(drill: Drill, reference: dict[int, float]) -> None:
+def test_requeues_are_capped(drill: Drill) -> None:
     job = submit(drill, "capped", elastic={"max_requeues": 0})
     drill.at_gate("capped")
     drill.site.slurm("scancel", "--signal=USR1", "--batch", job)
@@ -197,7 +183,7 @@ def test_requeues_are_capped(drill: Drill, reference: dict[int, float]) -> None:
     assert drill.site.run_status("capped")["state"] == "stopped"
 
 
-def test_a_cancelled_job_stays_cancelled(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_cancelled_job_stays_cancelled(drill: Drill) -> None:
     """A person's scancel is no fault: nothing comes after it."""
     job = submit(drill, "cancelled", alerts={"command": ["true"]})
     drill.at_gate("cancelled")

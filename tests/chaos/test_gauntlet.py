@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import gate
 import pytest
 import stale
-from drill import EVERY, STEPS, Drill
+from drill import Drill
 from helpers import wait_for
+from undisturbed import EVERY, STEPS
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(2400)]
 
@@ -238,7 +239,7 @@ FAULTS = (
 )
 
 
-def test_gauntlet(drill: Drill, reference: dict[int, float]) -> None:
+def test_gauntlet(drill: Drill) -> None:
     command = drill.train(RUN, trainer="trouble:stubborn", elastic={"min_nodes": 2, "grow_after": 30})
     gauntlet = Gauntlet(drill)
     for fault in FAULTS:
@@ -247,5 +248,5 @@ def test_gauntlet(drill: Drill, reference: dict[int, float]) -> None:
     gauntlet.make_whole()
     gauntlet.grow()
     drill.open_gate(RUN)
-    drill.finished(command, RUN, reference)
+    drill.finished(command, RUN)
     assert drill.sizes(RUN)[0] == drill.sizes(RUN)[-1] == 3

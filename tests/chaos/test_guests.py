@@ -23,7 +23,7 @@ def open_drill() -> Iterator[Drill]:
         made.clean()
 
 
-def test_idle_nodes_of_another_partition_are_taken_and_given_back(drill: Drill, reference: dict[int, float]) -> None:
+def test_idle_nodes_of_another_partition_are_taken_and_given_back(drill: Drill) -> None:
     """They go to another job with no step lost, and come again."""
     command = drill.train("guests", elastic={"max_nodes": 3})
     attempt = drill.at_gate("guests")
@@ -37,14 +37,14 @@ def test_idle_nodes_of_another_partition_are_taken_and_given_back(drill: Drill, 
     drill.wait("three ready nodes", lambda: drill.ready() == 3, "guests")
     drill.wait_event("guests", "resize_asked", attempt=attempt, why="grow")
     drill.open_gate("guests")
-    drill.finished(command, "guests", reference)
+    drill.finished(command, "guests")
     sizes = drill.sizes("guests")
     assert sizes[0] == 3 and 1 in sizes and sizes[-1] == 3, sizes
     for row in drill.run_events("guests", "attempt_ended"):
         assert row["how"] in {"resized", "finished"} and row["step"] == row["committed"], row
 
 
-def test_a_guest_that_leads_is_preempted(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_guest_that_leads_is_preempted(drill: Drill) -> None:
     """Its own job ends, not the cluster's: another node leads."""
     incarnation = drill.incarnation()
     command = drill.train("led")
@@ -60,11 +60,11 @@ def test_a_guest_that_leads_is_preempted(drill: Drill, reference: dict[int, floa
     drill.wait_event("led", "resize_asked", attempt=attempt, why="drain")  # saved and left first
     drill.open_gate("led")
     drill.site.slurm("scancel", job)
-    drill.finished(command, "led", reference)
+    drill.finished(command, "led")
     assert not drill.cluster_events("ending")
 
 
-def test_a_base_that_slurm_runs_again_beside_a_guest(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_base_that_slurm_runs_again_beside_a_guest(drill: Drill) -> None:
     """The base's only node dies; Slurm queues the job anew and starts it on a guest's node: one agent of the two
     stays, and does not mind the other's end."""
     incarnation = drill.incarnation()
@@ -76,7 +76,7 @@ def test_a_base_that_slurm_runs_again_beside_a_guest(drill: Drill, reference: di
     drill.site.sandbox.kill(base)
     drill.wait("the base again", lambda: drill.life() != life, "again")
     drill.open_gate("again")
-    drill.finished(command, "again", reference)
+    drill.finished(command, "again")
     assert drill.incarnation() > incarnation
     assert not [row for row in drill.cluster_events("strike") if "could not start" in row["reason"]]
     drill.wait("one ready node at the least", lambda: drill.ready() > 0)

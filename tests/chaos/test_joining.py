@@ -21,7 +21,6 @@ def open_drill() -> Iterator[Drill]:
 def test_a_node_that_struck_out_is_left_and_not_taken_again(drill: Drill) -> None:
     drill.cluster = "strict"
     drill.up(2, elastic__max_strikes=2)
-    reference = drill.smooth()
     command = drill.train("strict")
     drill.at_gate("strict")
     victim, killed = drill.other_than_head(), ""
@@ -40,7 +39,7 @@ def test_a_node_that_struck_out_is_left_and_not_taken_again(drill: Drill) -> Non
     joiner = drill.wait_cluster_event("joiner_submitted")
     assert victim in joiner["exclude"]
     drill.open_gate("strict")
-    drill.finished(command, "strict", reference)
+    drill.finished(command, "strict")
     drill.wait("two ready nodes", lambda: drill.ready() == 2)
     assert victim not in drill.ready_nodes()
     drill.clean()
@@ -58,7 +57,6 @@ def test_where_nodes_may_not_submit_jobs_the_login_node_does(drill: Drill) -> No
     for node in nodes:
         drill.site.inside(node, "mount", "--bind", str(refusing), sbatch)
     drill.up(2)
-    reference = drill.smooth()
     refused = drill.wait_cluster_event("joiner_refused")
     assert "from login nodes only" in refused["error"] and "raylaunch watch" in refused["hint"]
     command = drill.train("watched")
@@ -70,7 +68,7 @@ def test_where_nodes_may_not_submit_jobs_the_login_node_does(drill: Drill) -> No
     assert drill.wait_cluster_event("joiner_submitted")["by"] == "watch"
     drill.wait("two ready nodes", lambda: drill.ready() == 2)
     drill.open_gate("watched")
-    drill.finished(command, "watched", reference)
+    drill.finished(command, "watched")
     drill.clean()
     watcher.ended().expect(0, "cluster watched has ended: down")
     drill.site.sandbox.start(victim)  # with a mount table of its own again
@@ -83,7 +81,7 @@ def test_the_head_is_away_for_longer_than_slurm_waits(drill: Drill) -> None:
     """Slurm ends the base job when its batch host comes back: the joiners go on. (Or it leaves the job: all go on.)"""
     drill.cluster = "away"
     drill.up(2)
-    reference, head = drill.smooth(), drill.head()
+    head = drill.head()
     command = drill.train("away", elastic={"max_nodes": 3})
     drill.at_gate("away")
     (base,) = [job.split()[0] for job in drill.site.jobs()]
@@ -95,7 +93,7 @@ def test_the_head_is_away_for_longer_than_slurm_waits(drill: Drill) -> None:
     drill.wait("a joiner", joined, "away")
     goes_on = drill.thaw_too_late(head, base)
     drill.open_gate("away")
-    drill.finished(command, "away", reference)
+    drill.finished(command, "away")
     assert bool(drill.cluster_events("base_lost")) != goes_on and not drill.cluster_events("ending")
     drill.wait("two ready nodes", lambda: drill.ready() == 2)
     drill.reboot(head)

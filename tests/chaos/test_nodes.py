@@ -39,7 +39,7 @@ def whole(drill: Drill) -> Iterator[None]:
             drill.site.sandbox.heal(node.name)
 
 
-def test_a_node_dies_and_is_replaced(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_node_dies_and_is_replaced(drill: Drill) -> None:
     command = drill.train("replaced", elastic={"max_nodes": 3})
     attempt = drill.at_gate("replaced")
     victim = drill.other_than_head()
@@ -53,7 +53,7 @@ def test_a_node_dies_and_is_replaced(drill: Drill, reference: dict[int, float]) 
     drill.wait("three ready nodes", lambda: drill.ready() == 3)
     drill.wait_event("replaced", "resize_asked", attempt=attempt, why="grow")
     drill.open_gate("replaced")
-    drill.finished(command, "replaced", reference)
+    drill.finished(command, "replaced")
     drill.recovered("replaced", 3)
     grown = next(row for row in drill.run_events("replaced", "attempt_ended") if row["how"] == "resized")
     assert grown["step"] == grown["committed"]
@@ -62,7 +62,7 @@ def test_a_node_dies_and_is_replaced(drill: Drill, reference: dict[int, float]) 
     assert joined and {row["job"] for row in joined} <= {job["id"] for job in shown["jobs"]}
 
 
-def test_the_head_s_node_dies(drill: Drill, reference: dict[int, float]) -> None:
+def test_the_head_s_node_dies(drill: Drill) -> None:
     """The batch host, too: those who live elect a new head in the same allocation."""
     incarnation, head = drill.incarnation(), drill.head()
     command = drill.train("beheaded")
@@ -72,13 +72,13 @@ def test_the_head_s_node_dies(drill: Drill, reference: dict[int, float]) -> None
     drill.wait("another head", lambda: drill.incarnation() == incarnation + 1, "beheaded")
     assert drill.head() != head
     drill.open_gate("beheaded")
-    drill.finished(command, "beheaded", reference)
+    drill.finished(command, "beheaded")
     assert base in drill.site.jobs()  # no requeue: the same job
     (election,) = [row for row in drill.cluster_events("election") if row["incarnation"] == incarnation + 1]
     assert election["why"]
 
 
-def test_two_nodes_at_once(drill: Drill, reference: dict[int, float]) -> None:
+def test_two_nodes_at_once(drill: Drill) -> None:
     command = drill.train("twice")
     attempt = drill.at_gate("twice")
     victims = [node for node in drill.ready_nodes() if node != drill.head()][:2]
@@ -86,11 +86,11 @@ def test_two_nodes_at_once(drill: Drill, reference: dict[int, float]) -> None:
         drill.site.sandbox.kill(victim)
     drill.at_gate("twice", after=attempt)
     drill.open_gate("twice")
-    drill.finished(command, "twice", reference)
+    drill.finished(command, "twice")
     assert drill.sizes("twice")[0] == 3 and min(drill.sizes("twice")) < 3
 
 
-def test_a_second_node_dies_during_the_recovery_from_the_first(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_second_node_dies_during_the_recovery_from_the_first(drill: Drill) -> None:
     command = drill.train("again")
     drill.at_gate("again")
     first, second = [node for node in drill.ready_nodes() if node != drill.head()][:2]
@@ -98,22 +98,22 @@ def test_a_second_node_dies_during_the_recovery_from_the_first(drill: Drill, ref
     drill.wait_event("again", "attempt_started", count=2)
     drill.site.sandbox.kill(second)
     drill.open_gate("again")
-    drill.finished(command, "again", reference)
+    drill.finished(command, "again")
 
 
-def test_below_the_minimum_the_run_holds(drill: Drill, reference: dict[int, float]) -> None:
+def test_below_the_minimum_the_run_holds(drill: Drill) -> None:
     command = drill.train("held", elastic={"min_nodes": 3, "grow_after": 1.0})
     drill.at_gate("held")
     drill.site.sandbox.kill(drill.other_than_head())
     hold = drill.wait_event("held", "decision", decision="hold")
     drill.open_gate("held")
     assert "min_nodes" in hold["setting"]
-    drill.finished(command, "held", reference)
+    drill.finished(command, "held")
     assert set(drill.sizes("held")) == {3}
 
 
 @pytest.mark.parametrize("how", ["freeze", "cut"])
-def test_a_node_falls_silent_and_comes_back(drill: Drill, reference: dict[int, float], how: str) -> None:
+def test_a_node_falls_silent_and_comes_back(drill: Drill, how: str) -> None:
     command = drill.train(how, trainer="trouble:stubborn")
     attempt = drill.at_gate(how)
     victim = drill.other_than_head()
@@ -125,13 +125,13 @@ def test_a_node_falls_silent_and_comes_back(drill: Drill, reference: dict[int, f
     stale.go(drill.site.run_dir(how), victim, attempt).touch()
     (sandbox.thaw if how == "freeze" else sandbox.heal)(victim)
     drill.open_gate(how)
-    drill.finished(command, how, reference)
+    drill.finished(command, how)
     if how == "freeze":
         was_kept_out(drill, how, attempt)
 
 
 @pytest.mark.parametrize("how", ["freeze", "cut"])
-def test_the_head_falls_silent_and_comes_back(drill: Drill, reference: dict[int, float], how: str) -> None:
+def test_the_head_falls_silent_and_comes_back(drill: Drill, how: str) -> None:
     """The others elect; the old head finds that, ends itself as head and comes back as a member."""
     run = f"{how}-head"
     incarnation, head, base = drill.incarnation(), drill.head(), drill.site.jobs()[0].split()[0]
@@ -149,7 +149,7 @@ def test_the_head_falls_silent_and_comes_back(drill: Drill, reference: dict[int,
         drill.wait_cluster_event("fenced", node=head, incarnation=incarnation)
     drill.wait("the old head's end", lambda: not drill.runs(head, pid), run)
     drill.open_gate(run)
-    drill.finished(command, run, reference)
+    drill.finished(command, run)
     if how == "freeze":
         was_kept_out(drill, run, attempt, taken)
 
@@ -161,7 +161,7 @@ def was_kept_out(drill: Drill, run: str, attempt: int, killed: bool = False) -> 
     assert not list((drill.site.run_dir(run) / "checkpoints").glob(f"step-{stale.STEP:08d}*"))
 
 
-def test_a_drained_node_is_left_with_no_step_lost(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_drained_node_is_left_with_no_step_lost(drill: Drill) -> None:
     command = drill.train("drained", step_scheduler={"ckpt_every_steps": 20})
     drill.at_gate("drained", commit=0)
     victim = drill.other_than_head()
@@ -169,7 +169,7 @@ def test_a_drained_node_is_left_with_no_step_lost(drill: Drill, reference: dict[
     try:
         drill.wait_event("drained", "resize_asked", why="drain")
         drill.open_gate("drained")
-        drill.finished(command, "drained", reference)
+        drill.finished(command, "drained")
         resized = next(row for row in drill.run_events("drained", "attempt_ended") if row["how"] == "resized")
         assert resized["step"] == resized["committed"]
         drill.wait("the node's end", lambda: drill.nodes()[victim] == "ended")
@@ -177,7 +177,7 @@ def test_a_drained_node_is_left_with_no_step_lost(drill: Drill, reference: dict[
         drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=resume")
 
 
-def test_ray_drains_a_node(drill: Drill, reference: dict[int, float]) -> None:
+def test_ray_drains_a_node(drill: Drill) -> None:
     """As an autoscaler or a person with Ray's own tools would: left at the next step, and it comes back anew."""
     command = drill.train("ray-drained", step_scheduler={"ckpt_every_steps": 20})
     drill.at_gate("ray-drained", commit=0)
@@ -185,12 +185,12 @@ def test_ray_drains_a_node(drill: Drill, reference: dict[int, float]) -> None:
     drill.ray_drain(victim)
     asked = drill.wait_event("ray-drained", "resize_asked", why="drain")
     drill.open_gate("ray-drained")
-    drill.finished(command, "ray-drained", reference)
+    drill.finished(command, "ray-drained")
     resized = next(row for row in drill.run_events("ray-drained", "attempt_ended") if row["how"] == "resized")
     assert resized["step"] == resized["committed"] and resized["time"] >= asked["time"]
 
 
-def test_the_head_s_node_is_drained(drill: Drill, reference: dict[int, float]) -> None:
+def test_the_head_s_node_is_drained(drill: Drill) -> None:
     """It resigns first: the cluster does not end with it, and its successor lets the node go."""
     incarnation, victim = drill.incarnation(), drill.head()
     command = drill.train("drained-head")
@@ -199,13 +199,13 @@ def test_the_head_s_node_is_drained(drill: Drill, reference: dict[int, float]) -
     try:
         drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != victim, "drained-head")
         drill.open_gate("drained-head")
-        drill.finished(command, "drained-head", reference)
+        drill.finished(command, "drained-head")
         drill.wait("the node's end", lambda: drill.nodes()[victim] == "ended")
     finally:
         drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=resume")
 
 
-def test_a_scaled_cluster_grows_and_shrinks(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_scaled_cluster_grows_and_shrinks(drill: Drill) -> None:
     """At a commit, with no step lost."""
     command = drill.train("scaled", elastic={"max_nodes": 4})
     drill.at_gate("scaled")
@@ -213,7 +213,7 @@ def test_a_scaled_cluster_grows_and_shrinks(drill: Drill, reference: dict[int, f
     drill.wait("four ready nodes", lambda: drill.ready() == 4)
     drill.wait_event("scaled", "resize_asked", why="grow")
     drill.open_gate("scaled")
-    drill.finished(command, "scaled", reference)
+    drill.finished(command, "scaled")
     assert (drill.sizes("scaled")[0], drill.sizes("scaled")[-1]) == (3, 4)
     for row in drill.run_events("scaled", "attempt_ended"):
         assert row["how"] in {"resized", "finished"} and row["step"] == row["committed"]
@@ -221,7 +221,7 @@ def test_a_scaled_cluster_grows_and_shrinks(drill: Drill, reference: dict[int, f
     drill.wait("three ready nodes", lambda: drill.ready() == 3)
 
 
-def test_slurm_s_own_daemons_die(drill: Drill, reference: dict[int, float]) -> None:
+def test_slurm_s_own_daemons_die(drill: Drill) -> None:
     """Training does not notice a dead slurmctld or slurmd; the node loop waits, and goes on when Slurm is back."""
     sandbox, silence = drill.site.sandbox, "Slurm does not answer"
     before = len([row for row in drill.cluster_events("node_decision") if row["reason"] == silence])
@@ -235,7 +235,7 @@ def test_slurm_s_own_daemons_die(drill: Drill, reference: dict[int, float]) -> N
     try:
         drill.wait_cluster_event("node_decision", count=before + 1, reason=silence)
         drill.open_gate("daemons")
-        drill.finished(command, "daemons", reference, 0.0)
+        drill.finished(command, "daemons", 0.0)
         assert drill.sizes("daemons") == [3]
     finally:
         daemons.start_slurmctld(sandbox.layout)

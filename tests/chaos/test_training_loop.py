@@ -13,9 +13,10 @@ from pathlib import Path
 
 import gate
 import pytest
-from drill import EVERY, SAME_SIZE, STEPS, Drill
+from drill import SAME_SIZE, Drill
 from helpers import disk_at, mounted, same_curve, wait_for
 from trouble import AT
+from undisturbed import EVERY, STEPS
 
 from raylaunch import state
 from raylaunch.sandbox.procs import Proc
@@ -39,13 +40,13 @@ def open_drill() -> Iterator[Drill]:
 
 
 @pytest.mark.long
-def test_a_worker_exits(drill: Drill, reference: dict[int, float]) -> None:
-    drill.finished(drill.train("exits", trainer="trouble:exit_once"), "exits", reference, SAME_SIZE)
+def test_a_worker_exits(drill: Drill) -> None:
+    drill.finished(drill.train("exits", trainer="trouble:exit_once"), "exits", SAME_SIZE)
     drill.recovered("exits", 2)
 
 
 @pytest.mark.long
-def test_a_worker_is_killed_by_its_memory_limit(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_worker_is_killed_by_its_memory_limit(drill: Drill) -> None:
     """A real memory cgroup around one worker, and a real out-of-memory kill by the kernel."""
     command = drill.train("oom", trainer="trouble:grows")
     node, pid = drill.worker("oom", 1)
@@ -55,7 +56,7 @@ def test_a_worker_is_killed_by_its_memory_limit(drill: Drill, reference: dict[in
         (limit / "memory.limit_in_bytes").write_text(str(1 << 30))
         (limit / "cgroup.procs").write_text(str(on_machine(drill, node, pid)))
         drill.open_gate("oom")
-        drill.finished(command, "oom", reference, SAME_SIZE)
+        drill.finished(command, "oom", SAME_SIZE)
         assert "oom_kill 1" in (limit / "memory.oom_control").read_text()
     finally:
         wait_for("an empty cgroup", lambda: not (limit / "cgroup.procs").read_text(), 30)
@@ -82,17 +83,17 @@ def on_machine(drill: Drill, node: str, pid: str) -> int:
     raise AssertionError(f"no process {pid} in {node}")
 
 
-def test_a_rank_hangs(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_rank_hangs(drill: Drill) -> None:
     """The watchdog names the rank that is missing, keeps its stack, and a new attempt goes on."""
     command = drill.train("hangs", trainer="trouble:hang_once", elastic={"hang_timeout": 8, "hang_factor": 5})
     hang = drill.wait_event("hangs", "hang")
-    drill.finished(command, "hangs", reference, SAME_SIZE)
+    drill.finished(command, "hangs", SAME_SIZE)
     assert hang["rank"] == 1 and hang["step"] == AT - 1
     stack = (state.attempt_dir(drill.site.run_dir("hangs"), 1) / "rank-1.stack.txt").read_text()
     assert "_sleeps_here" in stack
 
 
-def test_the_same_error_twice_ends_the_run(drill: Drill, reference: dict[int, float]) -> None:
+def test_the_same_error_twice_ends_the_run(drill: Drill) -> None:
     done = drill.train("broken", trainer="trouble:broken", step_scheduler={"ckpt_every_steps": 50}).ended()
     done.expect(1, "a bug in somebody's code", "2 times")
     decision = drill.run_events("broken", "decision")[-1]
@@ -100,7 +101,7 @@ def test_the_same_error_twice_ends_the_run(drill: Drill, reference: dict[int, fl
 
 
 @pytest.mark.long
-def test_a_loss_that_is_no_number_ends_the_run(drill: Drill, reference: dict[int, float]) -> None:
+def test_a_loss_that_is_no_number_ends_the_run(drill: Drill) -> None:
     drill.train("nan", trainer="trouble:not_a_number").ended().expect(1, "nan")
     event = drill.run_events("nan", "nonfinite")[-1]
     assert event["action"] == "stop"
@@ -109,13 +110,13 @@ def test_a_loss_that_is_no_number_ends_the_run(drill: Drill, reference: dict[int
 
 @pytest.mark.long
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_a_loss_that_is_no_number_is_left_out(drill: Drill, reference: dict[int, float], policy: str) -> None:
+def test_a_loss_that_is_no_number_is_left_out(drill: Drill, policy: str) -> None:
     run = f"nan-{policy}"
     drill.train(run, trainer="trouble:not_a_number", optimizer={"on_nonfinite": policy}).ended().expect(0)
     (event,) = drill.run_events(run, "nonfinite")
     assert event["action"] == policy and drill.sizes(run) == [2]
-    losses = drill.site.losses(run)
-    same_curve({s: v for s, v in losses.items() if s < AT}, {s: v for s, v in reference.items() if s < AT}, 0.0)
+    losses, reference = drill.site.losses(run), drill.reference(run)
+    same_curve({s: v for s, v in losses.items() if s < AT}, {s: v for s, v in reference.items() if s < AT}, SAME_SIZE)
     assert all(math.isfinite(float(v)) for s, v in losses.items() if s != AT) and max(losses) == STEPS
 
 
@@ -138,9 +139,7 @@ def read_only(storage: Path) -> Iterator[None]:
 
 @pytest.mark.long
 @pytest.mark.parametrize(("trouble", "words"), [(full, "space"), (read_only, "Read-only")])
-def test_storage_that_takes_nothing_does_not_end_training(
-    drill: Drill, reference: dict[int, float], trouble: Trouble, words: str
-) -> None:
+def test_storage_that_takes_nothing_does_not_end_training(drill: Drill, trouble: Trouble, words: str) -> None:
     """Saves fail meanwhile, and are made again afterwards."""
     run = f"storage-{words.lower()}"
     command = drill.train(run, checkpoint={"checkpoint_dir": str(STORAGE / run)})
@@ -149,12 +148,12 @@ def test_storage_that_takes_nothing_does_not_end_training(
         drill.open_gate(run, gate.FIRST + EVERY)
         assert words in drill.wait_event(run, "checkpoint_failed")["error"]
     drill.open_gate(run)
-    drill.finished(command, run, reference, SAME_SIZE)
+    drill.finished(command, run, SAME_SIZE)
     assert drill.sizes(run) == [2]
 
 
 @pytest.mark.long
-def test_storage_that_stalls_does_not_end_training(drill: Drill, reference: dict[int, float]) -> None:
+def test_storage_that_stalls_does_not_end_training(drill: Drill) -> None:
     """A disk that answers nothing for a while, as a shared one may: no hang, and somebody is told."""
     command = drill.train("stalls", checkpoint={"checkpoint_dir": str(DISK)}, elastic={"hang_timeout": 10})
     drill.at_gate("stalls")
@@ -166,12 +165,12 @@ def test_storage_that_stalls_does_not_end_training(drill: Drill, reference: dict
     finally:
         subprocess.run(["fsfreeze", "--unfreeze", str(DISK)], check=True)
     assert drill.wait_event("stalls", "checkpoint_slow")["seconds"] > 10
-    drill.finished(command, "stalls", reference, SAME_SIZE)
+    drill.finished(command, "stalls", SAME_SIZE)
     assert drill.sizes("stalls") == [2]
 
 
 @pytest.mark.parametrize("damage", ["flipped", pytest.param("torn", marks=pytest.mark.long)])
-def test_a_damaged_checkpoint_is_done_without(drill: Drill, reference: dict[int, float], damage: str) -> None:
+def test_a_damaged_checkpoint_is_done_without(drill: Drill, damage: str) -> None:
     """The newest does not verify: it is named, kept, and the one before it is taken."""
     command = drill.train(damage)
     drill.at_gate(damage)
@@ -186,7 +185,7 @@ def test_a_damaged_checkpoint_is_done_without(drill: Drill, reference: dict[int,
     drill.site.inside(node, "kill", "-9", pid)
     drill.open_gate(damage)
     command.ended().expect(0, f"run {damage} is finished")
-    same_curve(drill.site.losses(damage), reference, SAME_SIZE)
+    same_curve(drill.site.losses(damage), drill.reference(damage), SAME_SIZE)
     bad = drill.run_events(damage, "checkpoint_bad")[0]
     assert bad["file"] == f"{newest.name}/{file.name}"
     kept = [path for path in checkpoints.iterdir() if ".bad-" in path.name]
