@@ -193,7 +193,6 @@ def test_adapters_alone_are_trained_and_saved(run: Run, tmp_path: Path, workers:
     from transformers import AutoModelForCausalLM
 
     run.config["model"] = {"hf": str(a_qwen(tmp_path / "qwen")), "lora": {"rank": 4}}
-    run.config["optimizer"] = {"lr": 3e-2}
     assert "of them trained" in fsdp.check(Config.model_validate(run.config))[0]
     other = Run(tmp_path / "other", tmp_path, workers)
     state.make_dir(other.directory)
