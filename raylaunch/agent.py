@@ -344,31 +344,20 @@ class Agent:
         here = self.here
         before = await _patiently(lambda: asyncio.to_thread(Head.read, here.directory)) if here.joiner else None
         head = self._as_head(incarnation, before.life if before is not None else here.life)
-        self.duties = await asyncio.to_thread(  # it reads what the head before it left
+        duties = self.duties = await asyncio.to_thread(  # it reads what the head before it left
             HeadDuties, here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
             nodes=self.cluster.max_nodes if here.local else len(here.peers),
         )  # fmt: skip
         try:
             if why:
-                await self.duties.open(why)
-            else:
-                await _patiently(self._open)
+                await duties.open(why)
+            else:  # its end would be the cluster's: it may begin more than once, until head.json is written
+                await _patiently(lambda: duties.open(""))
         except (RaylaunchError, OSError) as error:
             if why:  # the cluster does not end with a head that could not begin
                 self.resign(f"this node cannot lead: {error}")
             raise
         return head
-
-    async def _open(self) -> None:
-        """Begin as the head of a life or allocation, whose end would be the cluster's: it is repeated where the storage
-        hiccups, which it may be until head.json is written. (An elected head's may not, and that one resigns.)"""
-        assert self.duties is not None
-        try:
-            await self.duties.open("")
-        except StateError as error:
-            if error.__cause__ is None:  # no word of the storage's: we are fenced, and have to leave its files alone
-                raise BringUpError(error.message, error.hint) from None
-            raise
 
     def _missing(self) -> frozenset[str]:
         """Those of the base job's nodes that Slurm has taken out of it. Blocking."""

@@ -105,8 +105,16 @@ class Head(Record):
 
 def claims(cluster: Path) -> list[int]:
     """The incarnations that were claimed in this life of the cluster, the newest last."""
-    folder = cluster / INCARNATIONS
-    return sorted(int(p.name) for p in folder.glob("[0-9]*")) if folder.exists() else []
+    return sorted(int(path.name) for path in listed(cluster / INCARNATIONS) if path.name.isdigit())
+
+
+def listed(folder: Path) -> list[Path]:
+    """What lies in a directory, nothing where there is none. OSError when it cannot be listed: `Path.glob` calls that
+    empty, since Python 3.13."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def is_fenced(cluster: Path, incarnation: int) -> bool:

@@ -80,14 +80,18 @@ def unfinished(cluster: Path, incarnation: int) -> set[str]:
 
 def _lying(cluster: Path, incarnation: int) -> list[tuple[str, Path]]:
     """What was asked, and what heads up to this one took: (name, file), by name, the taken ones first."""
-    asked = [(path.stem, 1, path) for path in (cluster / layout.REQUESTS).glob("[!.]*.json")]
+    asked = [(path.stem, 1, path) for path in _files(cluster) if path.suffix == ".json"]
     taken = [(path.stem, 0, path) for path in _taken(cluster, incarnation)]
     return [(name, path) for name, _, path in sorted([*asked, *taken])]
 
 
 def _taken(cluster: Path, incarnation: int) -> list[Path]:
-    found = ((path, _TAKEN.fullmatch(path.suffix)) for path in (cluster / layout.REQUESTS).glob("[!.]*.taken-*"))
+    found = ((path, _TAKEN.fullmatch(path.suffix)) for path in _files(cluster))
     return [path for path, match in found if match is not None and int(match[1]) <= incarnation]
+
+
+def _files(cluster: Path) -> list[Path]:
+    return [path for path in layout.listed(cluster / layout.REQUESTS) if not path.name.startswith(".")]
 
 
 def _take(name: str, path: Path, incarnation: int) -> Request | None:

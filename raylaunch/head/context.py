@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from raylaunch import layout, requests, state
 from raylaunch.config import Config
-from raylaunch.errors import StateError
+from raylaunch.errors import RaylaunchError, StateError
 from raylaunch.head.allocation_policy import Course
 from raylaunch.internal import EXPECTED, InternalErrors
 from raylaunch.layout import Cluster, Head
@@ -26,8 +26,11 @@ AGAIN, AGAIN_AT_MOST = 1.0, 30.0
 """Seconds until storage that failed is asked again: after the first time, and at the most."""
 
 
-class Replaced(Exception):
+class Replaced(RaylaunchError):
     """A newer head leads."""
+
+    def __init__(self) -> None:
+        super().__init__("a newer incarnation has begun")
 
 
 class Context:
@@ -72,8 +75,8 @@ class Context:
                 if await self.off_loop(self.is_fenced):
                     raise Replaced
                 return await self.off_loop(work, *arguments)
-            except FileNotFoundError:
-                raise  # so the storage has answered
+            except (Replaced, FileNotFoundError):
+                raise  # the storage has answered
             except EXPECTED as error:
                 if isinstance(error.__cause__, ValueError):
                     raise  # a file that is no JSON stays that

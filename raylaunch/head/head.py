@@ -16,8 +16,7 @@ from pathlib import Path
 
 from raylaunch import layout, state
 from raylaunch.config import Config
-from raylaunch.errors import StateError
-from raylaunch.head.context import Context
+from raylaunch.head.context import Context, Replaced
 from raylaunch.head.drivers import Drivers
 from raylaunch.head.ending import Ending
 from raylaunch.head.member_table import MemberTable
@@ -89,7 +88,7 @@ class HeadDuties:
             self.table.inherit((table or {}).get("nodes", []))
         self._members.lead(head.incarnation, self.table.changed, self._collector.take)
         if await context.off_loop(context.is_fenced):
-            raise StateError("a newer incarnation has begun")
+            raise Replaced
         await context.off_loop(self._file.write, asdict(head))
         if why:
             context.event("election", incarnation=head.incarnation, node=head.node, why=why)

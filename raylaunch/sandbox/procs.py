@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raylaunch.errors import SandboxError
+from raylaunch.processes import is_same, start_time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,15 +25,14 @@ class Proc:
     @classmethod
     def of(cls, pid: int) -> Proc:
         """The process that has this pid now; ProcessLookupError if there is none."""
-        stat = _stat(pid)
-        if stat is None:
+        start = start_time(pid)
+        if start is None:
             raise ProcessLookupError(f"no process {pid}")
-        return cls(pid, stat[1])
+        return cls(pid, start)
 
     def alive(self) -> bool:
         """Whether it still runs; a zombie that nobody has reaped yet does not."""
-        stat = _stat(self.pid)
-        return stat is not None and stat[1] == self.start and stat[0] not in "ZX"
+        return is_same(self.pid, self.start)
 
     def kill(self) -> None:
         """SIGKILL to this process and no other: the pidfd pins it while its start is compared."""
@@ -77,13 +77,3 @@ def wait_for(what: str, ready: Callable[[], bool], timeout: float, hint: Callabl
             raise SandboxError(f"{what}: not within {timeout:g} s", hint())
         time.sleep(pause)
         pause = min(pause * 1.5, 0.05)
-
-
-def _stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time of a pid, None when there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(")") + 2 :].split()  # the name before may hold anything
-    return fields[0], int(fields[19])

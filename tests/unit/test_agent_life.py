@@ -17,6 +17,7 @@ from raylaunch import agent, hosts, layout
 from raylaunch.agent import Agent, Here, NodeSetup
 from raylaunch.config import Config
 from raylaunch.errors import BringUpError, ConfigError, RaylaunchError, StateError
+from raylaunch.head.context import Replaced
 from raylaunch.layout import Head
 from raylaunch.link import Closed
 
@@ -363,8 +364,8 @@ def test_another_s_claim_is_not(first: Any) -> None:
 
 def test_a_first_head_that_is_fenced_is_told_at_once(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
     """What it would write again is the newer one's by now."""
-    Duties.failures += [StateError("a newer incarnation has begun")]
-    with pytest.raises(BringUpError, match="a newer incarnation"):
+    Duties.failures += [Replaced()]
+    with pytest.raises(Replaced):
         virtual.run(monkeypatch, first._first_head)
     assert Duties.begun == [(2, "")]
 

@@ -48,7 +48,7 @@ async def until(what: Callable[[], object]) -> None:
 
 def hide_listings(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a client of NFS has them: nothing that others made is listed."""
-    monkeypatch.setattr(Path, "glob", lambda *_: iter(()))
+    monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))
 
 
 def test_a_claim_that_no_listing_shows_is_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +56,14 @@ def test_a_claim_that_no_listing_shows_is_found(place: Place, monkeypatch: pytes
     hide_listings(monkeypatch)
     assert layout.claim(place.directory, 2, "n2")
     assert layout.is_fenced(place.directory, 1) and not layout.is_fenced(place.directory, 2)
+
+
+def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(place: Place) -> None:
+    file = place.directory / "no-directory"
+    assert layout.claims(file) == []
+    file.write_text("")
+    with pytest.raises(NotADirectoryError):
+        layout.claims(file)
 
 
 def test_a_newer_head_json_fences_where_the_claim_cannot_be_seen(place: Place) -> None:
