@@ -49,6 +49,22 @@ def next_life(drill: Drill, run: str, life: int) -> None:
     drill.wait("the next life", begun, run)
 
 
+@contextmanager
+def patient_slurm(drill: Drill) -> Iterator[None]:
+    """A Slurm that takes no silent node for dead, however slow this machine is."""
+    file = drill.site.sandbox.layout.slurm_conf
+    usual = file.read_text()
+    patient = usual.replace("SlurmdTimeout=10\n", "SlurmdTimeout=3600\n")
+    assert patient != usual
+    file.write_text(patient)
+    try:
+        drill.site.slurm("scontrol", "reconfigure")
+        yield
+    finally:
+        file.write_text(usual)
+        drill.site.slurm("scontrol", "reconfigure")
+
+
 def seconds(drill: Drill, job: str) -> int:
     """For which a job has been running."""
     return parse_duration(drill.site.slurm("squeue", "-h", "-j", job, "-o", "%M")) or 0
@@ -145,7 +161,7 @@ def test_the_batch_host_is_away_for_longer_than_slurm_waits(drill: Drill) -> Non
 @pytest.mark.parametrize("requeue", [True, False])
 def test_the_batch_host_boots_before_slurm_found_it_dead(drill: Drill, requeue: bool) -> None:
     """Slurm finds no batch script there and ends the whole job; it runs it again, where it may. No person asked for the
-    end: the run goes on. (Where Slurm was quicker and found the host dead, a successor comes in both cases.)"""
+    end: the run goes on."""
     run = f"booted-{'requeue' if requeue else 'no-requeue'}"
     if requeue:
         submit(drill, run)
@@ -158,11 +174,11 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(drill: Drill, requeue: 
     attempt, host, incarnation = drill.at_gate(run), drill.head(), drill.incarnation()
     # Of a young job Slurm does not expect the batch script yet (BatchStartTimeout and MessageTimeout), and lets it go on.
     drill.wait("a job that is old enough", lambda: seconds(drill, job) > 45, run)
-    drill.site.sandbox.kill(host)
-    drill.wait("another head", lambda: drill.incarnation() > incarnation, run)
-    drill.site.sandbox.start(host)
-    drill.wait("what follows", lambda: bool(drill.cluster_events("requeued") + drill.cluster_events("successor")), run)
-    assert requeue or not drill.cluster_events("requeued")
+    with patient_slurm(drill):
+        drill.site.sandbox.kill(host)
+        drill.wait("another head", lambda: drill.incarnation() > incarnation, run)
+        drill.site.sandbox.start(host)
+        drill.wait_cluster_event("requeued" if requeue else "successor")
     next_life(drill, run, 3)
     drill.at_gate(run, after=attempt)
     drill.open_gate(run)
