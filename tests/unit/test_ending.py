@@ -297,7 +297,7 @@ def test_a_stop_is_not_forgotten_by_the_notice(place: Place, slurm: FakeSlurm) -
 
 def test_a_head_that_was_frozen_in_its_end_has_no_last_word(place: Place, slurm: FakeSlurm) -> None:
     async def story() -> None:
-        head = lead(place)
+        head = lead(place, nodes=("n1",))
         await head.close("down")
         layout.claim(place.directory, 2, "n2")
         await asyncio.to_thread(head.write_end, "down", 0)
