@@ -28,7 +28,7 @@ demo: env  ## two local nodes, one language model, a visibly lower loss
 # Two groups of tests at a time (files, or what shares a cluster), in the order of pyproject's testpaths: the longest begins first.
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20
 
-test: env packages  ## the gate: tests that every change must pass (15 to 20 minutes; the Slurm tests need root and Debian's packages)
+test: env packages  ## the gate: tests that every change must pass (10 to 20 minutes; the Slurm tests need root and Debian's packages)
 	$(PYTEST) -m "not long"
 
 # Tests that are not part of the gate, in shards that can run alone (CONTRIBUTING.md says when to run which).
