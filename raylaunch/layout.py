@@ -105,7 +105,7 @@ class Head(Record):
 
 def claims(cluster: Path) -> list[int]:
     """The incarnations that were claimed in this life of the cluster, the newest last."""
-    return sorted(int(path.name) for path in listed(cluster / INCARNATIONS) if path.name.isdigit())
+    return sorted(int(path.name) for path in listed(cluster / INCARNATIONS) if path.name.isdecimal())
 
 
 def listed(folder: Path) -> list[Path]:
