@@ -32,6 +32,7 @@ from raylaunch.appender import Appender, AppendingHandler
 from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, StateError
 from raylaunch.head import HeadDuties
+from raylaunch.head.context import Replaced
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import AlreadyHere, Closed, Link, Members, Refused
 from raylaunch.load import sample
@@ -40,6 +41,7 @@ from raylaunch.raynode import RayNode, RayProcess
 from raylaunch.seek import Seeker
 from raylaunch.slurm import script as slurm_script
 from raylaunch.slurm.client import Slurm
+from raylaunch.slurm.parse import ENDING, TERMINAL
 from raylaunch.timing import (
     ALREADY_LIMIT,
     CANARY_PATIENCE,
@@ -353,8 +355,9 @@ class Agent:
                 await duties.open(why)
             else:  # its end would be the cluster's: it may begin more than once, until head.json is written
                 await _patiently(lambda: duties.open(""))
-        except (RaylaunchError, OSError) as error:
-            if why:  # the cluster does not end with a head that could not begin
+        except Exception as error:
+            # The cluster does not end with a head that was elected and could not begin, nor with one that was replaced.
+            if why or isinstance(error, Replaced):
                 self.resign(f"this node cannot lead: {error}")
             raise
         return head
@@ -668,7 +671,7 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         failure = next((r for r in results if isinstance(r, Exception)), None)  # a CancelledError is not one
-        if isinstance(failure, AlreadyHere):  # no fault of this node's: one agent is enough
+        if isinstance(failure, AlreadyHere | Replaced):  # no fault of this node's: one agent, and one head, is enough
             agent.stop(str(failure))
             failure = None
     except (RaylaunchError, OSError) as error:
@@ -717,10 +720,19 @@ async def _report(here: Here, agent: Agent | None, failure: Exception) -> None:
 
 def _end_life(here: Here, text: str, leads: bool) -> None:
     """The last word on a life of the cluster that has no head to say it: its first node could not begin. Blocking."""
-    head = Head.read(here.directory)
-    led = head is not None and head.node != here.node and not here.is_over(head)  # we were the head, and are not
-    if here.is_first and not led and not leads:
+    if here.is_first and not leads and not _another_leads(here, Head.read(here.directory)):
         layout.write_end(here.directory, here.canary, text, {}, [], exit_code=1)
+
+
+def _another_leads(here: Here, head: Head | None) -> bool:
+    """Whether this life has a head: another node that was elected, or the one of another allocation that is not over.
+    SlurmError, while Slurm does not say."""
+    if head is None or head.canary != here.canary:
+        return False
+    if not here.is_over(head):
+        return head.node != here.node
+    other = Slurm().jobs([head.job]).get(head.job) if not here.local and head.job != here.job else None
+    return other is not None and other.state not in TERMINAL | ENDING
 
 
 def _handle_signals(agent: Agent) -> None:

@@ -51,9 +51,14 @@ class Memory:
         value: dict[str, Any] | None = state.read_json(directory / layout.DUTIES_FILE)
         if value is None or value.get("canary") != cluster.canary:
             return cls(cluster.canary, queue=[cluster.run] if cluster.run else [])
-        known = {f.name for f in fields(cls)}
-        draining = {node: Draining(**one) for node, one in value.get("draining", {}).items()}
-        return cls(**{k: v for k, v in value.items() if k in known} | {"draining": draining})
+        draining = {node: Draining(**_known(Draining, one)) for node, one in value.get("draining", {}).items()}
+        return cls(**_known(cls, value) | {"draining": draining})
 
     def write(self, directory: Path) -> None:
         state.write_json(directory / layout.DUTIES_FILE, asdict(self))
+
+
+def _known(kind: type[Memory | Draining], value: dict[str, Any]) -> dict[str, Any]:
+    """Without what another version of raylaunch has written beside it."""
+    known = {field.name for field in fields(kind)}
+    return {name: one for name, one in value.items() if name in known}

@@ -45,11 +45,11 @@ def start_time(pid: int) -> int | None:
     """When the process began, in clock ticks since the machine's boot (a pid alone may be somebody else's by now); None
     when it is gone. By proc(5)'s `stat`: the time of day, which psutil makes of it, moves when the clock is set."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = text[text.rindex(")") + 2 :].split()  # the name before may hold anything
-    return None if fields[0] in "ZX" else int(fields[19])
+    fields = text[text.rindex(b")") + 2 :].split()  # the name before may hold any bytes
+    return None if fields[0] in b"ZX" else int(fields[19])
 
 
 def is_same(pid: int, started: int) -> bool:
@@ -88,7 +88,7 @@ def end_tree(root: int, keep_root: bool = False, limit: float = TREE_LIMIT, spar
         if time.monotonic() > deadline:
             return len(targets)
         for process in targets:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):  # gone, or not ours to kill (sudo): the others all the same
                 process.kill()
         time.sleep(0.02)  # no waitpid: some are children whose status their owner waits for
 

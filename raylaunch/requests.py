@@ -29,12 +29,12 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylaunch import layout
+from raylaunch import fence, layout
 
 log = logging.getLogger("raylaunch.requests")
 
@@ -73,9 +73,11 @@ def take(cluster: Path, incarnation: int, known: Collection[str] = ()) -> list[R
     return found
 
 
-def unfinished(cluster: Path, incarnation: int) -> set[str]:
-    """The names of those that heads up to this one took, and whose files are left."""
-    return {path.stem for path in _taken(cluster, incarnation)}
+def unfinished(cluster: Path, incarnation: int, names: Iterable[str]) -> list[str]:
+    """Those of these names that heads up to this one took, and whose files are left. Each file is looked for, since a
+    listing on NFS may hide it, and a request that is forgotten here is done again."""
+    folder, numbers = cluster / layout.REQUESTS, range(incarnation, 0, -1)
+    return [name for name in names if any(fence.is_there(folder / _taken_name(name, n)) for n in numbers)]
 
 
 def _lying(cluster: Path, incarnation: int) -> list[tuple[str, Path]]:
@@ -90,12 +92,16 @@ def _taken(cluster: Path, incarnation: int) -> list[Path]:
     return [path for path, match in found if match is not None and int(match[1]) <= incarnation]
 
 
+def _taken_name(name: str, incarnation: int) -> str:
+    return f"{name}.taken-{incarnation:08d}"
+
+
 def _files(cluster: Path) -> list[Path]:
     return [path for path in layout.listed(cluster / layout.REQUESTS) if not path.name.startswith(".")]
 
 
 def _take(name: str, path: Path, incarnation: int) -> Request | None:
-    mine = path.with_name(f"{name}.taken-{incarnation:08d}")
+    mine = path.with_name(_taken_name(name, incarnation))
     try:
         if path != mine:
             path.rename(mine)

@@ -38,7 +38,10 @@ def clear_life(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for part in (layout.NODES, layout.REQUESTS, layout.INCARNATIONS):
         for path in (directory / part).glob("*"):
-            path.unlink(missing_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def remove_directory(directory: Path) -> None:

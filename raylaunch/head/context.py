@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,10 @@ T = TypeVar("T")
 
 AGAIN, AGAIN_AT_MOST = 1.0, 30.0
 """Seconds until storage that failed is asked again: after the first time, and at the most."""
+
+
+STAYS = frozenset({errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""What waiting does not mend: there is something else than a file there. (Nor does it make JSON of what is none.)"""
 
 
 class Replaced(RaylaunchError):
@@ -78,8 +83,9 @@ class Context:
             except (Replaced, FileNotFoundError):
                 raise  # the storage has answered
             except EXPECTED as error:
-                if isinstance(error.__cause__, ValueError):
-                    raise  # a file that is no JSON stays that
+                cause = error.__cause__ or error
+                if isinstance(cause, ValueError) or getattr(cause, "errno", None) in STAYS:
+                    raise
                 if pause == AGAIN:  # once: it may be gone for hours
                     log.error("waiting for the storage error=%r", str(error))
             self.waits += 1
@@ -120,8 +126,7 @@ class Context:
     def recall(self, nodes: int) -> None:
         """Take over what the head before this one left, and count the allocations. `nodes`: of the base job."""
         memory = self.memory = Memory.read(self.directory, self.cluster)
-        left = requests.unfinished(self.directory, self.head.incarnation)
-        memory.taken = [name for name in memory.taken if name in left]
+        memory.taken = requests.unfinished(self.directory, self.head.incarnation, memory.taken)
         memory.wanted = memory.wanted or nodes
         if memory.running:  # its driver died with its head
             memory.queue.insert(0, memory.running)

@@ -15,6 +15,7 @@ from raylaunch.head.context import Context, Replaced
 from raylaunch.head.drivers import Drivers
 from raylaunch.head.ending import Ending
 from raylaunch.head.member_table import MemberTable
+from raylaunch.internal import EXPECTED
 from raylaunch.runs import Run
 from raylaunch.timing import RUN_TELL_LIMIT, SAVE_LIMIT
 
@@ -98,6 +99,9 @@ class RunQueue:
                     outcome = await self.drive(name)
                 except Replaced:
                     outcome = "fenced"
+                except EXPECTED as error:
+                    self._context.event("run_ended", run=name, state=outcome, error=str(error))
+                    raise
         finally:
             making_way.cancel()
         if outcome in runs.FINAL:

@@ -36,6 +36,8 @@ class Proc:
 
     def kill(self) -> None:
         """SIGKILL to this process and no other: the pidfd pins it while its start is compared."""
+        if not self.alive():  # its pid may be a thread's by now, which has no pidfd
+            return
         try:
             fd = os.pidfd_open(self.pid)
         except ProcessLookupError:

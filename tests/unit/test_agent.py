@@ -17,6 +17,7 @@ from raylaunch.config import Config
 from raylaunch.errors import BringUpError, SlurmError, StateError
 from raylaunch.layout import Head
 from raylaunch.slurm.client import SlurmUnavailable
+from raylaunch.slurm.parse import JobState
 
 HERE = Here(Path("/nowhere"), "c1", "n2", 1, ("n1", "n2", "n3"), local=False, job="7", life="7:0")
 HEAD = Head(canary="c1", incarnation=3, node="n1", hostname="n1", address="10.0.0.1", control_port=1, gcs="",
@@ -202,6 +203,21 @@ def test_another_node_does_not(tmp_path: Path, reigning: Head | None) -> None:
         reigning.write(tmp_path / layout.HEAD_FILE)
     report(replace(HERE, directory=tmp_path, index=0 if reigning else 1), None)
     assert not (tmp_path / layout.ENDED_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("now", "over"), [(JobState.RUNNING, False), (JobState.PENDING, False), (JobState.COMPLETING, True), (None, True)]
+)
+def test_a_first_node_that_fails_ends_no_other_allocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, now: JobState | None, over: bool
+) -> None:
+    """Slurm may run two of one cluster for a while: only where the one that leads is over, the cluster is."""
+    rows = {} if now is None else {"8": type("Row", (), {"state": now})}
+    monkeypatch.setattr(agent, "Slurm", lambda: type("Fake", (), {"jobs": lambda self, ids: rows})())
+    (tmp_path / layout.NODES).mkdir()
+    replace(HEAD, life="8:0").write(tmp_path / layout.HEAD_FILE)
+    report(replace(HERE, directory=tmp_path, index=0), None)
+    assert (tmp_path / layout.ENDED_FILE).exists() == over
 
 
 def test_one_hiccup_does_not_hide_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import time
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import virtual
 
-from raylaunch import agent, hosts, layout
+from raylaunch import agent, hosts, layout, state
 from raylaunch.agent import Agent, Here, NodeSetup
 from raylaunch.config import Config
 from raylaunch.errors import BringUpError, ConfigError, RaylaunchError, StateError
@@ -367,14 +368,42 @@ def test_a_first_head_that_is_fenced_is_told_at_once(monkeypatch: pytest.MonkeyP
     Duties.failures += [Replaced()]
     with pytest.raises(Replaced):
         virtual.run(monkeypatch, first._first_head)
-    assert Duties.begun == [(2, "")]
+    assert Duties.begun == [(2, "")] and first.again
 
 
-def test_an_elected_head_that_cannot_begin_resigns_at_once(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
-    Duties.failures += [storage_error(errno.EIO)]
-    with pytest.raises(StateError):
+@pytest.mark.parametrize("error", [storage_error(errno.EIO), TypeError("a mistake of ours")])
+def test_an_elected_head_that_cannot_begin_resigns_at_once(
+    monkeypatch: pytest.MonkeyPatch, first: Any, error: Exception
+) -> None:
+    Duties.failures += [error]
+    with pytest.raises(type(error)):
         virtual.run(monkeypatch, lambda: first._lead(2, "elected"))
     assert Duties.begun == [(2, "elected")] and first.again
+
+
+def test_a_node_whose_head_was_replaced_begins_again_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, first: Any
+) -> None:
+    """It resigned as it raised that. A failure would be a strike, and the end of the run for its followers."""
+    state.make_dir(first.here.directory / layout.LOGS)
+
+    async def nothing(*_: Any) -> Any: ...
+
+    async def replaced() -> None:
+        first.resign("this node cannot lead")
+        raise Replaced
+
+    first.live, first.until_gpus_fail, first.close = replaced, asyncio.Event().wait, nothing
+    for name in ("check_canary", "_patiently"):
+        monkeypatch.setattr(agent, name, nothing)
+    for name in ("_log_to", "_handle_signals"):
+        monkeypatch.setattr(agent, name, lambda _: None)
+    monkeypatch.setattr(agent.threads, "tell_deaths_in", lambda *_, **__: None)
+    monkeypatch.setattr(NodeSetup, "prepare", lambda *_: None)
+    monkeypatch.setattr(agent, "Agent", lambda *_: first)
+    monkeypatch.setattr(agent, "_report", None)  # what tells a failure
+    with contextlib.ExitStack() as at_end:
+        assert asyncio.run(agent.supervise(first.here, at_end)) == agent.AGAIN
 
 
 def test_a_look_for_the_head_that_fails_saw_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -18,11 +18,12 @@ import pytest
 from click.testing import CliRunner
 from made_heads import Place, joined, lost, run
 
-from raylaunch import layout, runs, state
+from raylaunch import layout, runs, state, teardown
 from raylaunch.backends import Job
 from raylaunch.cli import cli
 from raylaunch.config import Config
 from raylaunch.head import HeadDuties
+from raylaunch.head.context import Replaced
 from raylaunch.layout import Cluster
 from raylaunch.link import Member
 from raylaunch.memory import Draining
@@ -112,6 +113,28 @@ def test_the_last_words_of_an_older_head_are_replaced(place: Place, name: str) -
     run(story)
 
 
+def test_a_head_that_was_replaced_before_it_began_writes_nothing(place: Place) -> None:
+    async def story() -> None:
+        old, new = place.lead(1), place.lead(2)
+        new.context.memory.running = "r"  # which a head that takes over queues again
+        new.context.duties_file.write(asdict(new.context.memory))
+        expected = place.read(layout.DUTIES_FILE)
+        with pytest.raises(Replaced):
+            await old.open("")
+        assert place.read(layout.DUTIES_FILE) == expected and not (place.directory / layout.HEAD_FILE).exists()
+
+    run(story)
+
+
+def test_what_another_version_remembered_is_read(place: Place) -> None:
+    head = place.lead(1)
+    memory = asdict(head.context.memory) | {"canary": "canary", "later": 1, "wanted": 5}
+    memory["draining"] = {"n3": {"reason": "broken", "agent": 1, "left": True, "since": 3}}
+    state.write_json(place.directory / layout.DUTIES_FILE, memory)
+    found = place.lead(2).context.memory
+    assert (found.wanted, found.draining) == (5, {"n3": Draining("broken", 1, left=True)})
+
+
 # -- requests --------------------------------------------------------------------------------------
 
 
@@ -188,6 +211,30 @@ def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pyte
         layout.claim(place.directory, 2, "n2")
 
     run(story)
+
+
+def test_what_was_done_is_remembered_though_no_listing_shows_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        old = place.lead(1)
+        asked(place, "strike", node="n3", reason="broken")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr("raylaunch.requests.Request.done", lambda _: (_ for _ in ()).throw(Killed()))
+            await old.requests.turn()
+        with monkeypatch.context() as patch:
+            hide_listings(patch)
+            new = place.lead(2)
+        await new.requests.turn()
+        assert new.context.memory.strikes == {"n3": 1} and left_over(place) == []
+
+    run(story)
+
+
+def test_the_next_life_removes_whatever_lies_among_the_requests(place: Place) -> None:
+    """A directory, say, that was set aside as no request."""
+    (place.directory / layout.REQUESTS / "a.json" / "deep").mkdir(parents=True)
+    asked(place, "run", run="one")
+    teardown.clear_life(place.directory)
+    assert left_over(place) == []
 
 
 def test_a_head_is_replaced_while_it_writes_what_it_took(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

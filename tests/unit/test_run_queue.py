@@ -338,6 +338,28 @@ def test_a_mistake_in_one_run_s_driving_is_told_and_the_next_one_runs(
     assert [row["work"] for row in place.events("internal_error")] == ["run a"]
 
 
+def test_a_run_that_waiting_does_not_mend_is_told_and_the_next_one_runs(place: Place) -> None:
+    (place.state_dir / "runs").mkdir()
+    (place.state_dir / "runs" / "file").write_text("no directory")
+    place.run("b")
+
+    async def story() -> None:
+        drivers = FakeDrivers((0, "finished"))
+        head = lead(place, drivers)
+        for name in ("file", "long" * 80, "b"):
+            head.queue.add(name)
+        head.context.spawn(head.queue.run())
+        await until(lambda: drivers.driven == ["b"] and not head.context.memory.running)
+        head.context.cancel_all()
+        await head.context.off_loop(lambda: None)
+        assert head.context.waits == 0
+
+    run(story)
+    assert [(row["run"], row["state"]) for row in place.events("run_ended")] == [
+        ("file", "failed"), ("long" * 80, "failed"), ("b", "finished"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyError("x")])
 def test_a_run_is_finished_whatever_becomes_of_its_weights(
     place: Place, monkeypatch: pytest.MonkeyPatch, error: Exception
