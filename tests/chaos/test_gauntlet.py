@@ -179,8 +179,8 @@ class Gauntlet:
         incarnation, head = self.drill.incarnation(), self.drill.head()
         self.drill.site.sandbox.kill(head)
         self.wait_next_head(incarnation, head)
-        (election,) = [row for row in self.drill.cluster_events("election") if row["incarnation"] == incarnation + 1]
-        assert election["why"]
+        # head.json comes first, its event a moment later.
+        assert self.drill.wait_cluster_event("election", incarnation=self.drill.incarnation())["why"]
         self.wait_next_attempt(cause="head_lost")
 
     def the_head_is_frozen(self) -> None:
