@@ -671,8 +671,11 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         failure = next((r for r in results if isinstance(r, Exception)), None)  # a CancelledError is not one
-        if isinstance(failure, AlreadyHere | Replaced):  # no fault of this node's: one agent, and one head, is enough
+        if isinstance(failure, AlreadyHere):  # no fault of this node's: one agent is enough
             agent.stop(str(failure))
+            failure = None
+        elif failure is not None and agent.again:  # nor is a head that could not begin: it has resigned
+            log.error("could not lead", exc_info=failure)
             failure = None
     except (RaylaunchError, OSError) as error:
         failure = error

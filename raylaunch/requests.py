@@ -24,6 +24,7 @@ left (`unfinished`), or the next one of that name would be deleted unheard.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -110,7 +111,7 @@ def _take(name: str, path: Path, incarnation: int) -> Request | None:
     except FileNotFoundError:  # another head was quicker, or the listing is old
         return None
     except OSError as error:
-        log.error("a request cannot be read, and is tried again path=%s error=%r", mine, str(error))
+        _say_once("a request cannot be read, and is tried again", mine, str(error))
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         log.error("not a request path=%s error=%r", mine, str(error))
@@ -133,4 +134,10 @@ def _set_aside(path: Path, name: str) -> None:
     try:
         path.rename(path.with_name(f"{name}.bad"))
     except OSError as error:
-        log.error("a request could not be set aside path=%s error=%r", path, str(error))
+        _say_once("a request could not be set aside", path, str(error))
+
+
+@functools.lru_cache(256)
+def _say_once(what: str, path: Path, error: str) -> None:
+    """Requests are looked for three times a second."""
+    log.error("%s path=%s error=%r", what, path, error)

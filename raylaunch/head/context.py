@@ -73,8 +73,9 @@ class Context:
 
     async def insist(self, work: Callable[..., T], *arguments: Any) -> T:
         """As `off_loop`, for what there is no going on without: storage that fails is waited for, until this is
-        cancelled. Raises Replaced instead of working for a head that a newer one has replaced."""
-        pause = AGAIN
+        cancelled; after half a minute of that there is an event. Raises Replaced instead of working for a head that a newer
+        one has replaced."""
+        pause, told = AGAIN, False
         while True:
             try:
                 if await self.off_loop(self.is_fenced):
@@ -88,6 +89,9 @@ class Context:
                     raise
                 if pause == AGAIN:  # once: it may be gone for hours
                     log.error("waiting for the storage error=%r", str(error))
+                if pause == AGAIN_AT_MOST and not told:
+                    self.event("waiting_for_storage", error=str(error))
+                    told = True
             self.waits += 1
             await asyncio.sleep(pause)
             pause = min(AGAIN_AT_MOST, 2 * pause)

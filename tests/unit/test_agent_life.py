@@ -381,8 +381,9 @@ def test_an_elected_head_that_cannot_begin_resigns_at_once(
     assert Duties.begun == [(2, "elected")] and first.again
 
 
-def test_a_node_whose_head_was_replaced_begins_again_and_is_no_failure(
-    monkeypatch: pytest.MonkeyPatch, first: Any
+@pytest.mark.parametrize("error", [Replaced(), storage_error(errno.EIO), TypeError("a mistake of ours")])
+def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, first: Any, error: Exception
 ) -> None:
     """It resigned as it raised that. A failure would be a strike, and the end of the run for its followers."""
     state.make_dir(first.here.directory / layout.LOGS)
@@ -391,7 +392,7 @@ def test_a_node_whose_head_was_replaced_begins_again_and_is_no_failure(
 
     async def replaced() -> None:
         first.resign("this node cannot lead")
-        raise Replaced
+        raise error
 
     first.live, first.until_gpus_fail, first.close = replaced, asyncio.Event().wait, nothing
     for name in ("check_canary", "_patiently"):

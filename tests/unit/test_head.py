@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from made_heads import Place, joined, lost, run
 
-from raylaunch import layout, runs, state, teardown
+from raylaunch import layout, requests, runs, state, teardown
 from raylaunch.backends import Job
 from raylaunch.cli import cli
 from raylaunch.config import Config
@@ -227,6 +227,22 @@ def test_what_was_done_is_remembered_though_no_listing_shows_it(place: Place, mo
         assert new.context.memory.strikes == {"n3": 1} and left_over(place) == []
 
     run(story)
+
+
+def test_a_request_that_cannot_be_read_is_said_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is looked for three times a second, and may stay like that."""
+    assert layout.claim(place.directory, 1, "n1")
+    path, answers = asked(place, "run", run="one"), ["stale", "stale", "denied"]
+
+    def refuse(_: Path) -> bytes:
+        raise OSError(answers.pop(0))
+
+    monkeypatch.setattr(requests, "_read", refuse)
+    assert [requests.take(place.directory, 1) for _ in (1, 2, 3)] == [[]] * 3
+    said = [record.message for record in caplog.records]
+    assert ["stale" in words for words in said] == [True, False] and all(path.stem in words for words in said)
 
 
 def test_the_next_life_removes_whatever_lies_among_the_requests(place: Place) -> None:

@@ -133,6 +133,24 @@ def test_storage_that_fails_ends_no_run(
     run(story)
 
 
+def test_storage_that_fails_for_long_is_told_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "AGAIN", 0.001)
+    monkeypatch.setattr(context, "AGAIN_AT_MOST", 0.004)
+    place.run("r")
+
+    async def story() -> None:
+        for fails in (2, 6):
+            head = lead(place, FakeDrivers((0, "finished")))
+            with monkeypatch.context() as patch:
+                patch.setattr(Run, "read", failing(Run.read, lambda number, fails=fails: number < fails))
+                assert await head.queue.drive("r") == "finished"
+            await head.context.off_loop(lambda: None)
+            (place.directory / layout.INCARNATIONS / "00000001").unlink()
+
+    run(story)
+    assert [row["error"] for row in place.events("waiting_for_storage")] == ["[Errno 5] Input/output error"]
+
+
 def test_a_driver_that_dies_while_the_storage_fails_does_not_count(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
