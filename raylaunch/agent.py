@@ -33,6 +33,7 @@ from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, StateError
 from raylaunch.head import HeadDuties
 from raylaunch.head.context import Replaced
+from raylaunch.internal import described
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import AlreadyHere, Closed, Link, Members, Refused
 from raylaunch.load import sample
@@ -674,8 +675,8 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
         if isinstance(failure, AlreadyHere):  # no fault of this node's: one agent is enough
             agent.stop(str(failure))
             failure = None
-        elif failure is not None and agent.again:  # nor is a head that could not begin: it has resigned
-            log.error("could not lead", exc_info=failure)
+        elif failure is not None and agent.again:
+            await _could_not_lead(here, failure)
             failure = None
     except (RaylaunchError, OSError) as error:
         failure = error
@@ -692,6 +693,16 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
         if failure is None:
             return agent.duties.exit_code if agent.duties else 0
     return 1
+
+
+async def _could_not_lead(here: Here, failure: Exception) -> None:
+    """A head that could not begin has resigned, and this node comes back as a member: no failure of the node's."""
+    log.error("could not lead", exc_info=failure)
+    tell = functools.partial(
+        state.append_event, here.directory, "could_not_lead", node=here.node, error=described(failure)
+    )
+    with contextlib.suppress(RaylaunchError, OSError):
+        await _insist(tell, RECORD_LIMIT)
 
 
 async def _report(here: Here, agent: Agent | None, failure: Exception) -> None:

@@ -405,6 +405,8 @@ def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
     monkeypatch.setattr(agent, "_report", None)  # what tells a failure
     with contextlib.ExitStack() as at_end:
         assert asyncio.run(agent.supervise(first.here, at_end)) == agent.AGAIN
+    (told,) = state.read_events(first.here.directory, "could_not_lead")
+    assert told["node"] == "n1" and told["error"].startswith(type(error).__name__)
 
 
 def test_a_look_for_the_head_that_fails_saw_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
