@@ -90,7 +90,7 @@ class Context:
                 if pause == AGAIN:  # once: it may be gone for hours
                     log.error("waiting for the storage error=%r", str(error))
                 if pause == AGAIN_AT_MOST and not told:
-                    self.event("waiting_for_storage", error=str(error))
+                    await self.off_loop(self._append_event, "waiting_for_storage", {"error": str(error)})
                     told = True
             self.waits += 1
             await asyncio.sleep(pause)
