@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raylaunch import layout, state
-from raylaunch.layout import Cluster
+from raylaunch.layout import Cluster, Record
 
 
 @dataclass(frozen=True)
-class Draining:
+class Draining(Record):
     """A node that the run is to leave: why, and the process of its agent. Another agent there is another matter."""
 
     reason: str
@@ -21,7 +21,7 @@ class Draining:
 
 
 @dataclass
-class Memory:
+class Memory(Record):
     """Written by the head whenever it changes, read by the next one."""
 
     canary: str
@@ -51,14 +51,5 @@ class Memory:
         value: dict[str, Any] | None = state.read_json(directory / layout.DUTIES_FILE)
         if value is None or value.get("canary") != cluster.canary:
             return cls(cluster.canary, queue=[cluster.run] if cluster.run else [])
-        draining = {node: Draining(**_known(Draining, one)) for node, one in value.get("draining", {}).items()}
-        return cls(**_known(cls, value) | {"draining": draining})
-
-    def write(self, directory: Path) -> None:
-        state.write_json(directory / layout.DUTIES_FILE, asdict(self))
-
-
-def _known(kind: type[Memory | Draining], value: dict[str, Any]) -> dict[str, Any]:
-    """Without what another version of raylaunch has written beside it."""
-    known = {field.name for field in fields(kind)}
-    return {name: one for name, one in value.items() if name in known}
+        draining = {node: Draining.parse(one) for node, one in value.get("draining", {}).items()}
+        return cls.parse(value | {"draining": draining})

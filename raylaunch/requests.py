@@ -83,22 +83,18 @@ def unfinished(cluster: Path, incarnation: int, names: Iterable[str]) -> list[st
 
 def _lying(cluster: Path, incarnation: int) -> list[tuple[str, Path]]:
     """What was asked, and what heads up to this one took: (name, file), by name, the taken ones first."""
-    asked = [(path.stem, 1, path) for path in _files(cluster) if path.suffix == ".json"]
-    taken = [(path.stem, 0, path) for path in _taken(cluster, incarnation)]
-    return [(name, path) for name, _, path in sorted([*asked, *taken])]
-
-
-def _taken(cluster: Path, incarnation: int) -> list[Path]:
-    found = ((path, _TAKEN.fullmatch(path.suffix)) for path in _files(cluster))
-    return [path for path, match in found if match is not None and int(match[1]) <= incarnation]
+    found = []
+    for path in layout.listed(cluster / layout.REQUESTS):
+        taken = _TAKEN.fullmatch(path.suffix)
+        if path.name.startswith("."):
+            continue
+        if path.suffix == ".json" or (taken is not None and int(taken[1]) <= incarnation):
+            found.append((path.stem, taken is None, path))
+    return [(name, path) for name, _, path in sorted(found)]
 
 
 def _taken_name(name: str, incarnation: int) -> str:
     return f"{name}.taken-{incarnation:08d}"
-
-
-def _files(cluster: Path) -> list[Path]:
-    return [path for path in layout.listed(cluster / layout.REQUESTS) if not path.name.startswith(".")]
 
 
 def _take(name: str, path: Path, incarnation: int) -> Request | None:
@@ -114,7 +110,7 @@ def _take(name: str, path: Path, incarnation: int) -> Request | None:
         _say_once("a request cannot be read, and is tried again", mine, str(error))
         return None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        log.error("not a request path=%s error=%r", mine, str(error))
+        _say_once("not a request", mine, str(error))
         _set_aside(mine, name)
         return None
 

@@ -78,8 +78,7 @@ class Context:
         pause, told = AGAIN, False
         while True:
             try:
-                if await self.off_loop(self.is_fenced):
-                    raise Replaced
+                await self.still_leads()
                 return await self.off_loop(work, *arguments)
             except (Replaced, FileNotFoundError):
                 raise  # the storage has answered
@@ -116,6 +115,11 @@ class Context:
 
     def is_fenced(self) -> bool:
         return layout.is_fenced(self.directory, self.head.incarnation)
+
+    async def still_leads(self) -> None:
+        """Raises Replaced where a newer head has begun: the files are its own."""
+        if await self.off_loop(self.is_fenced):
+            raise Replaced
 
     def close_files(self) -> None:
         """When all is written that was to be."""

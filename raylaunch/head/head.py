@@ -16,7 +16,7 @@ from pathlib import Path
 
 from raylaunch import layout, state
 from raylaunch.config import Config
-from raylaunch.head.context import Context, Replaced
+from raylaunch.head.context import Context
 from raylaunch.head.drivers import Drivers
 from raylaunch.head.ending import Ending
 from raylaunch.head.member_table import MemberTable
@@ -81,14 +81,14 @@ class HeadDuties:
     async def open(self, why: str) -> None:
         """Begin: admit agents, publish head.json, take requests. `why`: of an election."""
         context, head = self.context, self.head
-        await self._still_leads()
+        await context.still_leads()
         await context.off_loop(context.recall, self._nodes)
         context.elected = bool(why)
         if why:
             table = await context.off_loop(state.read_json, context.directory / layout.MEMBERS_FILE)
             self.table.inherit((table or {}).get("nodes", []))
         self._members.lead(head.incarnation, self.table.changed, self._collector.take)
-        await self._still_leads()
+        await context.still_leads()
         await context.off_loop(self._file.write, asdict(head))
         if why:
             context.event("election", incarnation=head.incarnation, node=head.node, why=why)
@@ -98,11 +98,6 @@ class HeadDuties:
             self.nodes.run(), self._collector.run(), self._serve_metrics(),
         ):  # fmt: skip
             context.spawn(duty)
-
-    async def _still_leads(self) -> None:
-        """Replaced, where a newer head has begun: the files are its own."""
-        if await self.context.off_loop(self.context.is_fenced):
-            raise Replaced
 
     async def _serve_metrics(self) -> None:
         await self.enough.wait()

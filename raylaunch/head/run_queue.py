@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raylaunch import consolidate, runs
-from raylaunch.errors import RaylaunchError
 from raylaunch.head.context import Context, Replaced
 from raylaunch.head.drivers import Drivers
 from raylaunch.head.ending import Ending
@@ -149,7 +148,7 @@ class RunQueue:
             raise Replaced
         outcome = str(await context.insist(runs.settle, run, status, record.id))
         if not said and outcome in runs.FINAL:
-            with contextlib.suppress(RaylaunchError, OSError):
+            with contextlib.suppress(*EXPECTED):
                 await self._drivers.tell(run, RUN_TELL_LIMIT)
         context.event("run_ended", run=name, state=outcome, status=status)
         return outcome

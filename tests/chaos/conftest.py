@@ -6,7 +6,7 @@ dirty, and the next one gets another.
 
 from __future__ import annotations
 
-import contextlib
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 
@@ -38,9 +38,12 @@ class Ground:
         self.dirty = False
         if context is None:
             return
-        # The failed test is told; what cannot be taken down behind it is no failure of the next one's.
-        with contextlib.suppress(Exception) if failure else contextlib.nullcontext():
+        try:
             context.__exit__(type(failure) if failure else None, failure, None)
+        except Exception:
+            if failure is None:
+                raise
+            traceback.print_exc()  # what cannot be taken down behind a failed test is no failure of the next one's
 
 
 @pytest.hookimpl(wrapper=True)

@@ -43,7 +43,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, now in ((1, "ready"), (2, "lost"))
     ]
     state.write_json(directory / layout.MEMBERS_FILE, {"canary": "canary", "nodes": nodes})
-    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(directory)
+    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(directory / layout.DUTIES_FILE)
     loads = {"n1": {"time": NOW, "cpu": 0.5, "memory": 0.25, "gpu": 0.9, "gpu_memory": 0.8, "watts": 700,
                     "temperature": 61, "ecc_errors": 0, "oom_kills": 2}, "n2": {"time": NOW, "cpu": 0.1, "memory": 0.2}}  # fmt: skip
     state.write_json(directory / collect.LATEST_FILE, {"canary": "canary", "nodes": loads})

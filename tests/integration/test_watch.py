@@ -25,7 +25,7 @@ def state_dir(tmp_path: Path) -> Path:
     """A cluster that has ended."""
     directory = state.make_dir(tmp_path / "clusters" / "c")
     Cluster("c", "local", 1, "canary", 0.0, 1, 2, 1).write(directory / layout.CLUSTER_FILE)
-    Memory("canary", wanted=2).write(directory)
+    Memory("canary", wanted=2).write(directory / layout.DUTIES_FILE)
     state.append_event(directory, "node_lost", node="n1", reason="pulled the plug")
     state.write_json(directory / layout.ENDED_FILE, {"canary": "canary", "reason": "down"})
     return tmp_path

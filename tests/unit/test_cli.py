@@ -122,7 +122,7 @@ def test_a_queued_run_says_behind_which_it_is(here: Path, capsys: pytest.Capture
             pass
 
     def said(name: str, running: str, *queue: str) -> str:
-        Memory(record.canary, list(queue), running).write(directory)
+        Memory(record.canary, list(queue), running).write(directory / layout.DUTIES_FILE)
         _Lines(1).take(next(attach.follow(state.run_dir(here, name), directory)))
         return capsys.readouterr().err
 

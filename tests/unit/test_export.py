@@ -213,7 +213,7 @@ def test_who_watches_a_run_waits_for_its_weights(tmp_path: Path) -> None:
         made.save(run, state="finished")
 
     def waits(running: str, *kinds: str) -> bool:
-        Memory("c", running=running).write(cluster)
+        Memory("c", running=running).write(cluster / layout.DUTIES_FILE)
         for kind in kinds:
             state.append_event(run, kind)
         return attach._exports(run, cluster)

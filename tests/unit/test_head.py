@@ -178,12 +178,13 @@ class Killed(Exception):
     """The head dies here."""
 
 
+def die(*_: object) -> None:
+    raise Killed
+
+
 @pytest.mark.parametrize("moment", ["taken", "remembered", "replaced"])
 def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
     """Its successor does what was asked, once."""
-
-    def die(*_: object) -> None:
-        raise Killed
 
     async def story() -> None:
         old = place.lead(1)
@@ -218,7 +219,7 @@ def test_what_was_done_is_remembered_though_no_listing_shows_it(place: Place, mo
         old = place.lead(1)
         asked(place, "strike", node="n3", reason="broken")
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr("raylaunch.requests.Request.done", lambda _: (_ for _ in ()).throw(Killed()))
+            patch.setattr("raylaunch.requests.Request.done", die)
             await old.requests.turn()
         with monkeypatch.context() as patch:
             hide_listings(patch)

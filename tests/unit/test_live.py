@@ -104,7 +104,7 @@ def directory(tmp_path: Path) -> Path:
     """A local cluster whose processes are gone, with a run of 40,000 steps."""
     made = state.make_dir(tmp_path / "clusters" / "c")
     Cluster("c", "local", 1, "canary", NOW, 1, 2, 1).write(made / layout.CLUSTER_FILE)
-    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(made)
+    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(made / layout.DUTIES_FILE)
     state.write_json(made / layout.MEMBERS_FILE, {"canary": "canary", "nodes": [
         {"name": "n1", "role": "head", "state": "ready"}, {"name": "n2", "role": "worker", "state": "ready"}]})  # fmt: skip
     run = state.make_dir(tmp_path / "runs" / "r")

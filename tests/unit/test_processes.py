@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 from raylaunch import processes
 from raylaunch.sandbox.procs import Proc
@@ -50,8 +51,8 @@ def test_a_process_may_have_any_name(tmp_path: Path) -> None:
 def test_a_process_that_is_not_ours_to_kill_saves_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `sudo` started, say."""
     shell = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 61 & wait"])
-    while len(children := psutil.Process(shell.pid).children()) < 2:
-        pass
+    until(lambda: len(psutil.Process(shell.pid).children()) == 2)
+    children = psutil.Process(shell.pid).children()
     kill = psutil.Process.kill
 
     def refuse(process: psutil.Process) -> None:
