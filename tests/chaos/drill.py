@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import gate
+import stale
 import undisturbed
 import yaml
-from helpers import BIN, Command, Site, own_sandbox, same_curve, wait_for, write_texts
+from helpers import BIN, Command, Site, changed, own_sandbox, same_curve, wait_for, write_texts
 from undisturbed import EVERY, STEPS
 
 from raylaunch import state
+from raylaunch.checkpoint import store
 
 SAME_SIZE, OTHER_SIZE = 0.0, 1e-4
 """Relative differences of the losses: none at the same size, floating-point order at another."""
@@ -68,17 +71,15 @@ class Drill:
         ).expect(0)
 
     def config(self, name: str, **changes: Any) -> Path:
-        """A config file for the run; `changes` are whole sections' additions."""
+        """A config file for the run, with these changes to its sections."""
         config: dict[str, Any] = {
             **undisturbed.config(self.site.state / "text"),
             "elastic": {"grow_after": 1.0, "hang_timeout": 600},  # a run that waits at its gate does not hang
             "trainer": gate.TRAINER,
             "slurm": {"env": {"PYTHONPATH": str(Path(__file__).parent)}},  # for trainers that misbehave
         }  # fmt: skip
-        for section, values in changes.items():
-            config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
         path = self.site.state / "home" / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(config))
+        path.write_text(yaml.safe_dump(changed(config, changes)))
         return path
 
     def train(self, run: str, **changes: Any) -> Command:
@@ -188,6 +189,50 @@ class Drill:
             return "\n".join(str(row)[:300] for row in sorted(rows, key=lambda row: row["time"]))
 
         wait_for(what, ready, limit, shown)
+
+    def boot(self, node: str) -> None:
+        """Once Slurm has found it dead: of a batch host that is back sooner it ends the whole job."""
+        self.wait(f"{node} is down for Slurm", lambda: "down" in self.site.slurm("sinfo", "-h", "-n", node, "-o", "%T"))
+        self.site.sandbox.start(node)
+
+    @contextmanager
+    def patient_slurm(self) -> Iterator[None]:
+        """A Slurm that takes no silent node for dead, however slow this machine is; all must answer it at the end.
+
+        Of a node that it holds for down it ends, when the node is back, all that the job had there: also what a test
+        waits for. And if it is the batch host, the whole job."""
+        file = self.site.sandbox.layout.slurm_conf
+        usual = file.read_text()
+        patient = usual.replace("SlurmdTimeout=10\n", "SlurmdTimeout=3600\n")
+        assert patient != usual
+        try:
+            file.write_text(patient)
+            self.site.slurm("scontrol", "reconfigure")
+            yield
+            self.site.slurm("scontrol", "reconfigure")  # asks each node; else it would ask in a third of the hour
+            self.wait("Slurm hears all nodes", lambda: "*" not in self.site.slurm("sinfo", "-h", "-o", "%T"))
+        finally:
+            file.write_text(usual)
+            self.site.slurm("scontrol", "reconfigure")
+
+    @contextmanager
+    def stale_writer(self, run: str, node: str) -> Iterator[None]:
+        """On this node, a process of the present attempt's that tries to commit when the attempt was replaced: it must
+        not, and nothing of it may be left."""
+        started = self.run_events(run, "attempt_started")[-1]
+        who = started["incarnation"], started["attempt"]
+        checkpoints = self.site.run_dir(run) / "checkpoints"
+        command = [str(BIN / "python"), stale.__file__, store.pending(checkpoints, stale.STEP, *who), *who]
+        process = self.site.sandbox.popen(node, [*map(str, command)], cwd="/", stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout.readline().strip() == stale.READY
+            yield
+            assert process.communicate(timeout=LIMIT)[0].strip() == store.Fenced.__name__
+        finally:
+            process.kill()
+            process.wait()
+        left = f"step-{stale.STEP:08d}*"
+        self.wait(f"no {left}", lambda: not list(checkpoints.glob(left)), run)
 
     def thaw_too_late(self, host: str, job: str) -> bool:
         """Thaw a job's batch host that Slurm holds for down; whether the job goes on without it.

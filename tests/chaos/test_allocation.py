@@ -49,22 +49,6 @@ def next_life(drill: Drill, run: str, life: int) -> None:
     drill.wait("the next life", begun, run)
 
 
-@contextmanager
-def patient_slurm(drill: Drill) -> Iterator[None]:
-    """A Slurm that takes no silent node for dead, however slow this machine is."""
-    file = drill.site.sandbox.layout.slurm_conf
-    usual = file.read_text()
-    patient = usual.replace("SlurmdTimeout=10\n", "SlurmdTimeout=3600\n")
-    assert patient != usual
-    file.write_text(patient)
-    try:
-        drill.site.slurm("scontrol", "reconfigure")
-        yield
-    finally:
-        file.write_text(usual)
-        drill.site.slurm("scontrol", "reconfigure")
-
-
 def seconds(drill: Drill, job: str) -> int:
     """For which a job has been running."""
     return parse_duration(drill.site.slurm("squeue", "-h", "-j", job, "-o", "%M")) or 0
@@ -174,7 +158,7 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(drill: Drill, requeue: 
     attempt, host, incarnation = drill.at_gate(run), drill.head(), drill.incarnation()
     # Of a young job Slurm does not expect the batch script yet (BatchStartTimeout and MessageTimeout), and lets it go on.
     drill.wait("a job that is old enough", lambda: seconds(drill, job) > 45, run)
-    with patient_slurm(drill):
+    with drill.patient_slurm():
         drill.site.sandbox.kill(host)
         drill.wait("another head", lambda: drill.incarnation() > incarnation, run)
         drill.site.sandbox.start(host)

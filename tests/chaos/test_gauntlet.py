@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import gate
 import pytest
-import stale
 from drill import Drill
 from helpers import wait_for
 from undisturbed import EVERY, STEPS
@@ -67,14 +66,8 @@ class Gauntlet:
         """Three ready nodes, and two more that Slurm can give."""
         for node in self.drill.site.sandbox.status().nodes:
             if not node.running:
-                self.boot(node.name)
+                self.drill.boot(node.name)
         self.drill.wait("three ready nodes", lambda: self.drill.ready() == 3, RUN)
-
-    def boot(self, node: str) -> None:
-        """Once Slurm has found it dead: of a batch host that is back sooner it ends the whole job."""
-        state = ["sinfo", "-h", "-n", node, "-o", "%T"]
-        self.drill.wait(f"{node} is down for Slurm", lambda: "down" in self.drill.site.slurm(*state), RUN)
-        self.drill.site.sandbox.start(node)
 
     def wait_next_attempt(self, **fields: object) -> None:
         """Until the present attempt has ended, with these words, and another one has begun."""
@@ -187,29 +180,20 @@ class Gauntlet:
         """The others elect; when it wakes it finds that, ends as head and comes back. What it writes is fenced."""
         incarnation, head = self.drill.incarnation(), self.drill.head()
         pid = str(self.drill.site.members(self.drill.cluster)[head]["pid"])
-        self.drill.site.sandbox.freeze(head)
-        self.wait_next_head(incarnation, head)
-        self.wait_next_attempt(cause="head_lost")
-        stale.go(self.drill.site.run_dir(RUN), head, self.attempt).touch()
-        self.drill.site.sandbox.thaw(head)
-        self.drill.wait("the old head's end", lambda: not self.drill.runs(head, pid), RUN)
-        self.was_fenced()
+        with self.drill.stale_writer(RUN, head), self.drill.patient_slurm():
+            self.drill.site.sandbox.freeze(head)
+            self.wait_next_head(incarnation, head)
+            self.wait_next_attempt(cause="head_lost")
+            self.drill.site.sandbox.thaw(head)
+            self.drill.wait("the old head's end", lambda: not self.drill.runs(head, pid), RUN)
 
     def a_node_is_cut_off(self) -> None:
-        """Silence is a loss after three seconds; what the node writes when the link is back is fenced."""
+        """Silence is a loss after three seconds; what the node still writes is fenced."""
         victim = self.victim()
-        self.drill.site.sandbox.cut(victim)
-        self.wait_next_attempt(how="fault", cause="node_lost", node=victim)
-        stale.go(self.drill.site.run_dir(RUN), victim, self.attempt).touch()
-        self.drill.site.sandbox.heal(victim)
-        self.was_fenced()
-
-    def was_fenced(self) -> None:
-        """A process of the attempt that was struck tried to commit, and could not."""
-        run = self.drill.site.run_dir(RUN)
-        self.drill.wait("the stale writer's try", lambda: stale.said(run, self.attempt) is not None, RUN)
-        assert stale.said(run, self.attempt) == "Fenced"
-        assert not list((run / "checkpoints").glob(f"step-{stale.STEP:08d}*"))
+        with self.drill.stale_writer(RUN, victim), self.drill.patient_slurm():
+            self.drill.site.sandbox.cut(victim)
+            self.wait_next_attempt(how="fault", cause="node_lost", node=victim)
+            self.drill.site.sandbox.heal(victim)
 
     def a_node_is_drained(self) -> None:
         """It is left at the next step, with none lost, and its agent ends."""
@@ -240,7 +224,7 @@ FAULTS = (
 
 
 def test_gauntlet(drill: Drill) -> None:
-    command = drill.train(RUN, trainer="trouble:stubborn", elastic={"min_nodes": 2, "grow_after": 30})
+    command = drill.train(RUN, elastic={"min_nodes": 2, "grow_after": 30})
     gauntlet = Gauntlet(drill)
     for fault in FAULTS:
         print(f"gauntlet: {fault.__name__} at step {gauntlet.steps}", flush=True)

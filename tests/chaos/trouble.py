@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import gate
-import stale
 import torch
 from gate import before_each_step
 from torch import Tensor
 
-from raylaunch.checkpoint import store
 from raylaunch.config import Config
 from raylaunch.session import Session
 from raylaunch.trainers import fsdp
@@ -83,13 +79,3 @@ def not_a_number(config: Config, session: Session) -> None:
 
     fsdp.summed_loss = summed_loss
     before_each_step(config, session, lambda session, step: steps.append(step))
-
-
-def stubborn(config: Config, session: Session) -> None:
-    """A gated run that has a process on each node which commits when it is told to (see `stale`)."""
-    mine = store.pending(session.checkpoint_dir, stale.STEP, session.incarnation, session.attempt)
-    who = map(str, (session.node, os.getpid(), session.incarnation, session.attempt))
-    # Without our marks: the agent that comes back would end it, sometimes before it has tried.
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("RAYLAUNCH_")}
-    subprocess.run([sys.executable, stale.__file__, str(mine), str(session.run_dir), *who], check=True, env=plain)
-    gate.train(config, session)

@@ -12,24 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from attempts import Run, Workers
-from helpers import write_texts
+from helpers import small_training, write_texts
 
 STEPS, EVERY = 80, 5
 """The steps of a run, and those from one commit to the next."""
-SAMPLES = 10
-"""Of a step, one a pass: three workers share them unevenly, and steps are slow enough to hit."""
 
 
 def config(text: Path) -> dict[str, Any]:
     """Of every run: the model, its data and its steps."""
-    return {
-        "model": {"size": "tiny"},
-        "data": {"text": [str(text)], "seq_len": 64},
-        "step_scheduler": {
-            "max_steps": STEPS, "global_batch_size": SAMPLES, "local_batch_size": 1,
-            "ckpt_every_steps": EVERY, "val_every_steps": 0,
-        },
-    }  # fmt: skip
+    return small_training(text, max_steps=STEPS, ckpt_every_steps=EVERY, val_every_steps=0)
 
 
 @functools.cache
@@ -40,7 +31,8 @@ def losses(workers: int) -> Mapping[int, float]:
         try:
             run = Run(Path(place), write_texts(Path(place) / "text"), pool)
             run.config = config(Path(place) / "text")
-            found = run.train(workers, global_batch_size=SAMPLES).metrics("loss")
+            samples = run.config["step_scheduler"]["global_batch_size"]
+            found = run.train(workers, global_batch_size=samples).metrics("loss")
         finally:
             pool.close()
     assert list(found) == list(range(1, STEPS + 1))

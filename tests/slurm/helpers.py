@@ -419,6 +419,24 @@ def write_texts(directory: Path) -> Path:
     return directory
 
 
+def small_training(text: Path, **steps: int) -> dict[str, Any]:
+    """A config; `steps`: more of its step_scheduler. Ten samples a step, one a pass: three workers share them unevenly,
+    and steps are slow enough to hit."""
+    return {
+        "model": {"size": "tiny"},
+        "data": {"text": [str(text)], "seq_len": 64},
+        "step_scheduler": {"global_batch_size": 10, "local_batch_size": 1, **steps},
+    }
+
+
+def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with `changes`: of a section, only the keys that are named."""
+    sections = {
+        name: {**config.get(name, {}), **value} if isinstance(value, dict) else value for name, value in changes.items()
+    }
+    return {**config, **sections}
+
+
 def same_curve(one: Mapping[int, float], other: Mapping[int, float], relative: float = 1e-4) -> None:
     """Both have the same steps, and losses that differ by floating-point order alone."""
     assert list(one) == sorted(one) and one.keys() == other.keys()

@@ -12,7 +12,7 @@ from typing import Any
 import gate
 import pytest
 import yaml
-from helpers import LIMIT, Command, Done, Site, same_curve, wait_for, write_texts
+from helpers import LIMIT, Command, Done, Site, changed, same_curve, small_training, wait_for, write_texts
 from shared import Up
 
 from raylaunch import state
@@ -31,22 +31,12 @@ GATED = {"trainer": {"function": gate.TRAINER}, "slurm": {"env": {"PYTHONPATH": 
 
 
 def write_config(site: Site, name: str, **changes: Any) -> Path:
-    """A config file for a small training; `changes` are whole sections' additions."""
+    """A config file for a small training, with these changes to its sections."""
     if not (site.state / "text").exists():
         write_texts(site.state / "text")
-    config: dict[str, dict[str, Any]] = {
-        "model": {"size": "tiny"},
-        "data": {"text": [str(site.state / "text")], "seq_len": 64},
-        "step_scheduler": {
-            # Ten samples, one a pass: three workers share them unevenly, and steps are slow enough to hit.
-            "max_steps": STEPS, "global_batch_size": 10, "local_batch_size": 1,
-            "ckpt_every_steps": EVERY, "val_every_steps": STEPS,
-        },
-    }  # fmt: skip
-    for section, values in changes.items():
-        config[section] = {**config.get(section, {}), **values} if isinstance(values, dict) else values
+    plain = small_training(site.state / "text", max_steps=STEPS, ckpt_every_steps=EVERY, val_every_steps=STEPS)
     path = site.state / "home" / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(changed(plain, changes)))
     return path
 
 
