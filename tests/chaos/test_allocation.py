@@ -147,18 +147,19 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(drill: Drill, requeue: 
     """Slurm finds no batch script there and ends the whole job; it runs it again, where it may. No person asked for the
     end: the run goes on."""
     run = f"booted-{'requeue' if requeue else 'no-requeue'}"
-    if requeue:
-        submit(drill, run)
-    else:
-        drill.cluster = run
-        drill.up(2, options=["--no-requeue"])
-        drill.train(run)
-    job = drill.site.jobs()[0].split()[0]
-    assert f"Requeue={requeue:d}" in drill.site.slurm("scontrol", "show", "job", job)
-    attempt, host, incarnation = drill.at_gate(run), drill.head(), drill.incarnation()
-    # Of a young job Slurm does not expect the batch script yet (BatchStartTimeout and MessageTimeout), and lets it go on.
-    drill.wait("a job that is old enough", lambda: seconds(drill, job) > 45, run)
     with drill.patient_slurm():
+        if requeue:
+            submit(drill, run)
+        else:
+            drill.cluster = run
+            drill.up(2, options=["--no-requeue"])
+            drill.train(run)
+        job = drill.site.jobs()[0].split()[0]
+        assert f"Requeue={requeue:d}" in drill.site.slurm("scontrol", "show", "job", job)
+        attempt, host, incarnation = drill.at_gate(run), drill.head(), drill.incarnation()
+        # Where a job is young, or Slurm was configured anew a moment ago, it does not expect the batch script yet
+        # (BatchStartTimeout and MessageTimeout), and lets the job go on.
+        drill.wait("a job that is old enough", lambda: seconds(drill, job) > 45, run)
         drill.site.sandbox.kill(host)
         drill.wait("another head", lambda: drill.incarnation() > incarnation, run)
         drill.site.sandbox.start(host)
