@@ -31,6 +31,9 @@ class Ground:
             self._drill = self._context.__enter__()
         return self._drill
 
+    def story(self) -> str:
+        return "" if self._drill is None else self._drill.story()
+
     def close(self) -> None:
         """Take it down. Of a dirty one nothing is asserted any more."""
         context, self._context, self._drill = self._context, None, None
@@ -52,6 +55,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     ground = getattr(item, "funcargs", {}).get("ground")
     if report.failed and isinstance(ground, Ground):
         ground.dirty = True
+        report.sections.append(("events", ground.story()))
     return report
 
 

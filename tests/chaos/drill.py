@@ -60,6 +60,12 @@ class Drill:
                 self.site.sandbox.heal(node.name)
         self.site.end()
 
+    def story(self) -> str:
+        """The last that happened to the cluster and to its runs, for whoever reads of a failure."""
+        directories = [self.site.cluster(self.cluster), *(self.site.state / "runs").glob("*")]
+        rows = [row for directory in directories for row in self.site.events(directory)]
+        return "\n".join(str(row)[:300] for row in sorted(rows, key=lambda row: row["time"])[-60:])
+
     # -- starting -----------------------------------------------------------------------------------
 
     def up(self, nodes: int | str, options: Sequence[str] = (), **sets: Any) -> None:
@@ -149,7 +155,7 @@ class Drill:
             attempt, step = gate.waiting(directory)
             return attempt > after and step == steps and self.committed(run) == commit
 
-        self.wait(f"{run} at step {steps} of an attempt after {after}", there, run)
+        self.wait(f"{run} at step {steps} of an attempt after {after}", there)
         return gate.waiting(directory)[0]
 
     def open_gate(self, run: str, steps: int = gate.EVERYTHING) -> None:
@@ -168,7 +174,7 @@ class Drill:
             rows = self.run_events(run, kind)
             return [row for row in rows if all(row.get(k) == v for k, v in fields.items())]
 
-        self.wait(f"{kind} {fields} of {run}", lambda: len(found()) >= count, run)
+        self.wait(f"{kind} {fields} of {run}", lambda: len(found()) >= count)
         return found()[-1]
 
     def wait_cluster_event(self, kind: str, count: int = 1, **fields: Any) -> dict[str, Any]:
@@ -183,12 +189,8 @@ class Drill:
         """Until these nodes are in these states."""
         self.wait(f"nodes {wanted}", lambda: all(self.nodes().get(n) == s for n, s in wanted.items()))
 
-    def wait(self, what: str, ready: Callable[[], bool], run: str | None = None, limit: float = LIMIT) -> None:
-        def shown() -> str:
-            rows = self.cluster_events()[-12:] + (self.run_events(run)[-12:] if run else [])
-            return "\n".join(str(row)[:300] for row in sorted(rows, key=lambda row: row["time"]))
-
-        wait_for(what, ready, limit, shown)
+    def wait(self, what: str, ready: Callable[[], bool], limit: float = LIMIT) -> None:
+        wait_for(what, ready, limit)
 
     def boot(self, node: str) -> None:
         """Once Slurm has found it dead: of a batch host that is back sooner it ends the whole job."""
@@ -232,7 +234,7 @@ class Drill:
             process.kill()
             process.wait()
         left = f"step-{stale.STEP:08d}*"
-        self.wait(f"no {left}", lambda: not list(checkpoints.glob(left)), run)
+        self.wait(f"no {left}", lambda: not list(checkpoints.glob(left)))
 
     def thaw_too_late(self, host: str, job: str) -> bool:
         """Thaw a job's batch host that Slurm holds for down; whether the job goes on without it.

@@ -46,7 +46,7 @@ def next_life(drill: Drill, run: str, life: int) -> None:
                 drill.site.slurm("sh", "-c", f"scontrol update jobid={job} StartTime=now || true")
         return len(drill.cluster_events("head")) >= life
 
-    drill.wait("the next life", begun, run)
+    drill.wait("the next life", begun)
 
 
 def seconds(drill: Drill, job: str) -> int:
@@ -95,7 +95,7 @@ def test_preempted(drill: Drill, partition: str, grace: bool) -> None:
     submit(drill, run, slurm={"partition": partition})
     drill.at_gate(run)
     other = drill.site.slurm("sbatch", "--parsable", "-N2", "--exclusive", "-p", "main", "--wrap", "sleep 300").strip()
-    drill.wait("the other job runs", lambda: f"{other} RUNNING" in drill.site.jobs(), run)
+    drill.wait("the other job runs", lambda: f"{other} RUNNING" in drill.site.jobs())
     drill.open_gate(run)
     if grace:
         ended = drill.run_events(run, "attempt_ended")[-1]
@@ -159,9 +159,9 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(drill: Drill, requeue: 
         attempt, host, incarnation = drill.at_gate(run), drill.head(), drill.incarnation()
         # Where a job is young, or Slurm was configured anew a moment ago, it does not expect the batch script yet
         # (BatchStartTimeout and MessageTimeout), and lets the job go on.
-        drill.wait("a job that is old enough", lambda: seconds(drill, job) > 45, run)
+        drill.wait("a job that is old enough", lambda: seconds(drill, job) > 45)
         drill.site.sandbox.kill(host)
-        drill.wait("another head", lambda: drill.incarnation() > incarnation, run)
+        drill.wait("another head", lambda: drill.incarnation() > incarnation)
         drill.site.sandbox.start(host)
         drill.wait_cluster_event("requeued" if requeue else "successor")
     next_life(drill, run, 3)

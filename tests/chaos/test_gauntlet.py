@@ -67,7 +67,7 @@ class Gauntlet:
         for node in self.drill.site.sandbox.status().nodes:
             if not node.running:
                 self.drill.boot(node.name)
-        self.drill.wait("three ready nodes", lambda: self.drill.ready() == 3, RUN)
+        self.drill.wait("three ready nodes", lambda: self.drill.ready() == 3)
 
     def wait_next_attempt(self, **fields: object) -> None:
         """Until the present attempt has ended, with these words, and another one has begun."""
@@ -76,9 +76,7 @@ class Gauntlet:
         self.drill.wait_event(RUN, "attempt_started", count=attempts + 1)
 
     def wait_next_head(self, incarnation: int, head: str) -> None:
-        self.drill.wait(
-            "another head", lambda: self.drill.incarnation() > incarnation and self.drill.head() != head, RUN
-        )
+        self.drill.wait("another head", lambda: self.drill.incarnation() > incarnation and self.drill.head() != head)
 
     # -- processes ----------------------------------------------------------------------------------
 
@@ -148,7 +146,7 @@ class Gauntlet:
         self.wait_next_attempt(how="fault", cause="node_lost", node=victim)
         assert self.drill.sizes(RUN)[-1] == 2
         self.drill.wait_cluster_event("joiner_submitted", count=joiners + 1)
-        self.drill.wait("three ready nodes", lambda: self.drill.ready() == 3, RUN)
+        self.drill.wait("three ready nodes", lambda: self.drill.ready() == 3)
         members = self.drill.site.members(self.drill.cluster).values()
         assert any(row["joiner"] and row["state"] == "ready" for row in members)
 
@@ -157,9 +155,7 @@ class Gauntlet:
         holds = len(self.drill.run_events(RUN, "decision"))
         for victim in [node for node in self.drill.ready_nodes() if node != self.drill.head()]:
             self.drill.site.sandbox.kill(victim)
-        self.drill.wait(
-            "a hold", lambda: any(self.held(row) for row in self.drill.run_events(RUN, "decision")[holds:]), RUN
-        )
+        self.drill.wait("a hold", lambda: any(self.held(row) for row in self.drill.run_events(RUN, "decision")[holds:]))
         self.wait_next_attempt(how="fault", cause="node_lost")
         assert self.drill.sizes(RUN)[-1] >= 2
 
@@ -185,7 +181,7 @@ class Gauntlet:
             self.wait_next_head(incarnation, head)
             self.wait_next_attempt(cause="head_lost")
             self.drill.site.sandbox.thaw(head)
-            self.drill.wait("the old head's end", lambda: not self.drill.runs(head, pid), RUN)
+            self.drill.wait("the old head's end", lambda: not self.drill.runs(head, pid))
 
     def a_node_is_cut_off(self) -> None:
         """Silence is a loss after three seconds; what the node still writes is fenced."""
@@ -203,7 +199,7 @@ class Gauntlet:
         self.wait_next_attempt(how="resized")
         ended = self.drill.wait_event(RUN, "attempt_ended", attempt=self.attempt)
         assert ended["step"] == ended["committed"]
-        self.drill.wait("the node's end", lambda: self.drill.nodes()[victim] == "ended", RUN)
+        self.drill.wait("the node's end", lambda: self.drill.nodes()[victim] == "ended")
         self.drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=resume")
 
 

@@ -34,7 +34,7 @@ def test_idle_nodes_of_another_partition_are_taken_and_given_back(drill: Drill) 
     drill.open_gate("guests", saved + 1)
     attempt = drill.at_gate("guests", saved + 1, after=attempt, commit=saved)
     drill.site.slurm("scancel", other)
-    drill.wait("three ready nodes", lambda: drill.ready() == 3, "guests")
+    drill.wait("three ready nodes", lambda: drill.ready() == 3)
     drill.wait_event("guests", "resize_asked", attempt=attempt, why="grow")
     drill.open_gate("guests")
     drill.finished(command, "guests")
@@ -50,13 +50,13 @@ def test_a_guest_that_leads_is_preempted(drill: Drill) -> None:
     command = drill.train("led")
     attempt = drill.at_gate("led")
     drill.site.inside(drill.head(), "pkill", "-9", "-x", "gcs_server")  # the base's node leads no more
-    drill.wait("a guest that leads", lambda: drill.incarnation() > incarnation, "led")
+    drill.wait("a guest that leads", lambda: drill.incarnation() > incarnation)
     leader = drill.head()
     assert drill.site.members(drill.cluster)[leader]["joiner"]
     attempt = drill.at_gate("led", after=attempt)
     other = ["sbatch", "--parsable", "-w", leader, "--exclusive", "-p", "main", "--wrap", "sleep 300"]
     job = drill.site.slurm(*other).strip()
-    drill.wait("another head", lambda: drill.head() != leader, "led")
+    drill.wait("another head", lambda: drill.head() != leader)
     drill.wait_event("led", "resize_asked", attempt=attempt, why="drain")  # saved and left first
     drill.open_gate("led")
     drill.site.slurm("scancel", job)
@@ -74,7 +74,7 @@ def test_a_base_that_slurm_runs_again_beside_a_guest(drill: Drill) -> None:
     command = drill.train("again", elastic={"max_nodes": 4})
     drill.at_gate("again")
     drill.site.sandbox.kill(base)
-    drill.wait("the base again", lambda: drill.life() != life, "again")
+    drill.wait("the base again", lambda: drill.life() != life)
     drill.open_gate("again")
     drill.finished(command, "again")
     assert drill.incarnation() > incarnation

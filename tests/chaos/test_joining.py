@@ -31,7 +31,7 @@ def test_a_node_that_struck_out_is_left_and_not_taken_again(drill: Drill) -> Non
         return str(row["pid"]) if row["state"] == "ready" and str(row["pid"]) != killed else ""
 
     for strike in (1, 2):
-        drill.wait(f"{victim} is ready", lambda: bool(agent()), "strict")
+        drill.wait(f"{victim} is ready", lambda: bool(agent()))
         killed = agent()
         drill.site.inside(victim, "kill", "-9", killed)
         drill.wait_cluster_event("strike", node=victim, count=strike)
@@ -90,7 +90,7 @@ def test_the_head_is_away_for_longer_than_slurm_waits(drill: Drill) -> None:
     def joined() -> bool:
         return any(row["joiner"] and row["state"] == "ready" for row in drill.site.members(drill.cluster).values())
 
-    drill.wait("a joiner", joined, "away")
+    drill.wait("a joiner", joined)
     goes_on = drill.thaw_too_late(head, base)
     drill.open_gate("away")
     drill.finished(command, "away")

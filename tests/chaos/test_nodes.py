@@ -68,7 +68,7 @@ def test_the_head_s_node_dies(drill: Drill) -> None:
     drill.at_gate("beheaded")
     base = drill.site.jobs()[0]
     drill.site.sandbox.kill(head)
-    drill.wait("another head", lambda: drill.incarnation() == incarnation + 1, "beheaded")
+    drill.wait("another head", lambda: drill.incarnation() == incarnation + 1)
     assert drill.head() != head
     drill.open_gate("beheaded")
     drill.finished(command, "beheaded")
@@ -138,11 +138,11 @@ def test_the_head_falls_silent_and_comes_back(drill: Drill, how: str) -> None:
     drill.at_gate(run)
     with drill.stale_writer(run, head), drill.patient_slurm():
         (sandbox.freeze if how == "freeze" else sandbox.cut)(head)
-        drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != head, run)
+        drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != head)
         drill.wait_event(run, "attempt_started", count=2)
         (sandbox.thaw if how == "freeze" else sandbox.heal)(head)
         drill.wait_cluster_event("fenced", node=head, incarnation=incarnation)
-        drill.wait("the old head's end", lambda: not drill.runs(head, pid), run)
+        drill.wait("the old head's end", lambda: not drill.runs(head, pid))
     drill.open_gate(run)
     drill.finished(command, run)
 
@@ -183,7 +183,7 @@ def test_the_head_s_node_is_drained(drill: Drill) -> None:
     drill.at_gate("drained-head")
     drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=drain", "reason=test")
     try:
-        drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != victim, "drained-head")
+        drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != victim)
         drill.open_gate("drained-head")
         drill.finished(command, "drained-head")
         drill.wait("the node's end", lambda: drill.nodes()[victim] == "ended")
@@ -202,7 +202,7 @@ def test_a_scaled_cluster_grows_and_shrinks(drill: Drill) -> None:
     drill.finished(command, "scaled")
     assert (drill.sizes("scaled")[0], drill.sizes("scaled")[-1]) == (3, 4)
     for row in drill.run_events("scaled", "attempt_ended"):
-        assert row["how"] in {"resized", "finished"} and row["step"] == row["committed"]
+        assert row["how"] in {"resized", "finished"} and row["step"] == row["committed"], row
     drill.site.run("scale", drill.cluster, 3).expect(0)
     drill.wait("three ready nodes", lambda: drill.ready() == 3)
 
