@@ -62,8 +62,8 @@ class Drill:
 
     def story(self) -> str:
         """The last that happened to the cluster and to its runs, for whoever reads of a failure."""
-        directories = [self.site.cluster(self.cluster), *(self.site.state / "runs").glob("*")]
-        rows = [row for directory in directories for row in self.site.events(directory)]
+        runs = [path.parent for path in self.site.state.glob(f"runs/*/{state.EVENTS_FILE}")]
+        rows = [row for directory in (self.site.cluster(self.cluster), *runs) for row in self.site.events(directory)]
         return "\n".join(str(row)[:300] for row in sorted(rows, key=lambda row: row["time"])[-60:])
 
     # -- starting -----------------------------------------------------------------------------------

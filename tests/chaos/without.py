@@ -92,7 +92,9 @@ SWITCHES = (
         "fence", "raylaunch/checkpoint/store.py", "    me = incarnation, attempt\n    fences =", "    return\n    fences =",
         (
             "nodes::test_a_node_falls_silent_and_comes_back[freeze]",
+            "nodes::test_a_node_falls_silent_and_comes_back[cut]",
             "nodes::test_the_head_falls_silent_and_comes_back[freeze]",
+            "nodes::test_the_head_falls_silent_and_comes_back[cut]",
         ),
     ),
     Switch(
