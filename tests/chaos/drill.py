@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gate
+import hostlist
 import stale
 import undisturbed
 import yaml
@@ -202,7 +203,9 @@ class Drill:
         """A Slurm that takes no silent node for dead, however slow this machine is; all must answer it at the end.
 
         Of a node that it holds for down it ends, when the node is back, all that the job had there: also what a test
-        waits for. And if it is the batch host, the whole job."""
+        waits for. And if it is the batch host, the whole job.
+
+        Only while the jobs are whole (see `jobs_are_whole`)."""
         file = self.site.sandbox.layout.slurm_conf
         usual = file.read_text()
         patient = usual.replace("SlurmdTimeout=10\n", "SlurmdTimeout=3600\n")
@@ -216,6 +219,18 @@ class Drill:
         finally:
             file.write_text(usual)
             self.site.slurm("scontrol", "reconfigure")
+
+    def jobs_are_whole(self) -> bool:
+        """Whether Slurm has no reason to end one of the cluster's jobs, or to run one again, in the middle of a test.
+
+        A base job that has lost its last node waits, or begins already, to run again. A job that has lost the node of its
+        batch script goes on, but not once slurmctld has read its configuration again (`patient_slurm`): then another node
+        counts as the batch host, and when that one registers, any number of tests later, its script is missing."""
+        fields = "jobid:20,restartcnt:20,batchhost:50,nodelist:100"
+        queue = self.site.slurm("squeue", "-h", "-t", "pending,running", "-O", fields)
+        rows = [line.split() for line in queue.splitlines()]
+        hosts = all(len(row) == 4 and row[2] in hostlist.expand_hostlist(row[3]) for row in rows)
+        return hosts and self.life() in {f"{row[0]}:{row[1]}" for row in rows}
 
     @contextmanager
     def stale_writer(self, run: str, node: str) -> Iterator[None]:

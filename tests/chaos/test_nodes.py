@@ -18,17 +18,24 @@ pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(600)]
 def open_drill() -> Iterator[Drill]:
     """Five nodes, three of them in the cluster at first: there are two to replace with."""
     with Drill.on("nodes", nodes=5) as made:
-        made.up(3, elastic__max_nodes=4, elastic__max_strikes=50)
+        up(made)
         yield made
         made.clean()
 
 
+def up(drill: Drill) -> None:
+    drill.up(3, elastic__max_nodes=4, elastic__max_strikes=50)
+
+
 @pytest.fixture(autouse=True)
 def whole(drill: Drill) -> Iterator[None]:
-    """Each test begins with three ready nodes, and mends what it broke."""
+    """Each test begins with three ready nodes in whole jobs, and mends what it broke."""
     for node in drill.site.sandbox.status().nodes:
         if not node.running:
             drill.boot(node.name)
+    if not drill.jobs_are_whole():
+        drill.clean()
+        up(drill)
     drill.wait("three ready nodes", lambda: drill.ready() == 3)
     yield
     for node in drill.site.sandbox.status().nodes:
