@@ -112,7 +112,6 @@ class HeadDuties:
         while True:
             with context.errors.caught("check for newer heads"):
                 if await context.off_loop(context.is_fenced):
-                    context.event("fenced", node=self.head.node, incarnation=self.head.incarnation)
                     context.resign("a newer incarnation has begun")
                     return
                 await context.off_loop(self.restore)
@@ -135,6 +134,9 @@ class HeadDuties:
         context.cancel_all()
         self.drivers.kill()
         self.nodes.stop()
+        with context.errors.caught("check for newer heads"):
+            if await context.off_loop(context.is_fenced):  # told here, whichever part found it
+                context.event("fenced", node=self.head.node, incarnation=self.head.incarnation)
         await context.off_loop(lambda: None)  # what was to be written is
         context.close_files()
 

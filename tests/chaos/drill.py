@@ -240,14 +240,13 @@ class Drill:
         who = started["incarnation"], started["attempt"]
         checkpoints = self.site.run_dir(run) / "checkpoints"
         command = [str(BIN / "python"), stale.__file__, store.pending(checkpoints, stale.STEP, *who), *who]
-        process = self.site.sandbox.popen(node, [*map(str, command)], cwd="/", stdout=subprocess.PIPE, text=True)
-        try:
-            assert process.stdout.readline().strip() == stale.READY
-            yield
-            assert process.communicate(timeout=LIMIT)[0].strip() == store.Fenced.__name__
-        finally:
-            process.kill()
-            process.wait()
+        with self.site.sandbox.popen(node, [*map(str, command)], cwd="/", stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout.readline().strip() == stale.READY
+                yield
+                assert process.communicate(timeout=LIMIT)[0].strip() == store.Fenced.__name__
+            finally:
+                process.kill()
         left = f"step-{stale.STEP:08d}*"
         self.wait(f"no {left}", lambda: not list(checkpoints.glob(left)))
 

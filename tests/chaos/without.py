@@ -98,9 +98,7 @@ SWITCHES = (
         ),
     ),
     Switch(
-        "resignation", "raylaunch/head/head.py",
-        "if await context.off_loop(context.is_fenced):\n                    context.event",
-        "if False:\n                    context.event",
+        "resignation", "raylaunch/head/context.py", "return layout.is_fenced(self.directory", "return False and (self.directory",
         (
             "nodes::test_the_head_falls_silent_and_comes_back[freeze]",
             "nodes::test_the_head_falls_silent_and_comes_back[cut]",

@@ -79,6 +79,25 @@ def test_a_storage_that_is_gone_fences_nobody(place: Place) -> None:
     assert not layout.is_fenced(place.directory, 1)
 
 
+def test_a_head_that_was_replaced_resigns_and_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event is written at its end: a driver, or the agent's search for a head, may have found it first."""
+    monkeypatch.setattr("raylaunch.head.head.FENCE_EVERY", 0.0)
+
+    async def story() -> None:
+        await place.lead(1).abandon()
+        assert not place.events("fenced")
+        head = place.lead(2)
+        await head.open("")
+        assert layout.claim(place.directory, 3, "n2")
+        await until(lambda: place.resigned)
+        await head.abandon()
+
+    run(story)
+    assert place.resigned == ["a newer incarnation has begun"]
+    (event,) = place.events("fenced")
+    assert (event["node"], event["incarnation"]) == ("n1", 2)
+
+
 def test_a_head_of_a_past_life_is_fenced(place: Place) -> None:
     """`up` removes the claims of the life before."""
     assert layout.claim(place.directory, 1, "n1")
