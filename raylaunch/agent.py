@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 
 import hostlist
 
-from raylaunch import configfile, hosts, layout, processes, raynode, state, threads
+from raylaunch import configfile, hosts, layout, processes, raynode, state, thread_deaths
 from raylaunch.appender import Appender, AppendingHandler
 from raylaunch.config import Config
 from raylaunch.errors import BringUpError, RaylaunchError, StateError
@@ -665,7 +665,7 @@ async def supervise(here: Here, at_end: contextlib.ExitStack) -> int:
         token = await _patiently(lambda: asyncio.to_thread(_token, here))
         agent = Agent(here, cluster, config, await asyncio.to_thread(NodeSetup.prepare, here, token, cluster, config))
         _handle_signals(agent)
-        threads.tell_deaths_in(here.directory, node=here.node)
+        thread_deaths.record(here.directory, node=here.node)
         tasks = [asyncio.create_task(t) for t in (agent.live(), agent.until_gpus_fail(), agent.end.wait())]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:

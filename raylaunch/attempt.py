@@ -25,8 +25,8 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from raylaunch import worker
 from raylaunch.classify import classify
 from raylaunch.group import Newest, Order, RayNode
+from raylaunch.layout import WORKER_RESOURCE
 from raylaunch.policy import Ending
-from raylaunch.raynode import WORKER_RESOURCE
 
 log = logging.getLogger("raylaunch.attempt")
 

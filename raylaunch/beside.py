@@ -16,6 +16,9 @@ from pathlib import Path
 
 from raylaunch.timing import BESIDE_LIMIT
 
+ALERTS, TRACKERS = "raylaunch.alerts.follow", "raylaunch.tracking.follow"
+"""Modules by name: nobody who starts one imports it."""
+
 
 def command(module: str, run_dir: Path) -> list[str]:
     return [sys.executable, "-P", "-m", module, str(run_dir)]

@@ -599,6 +599,16 @@ class Config(Section):
     alerts: AlertsConfig = Field(default_factory=AlertsConfig)
     cost: CostConfig = Field(default_factory=CostConfig)
 
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers that are turned on."""
+        on = {
+            "wandb": self.wandb.project is not None,
+            "mlflow": self.mlflow.experiment is not None,
+            "tensorboard": self.logging.tensorboard,
+        }
+        return [name for name, is_on in on.items() if is_on]
+
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         steps = self.step_scheduler

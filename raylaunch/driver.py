@@ -20,10 +20,9 @@ log = logging.getLogger("raylaunch.driver")
 
 def main(cluster_dir: Path, run_dir: Path) -> int:
     """Drive it; 0 when it is finished, or paused for another allocation."""
-    from raylaunch import alerts, attempt, beside, configfile, layout, runs, threads
+    from raylaunch import attempt, beside, configfile, layout, runs, threads
     from raylaunch.layout import Cluster
     from raylaunch.runs import Run
-    from raylaunch.tracking import follow
     from raylaunch.trainloop import Driver, NewerHead
 
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -33,7 +32,10 @@ def main(cluster_dir: Path, run_dir: Path) -> int:
     config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
     driver = Driver(cluster_dir, run_dir, cluster, config, run, attempt.Ray(), incarnation)
     threads.tell_deaths(driver.thread_died)
-    helpers = [process for process in (follow.start(config, run_dir), alerts.start(config, run_dir)) if process]
+    helpers = [
+        beside.start(module, run_dir)
+        for module, wanted in ((beside.TRACKERS, config.trackers), (beside.ALERTS, config.alerts.sinks)) if wanted
+    ]  # fmt: skip
     try:
         ended = driver.drive()
     except NewerHead as error:

@@ -12,12 +12,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from raylaunch import audit, configfile, entry, layout, processes, runs, state
+from raylaunch import audit, configfile, entry, export_files, layout, processes, runs, state
 from raylaunch.checkpoint import store
 from raylaunch.config import Config
 from raylaunch.errors import RaylaunchError, UsageError
-
-MODULE = "raylaunch.export"
 
 
 def write(config: Config, checkpoint: Path, to: Path, dtype: str = "float32", ema: bool = False) -> list[Path]:
@@ -26,7 +24,7 @@ def write(config: Config, checkpoint: Path, to: Path, dtype: str = "float32", em
     They are written beside it and renamed: what a killed export leaves is in nobody's way."""
     if to.exists():
         raise UsageError(f"{to} is there already", "Name a new directory with --to.")
-    exporter, scratch = _exporter(config), scratch_of(to, os.getpid())
+    exporter, scratch = _exporter(config), export_files.scratch_of(to, os.getpid())
     state.make_dir(scratch)
     try:
         part = scratch / to.name
@@ -43,11 +41,6 @@ def latest(run: str, directory: Path) -> Path:
     if found is None:
         raise RaylaunchError(f"run {run} has no checkpoint", f"They would be in {directory}.")
     return found.path
-
-
-def scratch_of(to: Path, pid: int | str) -> Path:
-    """Where the process `pid` writes what becomes `to`; "*": a pattern for all processes."""
-    return to.with_name(f".{to.name}.part-{pid}")
 
 
 def _exporter(config: Config) -> Callable[..., list[Path]]:

@@ -33,6 +33,8 @@ HEAD_FILE, MEMBERS_FILE, ENDED_FILE, EXIT_CODE_FILE = "head.json", "members.json
 DUTIES_FILE = "duties.json"
 RUN_FILE = "run.json"
 NODES, REQUESTS, LOGS, INCARNATIONS = "nodes", "requests", "logs", "incarnations"
+WORKER_RESOURCE = "raylaunch_worker"
+"""A custom Ray resource: agents start Ray with one unit per training worker, attempts take one per worker."""
 FAILED_LINE = "RAYLAUNCH_FAILED"
 """Begins a line in a job's output that names a node which could not use the cluster directory."""
 

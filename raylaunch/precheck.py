@@ -12,14 +12,13 @@ from raylaunch import entry, policy, runs
 from raylaunch.alerts import addresses
 from raylaunch.config import Config
 from raylaunch.errors import RunError
-from raylaunch.tracking import sinks
 
 
 def check(config: Config) -> list[str]:
     """What will happen, a line each; the first thing that is wrong is raised."""
     config = runs.with_absolute_paths(config)
     runs.check_script(config.trainer)
-    sinks.check(config)
+    runs.check_trackers(config)
     addresses.resolved(config.alerts)
     entry.function(config.trainer)
     own = getattr(entry.module(config.trainer), "check", None)

@@ -22,10 +22,9 @@ from pathlib import Path
 
 from raylaunch import hosts
 from raylaunch.appender import Appender
+from raylaunch.layout import WORKER_RESOURCE
 
 STARTED = "Ray runtime started"
-WORKER_RESOURCE = "raylaunch_worker"
-"""A custom Ray resource, one unit per training worker that a node takes."""
 _TAIL = 16384
 """Bytes at the end of a log in which the reason of an end is looked for."""
 

@@ -7,6 +7,7 @@ does, and the head's agent only when the driver died without a last word (`settl
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -24,11 +25,11 @@ from raylaunch.checkpoint.store import Keep
 from raylaunch.config import STDLIB, Config, TrainerConfig, continuation_differences
 from raylaunch.errors import RunError, StateError, UsageError
 from raylaunch.layout import Record
-from raylaunch.tracking import sinks
 
 FINAL = {"finished", "failed", "stopped"}
 HAND_OVER_LIMIT = 30.0
 """Seconds to wait for another command that hands a run over: longer than sbatch and a look at the queue may take."""
+TRACKER_PACKAGES = ("wandb", "mlflow")
 DRIVER_FENCED = 75
 """The exit code of a driver that found a newer incarnation: another one has the run."""
 
@@ -100,7 +101,7 @@ def prepared(run: Path, config: Config, cluster: str, fresh: bool = False) -> It
     """
     config = with_absolute_paths(config)
     check_script(config.trainer)
-    sinks.check(config)
+    check_trackers(config)
     config = config.model_copy(update={"alerts": addresses.resolved(config.alerts)})
     old = Run.read(run)
     if old is not None and not fresh:
@@ -162,6 +163,13 @@ def _write(run: Path, config: Config, cluster: str, old: Run | None) -> Run:
     record = Run(run.name, "queued", cluster, created, uuid.uuid4().hex, attempt, base)
     state.append_event(run, "queued", cluster=cluster, continued=old is not None)
     return record.save(run)
+
+
+def check_trackers(config: Config) -> None:
+    """RunError for a tracker whose package is not installed: the extra of that name brings it."""
+    for name in config.trackers:
+        if name in TRACKER_PACKAGES and importlib.util.find_spec(name) is None:
+            raise RunError(f"{name} is turned on, and its package is not there", f"pip install 'raylaunch[{name}]'")
 
 
 def check_script(trainer: TrainerConfig) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylaunch import configfile, entry, layout, runs, state, threads
+from raylaunch import configfile, entry, layout, runs, state, thread_deaths
 from raylaunch.errors import RunError, StateError
 from raylaunch.pulse import Place, Pulse
 from raylaunch.session import Session
@@ -65,7 +65,7 @@ def main(given: dict[str, Spec]) -> None:
     )
     if device.type == "cuda":
         check_distinct_gpus(seat.rank)
-    threads.tell_deaths_in(spec.run_dir, attempt=spec.attempt, rank=seat.rank)
+    thread_deaths.record(spec.run_dir, attempt=spec.attempt, rank=seat.rank)
     work(spec, seat)
 
 

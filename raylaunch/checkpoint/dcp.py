@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from raylaunch.checkpoint import digests, store, writer
 from raylaunch.checkpoint.process import SaveProcess
+from raylaunch.checkpoint.rank import Rank
 from raylaunch.checkpoint.store import Bad, Commit, Fenced, Keep
 from raylaunch.checkpoint.thread import SaveThread
 from raylaunch.checkpoint.writer import Order, Writer
 from raylaunch.errors import StateError
-from raylaunch.session import Session
 
 T = TypeVar("T")
 Beside = Literal["thread", "process"]
@@ -48,7 +48,7 @@ def make_group(timeout: float) -> dist.ProcessGroup:
     return group
 
 
-def newest(session: Session, group: dist.ProcessGroup) -> Commit | None:
+def newest(session: Rank, group: dist.ProcessGroup) -> Commit | None:
     """The newest commit that verifies, the same on all ranks; None when there is none to use.
 
     A damaged one is told as an event and set aside; one that cannot be read is told and passed over,
@@ -81,7 +81,7 @@ class Saver:
     """Saves, commits and retains; one per worker and attempt."""
 
     def __init__(
-        self, session: Session, group: dist.ProcessGroup, *, keep: Keep, background: Beside | None, timeout: float
+        self, session: Rank, group: dist.ProcessGroup, *, keep: Keep, background: Beside | None, timeout: float
     ) -> None:
         """`timeout`: of the exchanges of a process that saves, in seconds."""
         self._session, self._group, self._keep = session, group, keep
@@ -228,7 +228,7 @@ class Saver:
         self._collected = True
 
 
-def _candidate(session: Session, refused: dict[Path, Bad]) -> Commit | None:
+def _candidate(session: Rank, refused: dict[Path, Bad]) -> Commit | None:
     """The newest commit that is not refused (rank 0); the bad ones above it are told."""
     for one in store.walk(session.checkpoint_dir):
         if one.path in refused:
@@ -246,7 +246,7 @@ def _candidate(session: Session, refused: dict[Path, Bad]) -> Commit | None:
     return None
 
 
-def _refuse(session: Session, bad: Bad, refused: dict[Path, Bad]) -> None:
+def _refuse(session: Rank, bad: Bad, refused: dict[Path, Bad]) -> None:
     refused[bad.path] = bad
     _tell(session, "checkpoint_bad", step=bad.step, file=f"{bad.path.name}/{bad.file}", why=bad.why)
     if bad.damaged:
@@ -290,7 +290,7 @@ def _on_rank_0(group: dist.ProcessGroup, ask: Callable[[], T]) -> T:
     return value
 
 
-def _tell(session: Session, kind: str, **fields: Any) -> None:
+def _tell(session: Rank, kind: str, **fields: Any) -> None:
     """An event of rank 0. A full disk may be what it is about: then it goes to the log."""
     try:
         session.event(kind, **fields)

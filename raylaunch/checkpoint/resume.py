@@ -9,13 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 from raylaunch.checkpoint import dcp
+from raylaunch.checkpoint.rank import Rank
 from raylaunch.errors import RunError
-from raylaunch.session import Session
 
 
-def resume(
-    session: Session, group: dist.ProcessGroup, state: Callable[[], dict[str, Any]], facts: dict[str, int]
-) -> int:
+def resume(session: Rank, group: dist.ProcessGroup, state: Callable[[], dict[str, Any]], facts: dict[str, int]) -> int:
     """Load the newest commit that verifies into `state()`, which is asked for only when there is one; the number of
     steps done so far (0: nothing to load).
 

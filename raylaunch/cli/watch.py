@@ -12,7 +12,7 @@ import click
 from rich.console import Console, Group
 from rich.live import Live
 
-from raylaunch import backends, cluster, configfile, layout, loginloop, state, submits, threads
+from raylaunch import backends, cluster, configfile, layout, loginloop, state, submits, thread_deaths
 from raylaunch.cli import options
 from raylaunch.cli.show import note
 from raylaunch.errors import UsageError
@@ -57,7 +57,7 @@ def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: P
         else:
             _print_once(facts.Reader(cluster_dir, run_dir))
         return
-    threads.tell_deaths_in(cluster_dir, node="the login node")
+    thread_deaths.record(cluster_dir, node="the login node")
     if submit:
         _submit_beside(cluster_dir, record)
     _show(facts.Reader(cluster_dir, run_dir), every)

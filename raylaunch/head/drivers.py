@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from raylaunch import alerts, beside, configfile, layout
+from raylaunch import beside, configfile, layout
 from raylaunch.head.context import Context
 
 log = logging.getLogger("raylaunch.head")
@@ -43,7 +43,7 @@ class Drivers:
         if not (await self._context.off_loop(configfile.load_resolved, run / layout.CONFIG_FILE)).alerts.sinks:
             return
         out = await self._context.off_loop(_open_log, run)
-        process = await self._start(out, [*beside.command(alerts.MODULE, run), *why], stdin=subprocess.PIPE)
+        process = await self._start(out, [*beside.command(beside.ALERTS, run), *why], stdin=subprocess.PIPE)
         try:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.communicate(b""), limit)  # the end of its stdin

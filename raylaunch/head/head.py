@@ -16,6 +16,7 @@ from pathlib import Path
 
 from raylaunch import layout, state
 from raylaunch.config import Config
+from raylaunch.head import metrics_process
 from raylaunch.head.context import Context
 from raylaunch.head.drivers import Drivers
 from raylaunch.head.ending import Ending
@@ -27,7 +28,6 @@ from raylaunch.hosts import Ports
 from raylaunch.layout import Cluster, Head
 from raylaunch.link import Members
 from raylaunch.load.collect import Collector
-from raylaunch.metrics import serve as metrics
 from raylaunch.published import Published
 
 FENCE_EVERY = 0.5
@@ -102,7 +102,7 @@ class HeadDuties:
     async def _serve_metrics(self) -> None:
         await self.enough.wait()
         ports = Ports(self.head.control_port - 1)
-        await metrics.keep(self.context.directory, self.head.address, ports.metrics, self._env)
+        await metrics_process.keep(self.context.directory, self.head.address, ports.metrics, self._env)
 
     # -- the fence -------------------------------------------------------------------------------------
 

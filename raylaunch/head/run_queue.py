@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylaunch import consolidate, runs
+from raylaunch import export_files, runs
 from raylaunch.head.context import Context, Replaced
 from raylaunch.head.drivers import Drivers
 from raylaunch.head.ending import Ending
@@ -106,7 +106,7 @@ class RunQueue:
         if outcome in runs.FINAL:
             with self._context.errors.caught(f"weights of run {name}"):
                 run = runs.directory(self._context.directory, name)
-                await self._context.off_loop(consolidate.tell_cut_off, run)
+                await self._context.off_loop(export_files.tell_cut_off, run)
         return outcome
 
     def _over(self, name: str, outcome: str) -> None:

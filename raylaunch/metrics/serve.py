@@ -8,14 +8,11 @@ nothing else): `Authorization: Bearer …`. It reads files only: what it costs, 
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import os
-import subprocess
 import sys
 import threading
-from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,7 @@ from raylaunch import processes, state
 TOKEN_FILE = "metrics.token"
 ADDRESS_FILE = "metrics.json"
 """In the cluster directory: where it is served."""
-LOG_FILE = "metrics.log"
 SLOW_CLIENT = 10.0
-AGAIN_AFTER = 30.0
-"""Seconds until another is started in place of one that ended."""
 log = logging.getLogger(__name__)
 
 
@@ -38,29 +32,6 @@ def token(state_dir: Path) -> str:
     if not path.exists():
         state.write_text(path, state.new_token() + "\n")
     return path.read_text().strip()
-
-
-async def keep(directory: Path, address: str, port: int, env: Mapping[str, str]) -> None:
-    """Have it run, for as long as this is not cancelled."""
-    while True:
-        try:
-            await _run_once(directory, address, port, env)
-        except OSError as error:  # the log cannot be opened, say: metrics are no reason to end a head
-            log.warning("the metrics server could not be started error=%r", str(error))
-        await asyncio.sleep(AGAIN_AFTER)
-
-
-async def _run_once(directory: Path, address: str, port: int, env: Mapping[str, str]) -> None:
-    with await asyncio.to_thread((directory / "logs" / LOG_FILE).open, "ab") as out:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "raylaunch.metrics.serve", str(directory), address, str(port),
-            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env,
-        )  # fmt: skip
-    try:
-        await process.wait()
-    finally:
-        if process.returncode is None:
-            process.kill()
 
 
 class Server(ThreadingHTTPServer):

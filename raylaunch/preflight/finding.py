@@ -63,15 +63,6 @@ def failed(findings: Iterable[Finding]) -> bool:
     return any(one.status == "problem" for one in findings)
 
 
-def size(count: float) -> str:
-    """Bytes for people: 1.5 GiB."""
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while count >= 1024 and len(units) > 1:
-        count /= 1024
-        units.pop(0)
-    return f"{count:.0f} {units[0]}" if count >= 10 or units[0] == "B" else f"{count:.1f} {units[0]}"
-
-
 def few(words: Iterable[str], most: int = 8) -> str:
     """a, b, c and 12 more."""
     listed = list(words)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from raylaunch.preflight import gpus, machine, pairs
 from raylaunch.preflight.exchange import Checked, GpuCheck, Hello, Pairs
-from raylaunch.preflight.finding import Finding, few, ok, on, problem, size, warning
-from raylaunch.words import plural
+from raylaunch.preflight.finding import Finding, few, ok, on, problem, warning
+from raylaunch.words import plural, size
 
 SKEW, FAR = 0.5, 5.0
 """Seconds between clocks: worth a word, and a problem."""

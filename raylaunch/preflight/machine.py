@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from raylaunch.preflight.facts import Facts, Interface, Port
-from raylaunch.preflight.finding import Finding, few, ok, problem, size, unknown, warning
+from raylaunch.preflight.finding import Finding, few, ok, problem, unknown, warning
 from raylaunch.preflight.gpus import Gpu, Smi
 from raylaunch.preflight.storage import GIB, LOCAL, SHARED
+from raylaunch.words import size
 
 TEMP, TEMP_LEAST = 5 * GIB, GIB // 4
 SHM, SHM_LEAST = 1 * GIB, 64 << 20

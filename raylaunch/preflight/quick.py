@@ -11,10 +11,11 @@ import shutil
 from asyncio.subprocess import PIPE, STDOUT
 
 from raylaunch.errors import BringUpError
-from raylaunch.preflight.finding import size
-from raylaunch.preflight.gpus import LIMIT
+from raylaunch.words import size
 
 SHM_LEAST = 32 << 20
+GPU_LIMIT = 30.0
+"""Seconds for nvidia-smi to answer."""
 FILES_LEAST, FILES_WANTED = 1024, 65536
 SKEW = 5.0
 """Seconds that a node's clock may differ from the head's without a word. (Nothing here depends on clocks: it is no
@@ -53,7 +54,7 @@ def clock(ahead: float) -> str:
     )
 
 
-async def gpu_trouble(limit: float = LIMIT) -> str:
+async def gpu_trouble(limit: float = GPU_LIMIT) -> str:
     """Why the GPUs of this node cannot be used, by nvidia-smi; "" when they answer, or where there is no nvidia-smi."""
     if await asyncio.to_thread(shutil.which, "nvidia-smi") is None:  # $PATH may lead to shared storage
         return ""

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from raylaunch.preflight.finding import Finding, ok, problem, size, unknown, warning
+from raylaunch.preflight.finding import Finding, ok, problem, unknown, warning
 from raylaunch.processes import kill_child
+from raylaunch.words import size
 
 LIMIT = 15.0
 """Seconds until a file system counts as hung."""

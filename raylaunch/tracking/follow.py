@@ -12,14 +12,13 @@ from __future__ import annotations
 import contextlib
 import json
 import select
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raylaunch import beside, configfile, layout, processes, state
+from raylaunch import configfile, layout, processes, state
 from raylaunch.config import Config
 from raylaunch.errors import StateError
 from raylaunch.tracking import sinks
@@ -32,11 +31,6 @@ LONGEST_RETRY = 300.0
 AT_ONCE = 1 << 20
 """Bytes that are read at a time."""
 MEMORY = "tracking.json"
-
-
-def start(config: Config, run_dir: Path) -> subprocess.Popen[bytes] | None:
-    """Begin to pass a run's metrics on, if it says where to."""
-    return beside.start("raylaunch.tracking.follow", run_dir) if sinks.wanted(config) else None
 
 
 @dataclass
@@ -59,7 +53,7 @@ class Follower:
         known = state.read_json(run_dir / MEMORY) or {}
         self._feeds = [
             Feed(name, int(known.get(name, {}).get("offset", 0)), known.get(name, {}).get("memory", {}))
-            for name in sinks.wanted(config)
+            for name in config.trackers
         ]
 
     def step(self) -> bool:

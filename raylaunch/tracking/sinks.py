@@ -6,7 +6,6 @@ metrics on write one run of the tracker's.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 from collections.abc import Mapping
@@ -14,10 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raylaunch.config import Config
-from raylaunch.errors import RunError
 
-_EXTRAS = ("wandb", "mlflow")
-"""Sinks that need a package of their name, which the extra of that name brings."""
 _TOLD = ("trainer", "model", "data", "optimizer", "step_scheduler", "distributed", "checkpoint")
 """Sections that trackers show. Not `slurm`: its environment may hold secrets."""
 
@@ -37,25 +33,8 @@ class Sink(Protocol):
         """The end, for now."""
 
 
-def wanted(config: Config) -> list[str]:
-    """The sinks that the config turns on."""
-    on = {
-        "wandb": config.wandb.project is not None,
-        "mlflow": config.mlflow.experiment is not None,
-        "tensorboard": config.logging.tensorboard,
-    }
-    return [name for name, is_on in on.items() if is_on]
-
-
-def check(config: Config) -> None:
-    """RunError for a sink whose package is not there."""
-    for name in wanted(config):
-        if name in _EXTRAS and importlib.util.find_spec(name) is None:
-            raise RunError(f"{name} is turned on, and its package is not there", f"pip install 'raylaunch[{name}]'")
-
-
 def open_sink(name: str, config: Config, run_dir: Path, memory: dict[str, Any]) -> Sink:
-    """One of `wanted`; whatever its package raises when it cannot be had."""
+    """One of `Config.trackers`; whatever its package raises when it cannot be had."""
     match name:
         case "wandb":
             return _Wandb(config, run_dir, memory)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raylaunch import beside, configfile, layout, state
+from raylaunch import beside, layout, runs, state
 from raylaunch.config import Config
 from raylaunch.errors import RunError
 from raylaunch.sandbox.procs import wait_for
-from raylaunch.tracking import follow, sinks
+from raylaunch.tracking import follow
 
 PATIENCE = 120.0
 
@@ -43,9 +43,7 @@ def report(run: Path, steps: Iterable[int], attempt: int = 1) -> None:
 
 
 def begin(run: Path) -> subprocess.Popen[bytes]:
-    process = follow.start(configfile.load_resolved(run / layout.CONFIG_FILE), run)
-    assert process is not None
-    return process
+    return beside.start(beside.TRACKERS, run)
 
 
 def passed_on(run: Path, name: str) -> int:
@@ -123,12 +121,12 @@ def test_a_tracker_that_fails_does_not_keep_the_others_waiting(tmp_path: Path) -
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     config = Config.model_validate({"wandb": {"project": "tests"}})
-    sinks.check(config)
-    monkeypatch.setattr(sinks.importlib.util, "find_spec", lambda _: None)
+    runs.check_trackers(config)
+    monkeypatch.setattr(runs.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(RunError) as raised:
-        sinks.check(config)
+        runs.check_trackers(config)
     assert "raylaunch[wandb]" in str(raised.value.hint)
 
 
-def test_nothing_is_started_where_nothing_is_wanted(tmp_path: Path) -> None:
-    assert follow.start(Config(), tmp_path) is None
+def test_no_tracker_is_turned_on_by_default() -> None:
+    assert not Config().trackers

@@ -399,7 +399,7 @@ def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
         monkeypatch.setattr(agent, name, nothing)
     for name in ("_log_to", "_handle_signals"):
         monkeypatch.setattr(agent, name, lambda _: None)
-    monkeypatch.setattr(agent.threads, "tell_deaths_in", lambda *_, **__: None)
+    monkeypatch.setattr(agent.thread_deaths, "record", lambda *_, **__: None)
     monkeypatch.setattr(NodeSetup, "prepare", lambda *_: None)
     monkeypatch.setattr(agent, "Agent", lambda *_: first)
     monkeypatch.setattr(agent, "_report", None)  # what tells a failure

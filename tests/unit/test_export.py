@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from raylaunch import attach, configfile, consolidate, entry, export, layout, runs, state
+from raylaunch import attach, configfile, consolidate, entry, export, export_files, layout, runs, state
 from raylaunch.config import CheckpointConfig, Config
-from raylaunch.consolidate import target
 from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.export_files import target
 from raylaunch.layout import Cluster
 from raylaunch.memory import Memory
 
@@ -119,7 +119,7 @@ def test_one_that_fails_is_told_with_its_last_line_and_the_command_that_tries_ag
     run: Callable[..., list[Event]], tmp_path: Path
 ) -> None:
     (tmp_path / "r" / "export.log").write_text("export needs safetensors (pip install it)\n\n")
-    scratch = state.make_dir(export.scratch_of(target(tmp_path / "r"), Process.pid))
+    scratch = state.make_dir(export_files.scratch_of(target(tmp_path / "r"), Process.pid))
     kind, told = run(Process(1, code=1), optimizer={"ema": 0.9})[-1]
     assert kind == "export_failed" and told["reason"] == "exit code 1: export needs safetensors (pip install it)"
     assert told["hint"] == f"raylaunch checkpoints r export latest --to {tmp_path / 'r' / 'model'} --ema"
@@ -169,12 +169,12 @@ def test_one_whose_driver_was_lost_is_told_by_the_head(tmp_path: Path) -> None:
     (run / layout.CONFIG_FILE).write_text(configfile.dump(Config()))
 
     def told() -> list[dict[str, Any]]:
-        consolidate.tell_cut_off(run)
+        export_files.tell_cut_off(run)
         return state.read_events(run, "export_failed")
 
     assert not told()  # nothing was to be exported
     state.append_event(run, "exporting")
-    scratch = state.make_dir(export.scratch_of(target(run), 1))
+    scratch = state.make_dir(export_files.scratch_of(target(run), 1))
     (failed,) = told()
     assert not scratch.exists()
     assert "driver was lost" in failed["reason"] and failed["hint"].startswith("raylaunch checkpoints r export")
@@ -194,7 +194,7 @@ def test_one_whose_driver_was_lost_before_it_exported_is_told(tmp_path: Path) ->
         for kind in kinds:
             state.append_event(run, kind)
         for _ in range(2):
-            consolidate.tell_cut_off(run)
+            export_files.tell_cut_off(run)
         return len(state.read_events(run, "export_failed"))
 
     assert told(True, "finished") == told(True, "finished", "exporting", "exported", "queued", "finished") == 1

@@ -769,7 +769,7 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
     monkeypatch.setattr("raylaunch.head.request_loop.LOOK_EVERY", 0.01)
     monkeypatch.setattr("raylaunch.head.run_queue.BROKEN_PAUSE", 0.0)
-    monkeypatch.setattr("raylaunch.head.head.metrics.keep", lambda *_: asyncio.sleep(1000))
+    monkeypatch.setattr("raylaunch.head.metrics_process.keep", lambda *_: asyncio.sleep(1000))
     _watched["found"].clear()
     try:
         run(story)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from raylaunch.head import metrics_process
 from raylaunch.metrics import serve
 
 
@@ -82,10 +83,10 @@ def test_a_log_that_cannot_be_opened_is_no_end_of_the_head(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is tried again, and again."""
-    monkeypatch.setattr(serve, "AGAIN_AFTER", 0.0)
+    monkeypatch.setattr(metrics_process, "AGAIN_AFTER", 0.0)
 
     async def main() -> None:
-        keeping = asyncio.create_task(serve.keep(tmp_path / "nowhere", "127.0.0.1", 1, {}))
+        keeping = asyncio.create_task(metrics_process.keep(tmp_path / "nowhere", "127.0.0.1", 1, {}))
         async with asyncio.timeout(60):
             while len(caplog.records) < 2:
                 await asyncio.sleep(0)

@@ -21,10 +21,11 @@ from raylaunch.errors import BringUpError
 from raylaunch.preflight import exchange, facts, fleet, gpus, machine, pairs, peers, quick, site, storage
 from raylaunch.preflight.exchange import Checked, GpuCheck, Hello, PairResult, Pairs, Place, Reached
 from raylaunch.preflight.facts import Facts, Interface, Port
-from raylaunch.preflight.finding import Finding, failed, ok, problem, size, unknown, warning
+from raylaunch.preflight.finding import Finding, failed, ok, problem, unknown, warning
 from raylaunch.preflight.gpus import Gpu, Smi
 from raylaunch.slurm import parse
 from raylaunch.slurm import site as slurm_site
+from raylaunch.words import size
 
 DATA = Path(__file__).parent / "data"
 GIB = 1 << 30

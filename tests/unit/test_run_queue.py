@@ -391,7 +391,7 @@ def test_a_run_is_finished_whatever_becomes_of_its_weights(
     async def story() -> None:
         head = lead(place, FakeDrivers((0, "finished")))
         head.context.elected = True
-        monkeypatch.setattr("raylaunch.consolidate.tell_cut_off", fails)
+        monkeypatch.setattr("raylaunch.export_files.tell_cut_off", fails)
         head.context.spawn(head.queue.run())
         await until(lambda: bool(place.stopped))
         head.context.cancel_all()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from raylaunch import lines, runs, session, state, threads
+from raylaunch import lines, runs, session, state, thread_deaths, threads
 from raylaunch.lines import Lines
 from raylaunch.orders import NOW
 from raylaunch.session import Session
@@ -195,7 +195,7 @@ def test_a_thread_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_thread_that_dies_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda died: None)
-    threads.tell_deaths_in(tmp_path, attempt=4, rank=3)
+    thread_deaths.record(tmp_path, attempt=4, rank=3)
     thread = threading.Thread(target=lambda: [][0], name="pulse")
     thread.start()
     thread.join()
