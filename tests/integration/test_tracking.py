@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raylaunch import beside, layout, runs, state
+from raylaunch import beside, configfile, layout, runs, state
 from raylaunch.config import Config
 from raylaunch.errors import RunError
 from raylaunch.sandbox.procs import wait_for
