@@ -49,10 +49,11 @@ long-campaign: env packages  ## 100 random faults with a fixed seed, and their l
 unit: env  ## the tests that need nothing, in seconds
 	$(BIN)/pytest tests/unit
 
-lint: env  ## style, types, undeclared dependencies
+lint: env  ## style, types, imports between rooms, undeclared dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/deptry .
 
 bench: env packages  ## bring-up and recovery beside their peers, as ratios (about 25 minutes)

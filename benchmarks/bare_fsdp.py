@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from raylaunch.config import Config
-from raylaunch.trainers.model import Decoder
+from raylaunch.config.schema import Config
+from raylaunch.trainers.decoder import Decoder
 
 
 def main() -> None:

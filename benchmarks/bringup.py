@@ -20,8 +20,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from raylaunch import state
-from raylaunch.sandbox import Sandbox
+from raylaunch.state import files
+from raylaunch.tools.sandbox import Sandbox
 
 BIN = Path(sys.executable).parent
 LIMIT = 300.0
@@ -58,10 +58,10 @@ def ours(nodes: int, env: Mapping[str, str], out: Path) -> float:
         env=dict(env), check=True, capture_output=True, timeout=LIMIT,
     )  # fmt: skip
     seconds = time.time() - began
-    cluster = state.cluster_dir(Path(env["RAYLAUNCH_STATE_DIR"]), "main")
+    cluster = files.cluster_dir(Path(env["RAYLAUNCH_STATE_DIR"]), "main")
     first: dict[str, float] = {}
     last: dict[str, float] = {}
-    for event in state.read_lines(cluster / state.EVENTS_FILE):
+    for event in files.read_lines(cluster / files.EVENTS_FILE):
         if event["time"] >= began:
             first.setdefault(event["kind"], event["time"] - began)
             last[event["kind"]] = event["time"] - began

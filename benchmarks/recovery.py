@@ -28,10 +28,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raylaunch import state
-from raylaunch.layout import Head
-from raylaunch.sandbox import Sandbox
-from raylaunch.sandbox.procs import wait_for
+from raylaunch.state import files
+from raylaunch.state.records import Head
+from raylaunch.tools.sandbox import Sandbox
+from raylaunch.tools.sandbox.procs import wait_for
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -129,16 +129,16 @@ def raylaunch(sandbox: Sandbox, out: Path, env: Mapping[str, str]) -> Path:
 
     call("up", "--nodes", str(NODES), "--cpus-per-task", str(CPUS), "--timeout", str(START_LIMIT))
     call("train", str(config), "--detach")
-    head = Head.read(state.cluster_dir(sandbox.layout.state, "main"))
+    head = Head.read(files.cluster_dir(sandbox.layout.state, "main"))
     assert head is not None and head.node != sandbox.nodes[-1], head
-    return state.run_dir(sandbox.layout.state, "bench")
+    return files.run_dir(sandbox.layout.state, "bench")
 
 
 def by_hand(body: str, **values: str) -> Start:
     """A batch job that runs `body`."""
 
     def start(sandbox: Sandbox, out: Path, env: Mapping[str, str]) -> Path:
-        run = state.make_dir(out / "run")
+        run = files.make_dir(out / "run")
         (run / "config.json").write_text(json.dumps(configuration(out)))
         numbers = {"nodes": NODES, "cpus": CPUS, "out": out}
         filled = body.format(bin=BIN, python=sys.executable, run=run, **numbers, **values)
@@ -172,7 +172,7 @@ def configuration(out: Path) -> dict[str, Any]:
 def measure(start: Start, logs: Path | None) -> Recovery:
     """One training, one kill, on a sandbox of its own."""
     with sandbox_of_ours() as sandbox:
-        out = state.make_dir(sandbox.layout.state / "bench")
+        out = files.make_dir(sandbox.layout.state / "bench")
         try:
             return kill_in_training(sandbox, start(sandbox, out, environment(sandbox)))
         finally:
@@ -198,7 +198,7 @@ def sandbox_of_ours() -> Iterator[Sandbox]:
 
 def kill_in_training(sandbox: Sandbox, run: Path) -> Recovery:
     """Wait until it trains on all nodes, kill the last one, wait for a step of fewer."""
-    steps = state.LineReader(run / state.METRICS_FILE)
+    steps = files.LineReader(run / files.METRICS_FILE)
     seen: list[dict[str, Any]] = []
 
     def first(wanted: Callable[[dict[str, Any]], bool]) -> bool:
@@ -228,8 +228,8 @@ def kill_in_training(sandbox: Sandbox, run: Path) -> Recovery:
 
 def profile(sandbox: Sandbox, run: Path, began: float, ended: float) -> dict[str, float]:
     """Seconds from `began` to the end of each phase that left an event before `ended`."""
-    cluster = state.cluster_dir(sandbox.layout.state, "main")  # there for raylaunch alone
-    events = [e for d in (run, cluster) for e in state.read_lines(d / state.EVENTS_FILE)]
+    cluster = files.cluster_dir(sandbox.layout.state, "main")  # there for raylaunch alone
+    events = [e for d in (run, cluster) for e in files.read_lines(d / files.EVENTS_FILE)]
     phases = {}
     for name, kinds in PHASES.items():
         times = [e["time"] - began for e in events if e["kind"] in kinds and began <= e["time"] <= ended]

@@ -20,9 +20,9 @@ from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
 from benchmarks import recovery_worker
-from raylaunch import state
 from raylaunch.checkpoint import store
-from raylaunch.session import Session
+from raylaunch.state import files
+from raylaunch.training.worker.session import Session
 
 NAME = "elastic"
 MIN_WORKERS = 2
@@ -51,13 +51,13 @@ class Profile(WorkerGroupCallback):
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if worker_group_status.errors:
-            state.append_event(self.run_dir, "fault", ranks=sorted(worker_group_status.errors))
+            files.append_event(self.run_dir, "fault", ranks=sorted(worker_group_status.errors))
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
-        state.append_event(self.run_dir, "aborted")
+        files.append_event(self.run_dir, "aborted")
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        state.append_event(self.run_dir, "attempt_started", workers=worker_group_context.num_workers)
+        files.append_event(self.run_dir, "attempt_started", workers=worker_group_context.num_workers)
 
 
 def loop(spec: dict[str, Any]) -> None:

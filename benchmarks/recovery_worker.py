@@ -14,17 +14,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch import state
+from raylaunch.state import files
 
 if TYPE_CHECKING:
-    from raylaunch.session import Session
+    from raylaunch.training.worker.session import Session
 
 CONFIG_FILE = "config.json"
 
 
 def entered(run_dir: Path) -> None:
     """Note that this process has come to the user's code."""
-    state.append_event(run_dir, "entered", node=os.uname().nodename)
+    files.append_event(run_dir, "entered", node=os.uname().nodename)
 
 
 def work(run_dir: Path, checkpoints: Path, make: type[Session]) -> None:
@@ -35,11 +35,11 @@ def work(run_dir: Path, checkpoints: Path, make: type[Session]) -> None:
     number = [len(list((run_dir / "attempts").glob("*"))) + 1 if rank == 0 else 0]
     dist.broadcast_object_list(number, src=0)
     if rank == 0:
-        state.make_dir(state.attempt_dir(run_dir, number[0]))
-    state.append_event(run_dir, "connected", rank=rank, workers=world, node=os.uname().nodename)
+        files.make_dir(files.attempt_dir(run_dir, number[0]))
+    files.append_event(run_dir, "connected", rank=rank, workers=world, node=os.uname().nodename)
 
     # Here, as raylaunch does it: the trainer's imports count against what comes after the group.
-    from raylaunch.config import Config
+    from raylaunch.config.schema import Config
     from raylaunch.trainers.fsdp import train
 
     config = Config.model_validate(json.loads((run_dir / CONFIG_FILE).read_text()))
@@ -54,7 +54,7 @@ def work(run_dir: Path, checkpoints: Path, make: type[Session]) -> None:
     try:
         train(config, session)
     except Exception as error:
-        state.append_event(run_dir, "broken", rank=rank, error=f"{type(error).__name__}: {error}"[:300])
+        files.append_event(run_dir, "broken", rank=rank, error=f"{type(error).__name__}: {error}"[:300])
         raise
     finally:
         session.close()
@@ -66,7 +66,7 @@ def main() -> None:
     entered(run_dir)
     import torch.distributed as dist
 
-    from raylaunch.session import Session
+    from raylaunch.training.worker.session import Session
 
     dist.init_process_group("gloo")
     work(run_dir, run_dir / "checkpoints", Session)

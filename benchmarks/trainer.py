@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from raylaunch import state
+from raylaunch.state import files
 
 BIN = Path(sys.executable).parent
 LIMIT = 300.0
@@ -100,7 +100,7 @@ def _loop(directory: Path, workers: int, rounds: int, data: Path) -> None:
         run = f"run-{next(count)}"
         command = [BIN / "raylaunch", "train", config, "--cluster", "bench", "--run", run]
         subprocess.run(command, env=env, check=True, capture_output=True, timeout=LIMIT)
-        return speed(state.run_dir(directory, run))
+        return speed(files.run_dir(directory, run))
 
     def torchrun(module: str) -> Callable[[], float]:
         def measure() -> float:
@@ -131,7 +131,7 @@ def _loop(directory: Path, workers: int, rounds: int, data: Path) -> None:
 
 def speed(run: Path) -> float:
     """Tokens a second after the first steps."""
-    times = {row["step"]: row["time"] for row in state.read_lines(run / state.METRICS_FILE) if "loss" in row}
+    times = {row["step"]: row["time"] for row in files.read_lines(run / files.METRICS_FILE) if "loss" in row}
     last = CONFIG["step_scheduler"]["max_steps"] - 1  # the last one's line waits for nothing, or for a save
     tokens = CONFIG["step_scheduler"]["global_batch_size"] * CONFIG["data"]["seq_len"]
     return float((last - WARM) * tokens / (times[last] - times[WARM]))
@@ -142,7 +142,7 @@ def speed(run: Path) -> float:
 
 def data(directory: Path, rounds: int) -> None:
     """Micro-batches of 8 samples from 100 million tokens, in the trainer's order and in numpy's."""
-    from raylaunch.data import dataset, order
+    from raylaunch.data import dataset, sample_order
     from raylaunch.trainers.data import Loader, Plan
     from raylaunch.trainers.datasets import Data, Source, sample_count
 
@@ -156,7 +156,7 @@ def data(directory: Path, rounds: int) -> None:
 
     def compare(length: int) -> None:
         samples = sample_count(row.count, length)
-        everything = Data((Source(row, None, samples, 0),), (), order.quotas([1.0]), 256, False, {})
+        everything = Data((Source(row, None, samples, 0),), (), sample_order.quotas([1.0]), 256, False, {})
 
         def ours(ahead: bool) -> Callable[[], float]:
             def measure() -> float:
@@ -257,7 +257,7 @@ def saves(directory: Path, rounds: int) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         command += ["benchmarks.recovery_worker", str(run)]
         subprocess.run(command, env=env, check=True, capture_output=True, timeout=LIMIT)
-        rows = state.read_lines(run / state.METRICS_FILE)
+        rows = files.read_lines(run / files.METRICS_FILE)
         shutil.rmtree(run)
         return [row for row in rows if "loss" in row]
 

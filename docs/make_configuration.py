@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the schema in raylaunch/config.py; a test holds the two together."""
+"""Write docs/configuration.md from the schema in raylaunch/config/schema.py; a test holds the two together."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ast
 import inspect
 from pathlib import Path
 
-from raylaunch import config
-from raylaunch.config import Config, Section
+from raylaunch.config import schema
+from raylaunch.config.schema import Config, Section
 
 TARGET = Path(__file__).with_name("configuration.md")
 
@@ -31,7 +31,7 @@ def section(path: str, kind: type[Section]) -> list[str]:
     notes = field_notes(kind)
     inner = []
     for key, item in kind.model_fields.items():
-        nested = config.section_type(kind, key)
+        nested = schema.section_type(kind, key)
         if nested is not None:
             lines.append(f"| `{key}` | | see `{path}.{key}:` |")
             inner += section(f"{path}.{key}", nested)
@@ -44,13 +44,13 @@ def section(path: str, kind: type[Section]) -> list[str]:
 def text() -> str:
     lines = [
         "# Configuration", "",
-        "All keys, with their defaults. Made from `raylaunch/config.py` by `python docs/make_configuration.py`.", "",
+        "All keys, with their defaults. Made from `raylaunch/config/schema.py` by `python docs/make_configuration.py`.", "",
         "Sizes that `model.size` names: " + ", ".join(
-            f"`{name}` (dim {s['dim']}, {s['n_layers']} layers)" for name, s in config.SIZES.items()
+            f"`{name}` (dim {s['dim']}, {s['n_layers']} layers)" for name, s in schema.SIZES.items()
         ) + ".",
     ]  # fmt: skip
     for name, field in Config.model_fields.items():
-        kind = config.section_type(Config, name)
+        kind = schema.section_type(Config, name)
         if kind is not None:
             lines += section(name, kind)
             continue

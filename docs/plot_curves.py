@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from raylaunch.observe import picture
+from raylaunch.observe.history import plot
 
 if __name__ == "__main__":
-    worst = picture.curves(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    worst = plot.curves(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
     print(f"the largest relative difference of the losses is {worst:.2e}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from raylaunch.observe import picture
+from raylaunch.observe.history import plot
 
 if __name__ == "__main__":
-    picture.run(Path(sys.argv[1]), Path(sys.argv[2]))
+    plot.run(Path(sys.argv[1]), Path(sys.argv[2]))

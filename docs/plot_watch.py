@@ -11,14 +11,14 @@ from pathlib import Path
 
 import shoot
 
-from raylaunch import state
-from raylaunch.live import facts, screen
+from raylaunch.observe.live import screen, snapshot
+from raylaunch.state import files
 
 WIDTH, HEIGHT = 118, 34
 
 if __name__ == "__main__":
-    where = Path(sys.argv[2]) if len(sys.argv) > 2 else state.default_state_dir()
-    reader = facts.Reader(*facts.find(where, sys.argv[1]))
+    where = Path(sys.argv[2]) if len(sys.argv) > 2 else files.default_state_dir()
+    reader = snapshot.Reader(*snapshot.find(where, sys.argv[1]))
     reader.look()
     time.sleep(20)  # the pace is that of the steps since the first look
     picture = reader.look()

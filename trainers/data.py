@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raylaunch.data import order
-from raylaunch.trainers import context
+from raylaunch.data import sample_order
+from raylaunch.trainers import context_parallel
 from raylaunch.trainers.datasets import Data, Source
 
 IGNORED = -100
@@ -82,7 +82,9 @@ class Loader:
 
     def __init__(self, data: Data, plan: Plan, *, pin: bool) -> None:
         self._data, self._plan, self._pin = data, plan, pin
-        self._places = context.places(*plan.context, plan.seq_len).numpy() if plan.context[1] > 1 else slice(None)
+        self._places = (
+            context_parallel.places(*plan.context, plan.seq_len).numpy() if plan.context[1] > 1 else slice(None)
+        )
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._looked_up: tuple[int, list[Where]] = -1, []
         self._fetchers = ThreadPoolExecutor(max_workers=FETCHERS, thread_name_prefix="fetch")
@@ -119,7 +121,7 @@ class Loader:
         size = self._plan.global_batch_size
         return self._share(step * size, (step + 1) * size, self._trained_on)
 
-    def _trained_on(self, positions: order.Positions) -> list[Where]:
+    def _trained_on(self, positions: sample_order.Positions) -> list[Where]:
         found: list[Where] = []
         known = self._looked_up  # another thread may put another there meanwhile
         for position in positions.tolist():
@@ -133,16 +135,16 @@ class Loader:
         """The samples at LOOKED_UP positions: as many cost little more than one."""
         positions = np.arange(block * LOOKED_UP, (block + 1) * LOOKED_UP, dtype=np.int64)
         seed, sources = self._plan.seed, self._data.training
-        numbers, places = order.mixed(positions, self._data.quotas, seed)
+        numbers, places = sample_order.mixed(positions, self._data.quotas, seed)
         samples = np.empty_like(positions)
         for number in np.unique(numbers):
             here = numbers == number
-            samples[here] = order.samples_at(places[here], sources[number].training, seed)
+            samples[here] = sample_order.samples_at(places[here], sources[number].training, seed)
         return [(sources[n], sample) for n, sample in zip(numbers.tolist(), samples.tolist(), strict=True)]
 
-    def _held_out(self, positions: order.Positions) -> list[Where]:
+    def _held_out(self, positions: sample_order.Positions) -> list[Where]:
         sources = self._data.validation
-        samples = order.samples_at(positions, self._data.validation_samples, self._plan.seed)
+        samples = sample_order.samples_at(positions, self._data.validation_samples, self._plan.seed)
         ends = np.cumsum([source.validation for source in sources])
         numbers = np.searchsorted(ends, samples, side="right")
         return [
@@ -150,9 +152,11 @@ class Loader:
             for n, sample in zip(numbers, samples, strict=True)
         ]
 
-    def _share(self, start: int, stop: int, samples: Callable[[order.Positions], list[Where]]) -> list[MicroBatch]:
+    def _share(
+        self, start: int, stop: int, samples: Callable[[sample_order.Positions], list[Where]]
+    ) -> list[MicroBatch]:
         plan = self._plan
-        cut = order.pieces(start, stop, plan.rank, plan.world_size, plan.local_batch_size)
+        cut = sample_order.pieces(start, stop, plan.rank, plan.world_size, plan.local_batch_size)
         return [self._micro_batch(samples(positions)) for positions in cut]
 
     def _micro_batch(self, samples: list[Where]) -> MicroBatch:

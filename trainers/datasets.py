@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from raylaunch.config import Config, DataConfig
-from raylaunch.data import dataset, order
+from raylaunch.config.schema import Config, DataConfig
+from raylaunch.data import dataset, sample_order
 from raylaunch.data.dataset import Manifest, Row
 from raylaunch.data.tokenize import Bytes
 from raylaunch.errors import RunError
-from raylaunch.session import Session
-from raylaunch.trainers import corpus
+from raylaunch.trainers import text_corpus
 from raylaunch.trainers.models import vocabulary
+from raylaunch.training.worker.session import Session
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Data:
 
     training: tuple[Source, ...]
     validation: tuple[Source, ...]
-    quotas: order.Positions
+    quotas: sample_order.Positions
     separator: int
     masked: bool
     facts: dict[str, int]
@@ -66,7 +66,7 @@ def open_data(config: Config, session: Session) -> Data:
     if training:
         sources = tuple(_cut(data, *_rows(path, manifest)) for path, manifest in training.items())
     else:
-        store = corpus.prepare(
+        store = text_corpus.prepare(
             session.run_dir / "data",
             data.text,
             rank=session.rank,
@@ -78,7 +78,7 @@ def open_data(config: Config, session: Session) -> Data:
     if data.validation is not None:
         tokens, counted = _rows(data.validation, manifests[data.validation])
         held_out = (Source(tokens, counted, 0, sample_count(tokens.count, data.seq_len)),)
-    quotas = order.quotas(list(data.weights.values()) or [1.0])
+    quotas = sample_order.quotas(list(data.weights.values()) or [1.0])
     facts = {
         "global_batch_size": session.global_batch_size,
         "seq_len": data.seq_len,
@@ -91,7 +91,7 @@ def open_data(config: Config, session: Session) -> Data:
         sources,
         held_out,
         quotas,
-        separator=int(next(iter(manifests.values())).tokenizer["separator"]) if manifests else corpus.SEPARATOR,
+        separator=int(next(iter(manifests.values())).tokenizer["separator"]) if manifests else text_corpus.SEPARATOR,
         masked=_is_masked(data, manifests),
         facts=facts,
     )
@@ -113,7 +113,7 @@ def look(config: Config) -> list[str]:
     manifests = _manifests(config)
     counts = {path: manifests[path].tokens for path in data.weights}
     if not counts:  # a token a byte, and a separator after each file
-        counts = {"data": sum(path.stat().st_size + 1 for path in corpus.list_files(data.text))}
+        counts = {"data": sum(path.stat().st_size + 1 for path in text_corpus.list_files(data.text))}
     lines = []
     for name, tokens in counts.items():
         share = data.weights[name] / sum(data.weights.values()) if data.weights else 1.0
@@ -187,10 +187,10 @@ def _cut(data: DataConfig, tokens: Row, counted: Row | None = None) -> Source:
 
 def _split(data: DataConfig, tokens: int) -> tuple[int, int]:
     fraction = data.val_fraction if data.validation is None else 0.0
-    return order.split_validation(sample_count(tokens, data.seq_len), fraction)
+    return sample_order.split_validation(sample_count(tokens, data.seq_len), fraction)
 
 
-def _digest(manifests: list[Manifest], quotas: order.Positions) -> int:
+def _digest(manifests: list[Manifest], quotas: sample_order.Positions) -> int:
     """48 bits that change with the tokens and the proportions."""
     if len(manifests) == 1:
         return manifests[0].digest

@@ -19,20 +19,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from raylaunch import runs
-from raylaunch.checkpoint import dcp
+from raylaunch.checkpoint import saver as dcp
 from raylaunch.checkpoint.resume import resume
-from raylaunch.config import Config
+from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
-from raylaunch.randomness import seed_step
-from raylaunch.session import AT_COMMIT, NOW, Session
+from raylaunch.state import runs
 from raylaunch.timing import PATIENCE_AT_END, PATIENCE_AT_STOP
-from raylaunch.trainers import float8, hf, models, parallel, snapshots
-from raylaunch.trainers.average import Average
-from raylaunch.trainers.compiling import Compiled
+from raylaunch.trainers import float8, memory_snapshot, models, parallel, safetensors_io
+from raylaunch.trainers.compile import Compiled
 from raylaunch.trainers.data import IGNORED, Loader, MicroBatch, Plan
 from raylaunch.trainers.datasets import Data, is_masked, look, open_data
-from raylaunch.trainers.hf import export
+from raylaunch.trainers.ema import Average
 from raylaunch.trainers.metrics import Meter, StepStats
 from raylaunch.trainers.models import LanguageModel
 from raylaunch.trainers.nonfinite import Action, Guard
@@ -45,15 +42,18 @@ from raylaunch.trainers.optim import (
     state_tensors,
     trained,
 )
-from raylaunch.trainers.pipeline import Pipeline
+from raylaunch.trainers.pipeline_parallel import Pipeline
 from raylaunch.trainers.profiling import Profile
+from raylaunch.trainers.safetensors_io import export
+from raylaunch.training.worker.seeding import seed_step
+from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 
 __all__ = ["check", "export", "train"]
 
 
 def train(config: Config, session: Session) -> None:
     """One attempt: from the newest commit to max_steps, or to the step at which a stop is asked for."""
-    with snapshots.on_out_of_memory(session, wanted=config.logging.memory_snapshots):
+    with memory_snapshot.on_out_of_memory(session, wanted=config.logging.memory_snapshots):
         _train(config, session)
 
 
@@ -190,7 +190,7 @@ def fill(model: LanguageModel, trained: bool, device: torch.device, seed: int) -
     """The values to begin with, of what is trained or of what stays as it is."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad == trained]
     if read := [(name, p) for name, p in named if not model.is_fresh(name)]:
-        hf.load(model, read)
+        safetensors_io.load(model, read)
     parallel.initialize(model, ((name, p) for name, p in named if model.is_fresh(name)), device, seed)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from raylaunch.config import Config
+from raylaunch.config.schema import Config
 
 
 class LanguageModel(nn.Module):

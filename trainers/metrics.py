@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylaunch.config import Config
-from raylaunch.session import NOW, Session
+from raylaunch.config.schema import Config
 from raylaunch.trainers.data import MicroBatch
 from raylaunch.trainers.nonfinite import Action, Guard
+from raylaunch.training.worker.session import NOW, Session
 
 _LOSS, _SAMPLES, _COUNTED, _SQUARES, _STOP, _SAVE_FAILED = _SLOTS = range(6)
 

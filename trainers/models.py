@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raylaunch.config import Config, ModelConfig
+from raylaunch.config.schema import Config, ModelConfig
 from raylaunch.trainers.language_model import LanguageModel
 
 __all__ = ["LanguageModel", "make", "vocabulary"]
@@ -12,14 +12,14 @@ def make(config: Config, stage: tuple[int, int] = (0, 1)) -> LanguageModel:
     """The model, or one of so many parts of it, to be made on the meta device."""
     recompute = config.distributed.activation_checkpointing
     if config.model.hf is not None:
-        from raylaunch.trainers.pretrained import Pretrained  # transformers takes its time
+        from raylaunch.trainers.transformers_model import Pretrained  # transformers takes its time
 
         return Pretrained(config.model, recompute)
     if config.model.target is not None:
-        from raylaunch.trainers.own import Own
+        from raylaunch.trainers.user_model import Own
 
         return Own(config)
-    from raylaunch.trainers.model import Decoder
+    from raylaunch.trainers.decoder import Decoder
 
     return Decoder(config.model, recompute, stage)
 
@@ -27,7 +27,7 @@ def make(config: Config, stage: tuple[int, int] = (0, 1)) -> LanguageModel:
 def vocabulary(model: ModelConfig) -> int:
     """How many tokens it knows."""
     if model.hf is not None:
-        from raylaunch.trainers.pretrained import description
+        from raylaunch.trainers.transformers_model import description
 
         return int(description(model).vocab_size)
     return model.vocab_size

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Literal
 
 from raylaunch.errors import RunError
-from raylaunch.session import Session
+from raylaunch.training.worker.session import Session
 
 LIMIT = 10
 Policy = Literal["stop", "skip", "rollback"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from raylaunch.config import OptimizerConfig, StepSchedulerConfig
+from raylaunch.config.schema import OptimizerConfig, StepSchedulerConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -34,13 +34,13 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from raylaunch.config import Config
+from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
-from raylaunch.session import Session
-from raylaunch.trainers.context import Context
-from raylaunch.trainers.experts import MixtureOfExperts
+from raylaunch.trainers.context_parallel import Context
+from raylaunch.trainers.decoder import Block, Decoder
+from raylaunch.trainers.expert_parallel import MixtureOfExperts
 from raylaunch.trainers.language_model import LanguageModel
-from raylaunch.trainers.model import Block, Decoder
+from raylaunch.training.worker.session import Session
 
 GATHERED_BYTES = 1 << 30
 """A model up to this size (in the dtype of the computation) stays whole on each worker for the length

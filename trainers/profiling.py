@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from raylaunch.session import Session
+from raylaunch.training.worker.session import Session
 
 
 class Profile:

@@ -26,11 +26,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from raylaunch import state
-from raylaunch.config import Config, TrainerConfig
+from raylaunch.config.schema import Config, TrainerConfig
 from raylaunch.errors import RunError
-from raylaunch.processes import become_subreaper, die_with_parent, end_tree, running
-from raylaunch.session import AT_COMMIT, NOW, Session
+from raylaunch.host.processes import become_subreaper, die_with_parent, end_tree, running
+from raylaunch.state import files
+from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 
 EVERY = 1.0
 _ERROR = re.compile(r"^(?:\[rank\d+\]: )?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)", re.MULTILINE)
@@ -55,7 +55,7 @@ def run(config: Config, session: Session) -> None:
     """Start the script, and wait until all ranks' have ended."""
     trainer = config.trainer
     assert trainer.script is not None
-    errors = state.attempt_dir(session.run_dir, session.attempt) / f"rank-{session.rank}.error.json"
+    errors = files.attempt_dir(session.run_dir, session.attempt) / f"rank-{session.rank}.error.json"
     log = errors.with_name(f"rank-{session.rank}.log")
     began_at = log.stat().st_size if log.exists() else 0
     become_subreaper()

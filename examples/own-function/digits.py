@@ -6,9 +6,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from raylaunch.config import Config
-from raylaunch.loop import Loop
-from raylaunch.session import Session
+from raylaunch import Config, Loop, Session
 
 
 def train(config: Config, session: Session) -> None:

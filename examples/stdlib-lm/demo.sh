@@ -15,9 +15,9 @@ trap - EXIT
 "${BIN:-.venv/bin}/python" - "$name" <<'PYTHON'
 import sys
 from pathlib import Path
-from raylaunch import state
-run = state.run_dir(state.default_state_dir(), sys.argv[1])
-losses = [row["loss"] for row in state.read_lines(run / "metrics.jsonl") if "loss" in row]
+from raylaunch.state import files
+run = files.run_dir(files.default_state_dir(), sys.argv[1])
+losses = [row["loss"] for row in files.read_lines(run / "metrics.jsonl") if "loss" in row]
 print(f"\nloss {losses[0]:.2f} -> {losses[-1]:.2f} in {len(losses)} steps; the run lies in {run}")
 print("  config.yaml  metrics.jsonl  events.jsonl  checkpoints/  attempts/0001/rank-0.log")
 sys.exit(0 if losses[-1] < 0.6 * losses[0] else "the loss did not fall as it should")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from raylaunch.checkpoint import dcp
+from raylaunch.checkpoint import saver
 from raylaunch.checkpoint.rank import Rank
 from raylaunch.errors import RunError
 
@@ -19,7 +19,7 @@ def resume(session: Rank, group: dist.ProcessGroup, state: Callable[[], dict[str
 
     `facts`: what must not change over a run's life, or a step would no longer name the same samples."""
     started = time.monotonic()
-    commit = dcp.newest(session, group)
+    commit = saver.newest(session, group)
     verified = time.monotonic()
     if commit is None:
         return 0
@@ -30,7 +30,7 @@ def resume(session: Rank, group: dist.ProcessGroup, state: Callable[[], dict[str
             f"the checkpoint {commit.path} belongs to another order of samples ({', '.join(changed)})",
             "Restore these settings and the data, or start a run with a new name.",
         )
-    dcp.load(commit, state(), group)
+    saver.load(commit, state(), group)
     seconds = {"verifying": round(verified - started, 3), "loading": round(time.monotonic() - verified, 3)}
     session.event("resumed", step=commit.step, seconds=round(time.monotonic() - started, 3), phases=seconds)
     return commit.step

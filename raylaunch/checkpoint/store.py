@@ -33,8 +33,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from raylaunch.checkpoint.fence import is_there
 from raylaunch.errors import StateError
-from raylaunch.fence import is_there
 
 COMMIT_FILE = "commit.json"
 

@@ -70,7 +70,7 @@ class Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except RaylaunchError as error:
-            from raylaunch import audit
+            from raylaunch.state import audit
 
             audit.add_outcome(ctx.meta.get(audit.ASKED, []), "refused" if isinstance(error, UsageError) else "failed")
             raise

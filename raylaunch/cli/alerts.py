@@ -14,16 +14,17 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from raylaunch import configfile, state
-from raylaunch.alerts import addresses, sinks
-from raylaunch.alerts.alert import Alert, clock, message
-from raylaunch.alerts.follow import MEMORY
-from raylaunch.alerts.sinks import Result
 from raylaunch.cli import options
 from raylaunch.cli.show import table_width
-from raylaunch.config import AlertsConfig
+from raylaunch.config import loader, secrets
+from raylaunch.config.schema import AlertsConfig
 from raylaunch.errors import RaylaunchError, StateError, UsageError
-from raylaunch.status import find_run
+from raylaunch.observe.alerts import sinks
+from raylaunch.observe.alerts.alert import Alert, clock, message
+from raylaunch.observe.alerts.sidecar import MEMORY
+from raylaunch.observe.alerts.sinks import Result
+from raylaunch.observe.status import find_run
+from raylaunch.state import files
 
 
 @click.group()
@@ -37,7 +38,7 @@ def alerts() -> None:
 def test(path: Path | None, sets: tuple[str, ...]) -> None:
     """Send one alert to each sink of CONFIG (and of your own config.yaml) from this machine, once, and say what came
     back; exit code 1 when one was not taken."""
-    own = addresses.resolved(configfile.load(path, sets).alerts)
+    own = secrets.resolved(loader.load(path, sets).alerts)
     if not own.sinks:
         raise UsageError(
             "alerts: names nobody to tell", "Set alerts.slack, webhook, command or mail; see docs/alerts.md."
@@ -62,7 +63,7 @@ def test(path: Path | None, sets: tuple[str, ...]) -> None:
 def list_(run: str, as_json: bool, state_dir: Path | None) -> None:
     """The alerts of RUN, what became of them, and what has still to be sent."""
     run_dir, _ = find_run(options.state_dir(state_dir), run)
-    rows = [row for row in state.read_lines(run_dir / state.EVENTS_FILE) if _is_alert(row)]
+    rows = [row for row in files.read_lines(run_dir / files.EVENTS_FILE) if _is_alert(row)]
     waiting = _waiting(run_dir)
     if as_json:
         return click.echo(json.dumps({"run": run, "alerts": rows, "waiting": waiting}, indent=1))
@@ -87,7 +88,7 @@ async def _try(own: AlertsConfig, tried: dict[str, Any]) -> list[tuple[str, Resu
 def _waiting(run_dir: Path) -> list[dict[str, Any]]:
     """What lies in the outbox, in the form of an event."""
     try:
-        parcels = (state.read_json(run_dir / MEMORY) or {}).get("outbox", [])
+        parcels = (files.read_json(run_dir / MEMORY) or {}).get("outbox", [])
         return [
             {"time": p["message"]["time"], "alert": p["message"]["kind"], "text": p["message"]["text"],
              "sinks": {**p["done"], **{name: {**due, "outcome": f"waits: {due['error'] or 'not tried yet'}"}

@@ -9,16 +9,16 @@ from typing import Any
 
 import click
 
-from raylaunch import audit, state
-from raylaunch.chaos import model, plan, report
-from raylaunch.chaos.campaign import Campaign
-from raylaunch.chaos.faults import Faults, check
-from raylaunch.chaos.reach import of_cluster, sandbox_of
-from raylaunch.chaos.victim import Victim
 from raylaunch.cli import options
 from raylaunch.cli.show import note
 from raylaunch.errors import UsageError
-from raylaunch.observe import picture
+from raylaunch.observe.history import plot
+from raylaunch.state import audit, files
+from raylaunch.tools.chaos import cluster_model, report, schedule
+from raylaunch.tools.chaos.campaign import Campaign
+from raylaunch.tools.chaos.faults import Faults, check
+from raylaunch.tools.chaos.remote import of_cluster, sandbox_of
+from raylaunch.tools.chaos.target import Victim
 
 
 @click.command()
@@ -56,7 +56,7 @@ def chaos(run: str | None, state_dir: Path | None, **given: Any) -> None:
     """
     where = options.state_dir(state_dir)
     if given["check_run"]:
-        click.echo(model.check_table(_run_dir(where, given["check_run"])))
+        click.echo(cluster_model.check_table(_run_dir(where, given["check_run"])))
         return
     if given["simulate"]:
         _simulate(where, given)
@@ -67,12 +67,12 @@ def chaos(run: str | None, state_dir: Path | None, **given: Any) -> None:
 
 
 def _inject(where: Path, run: str, given: dict[str, Any]) -> None:
-    kinds = plan.parse_kinds(given["faults"])
-    every, limit, hold = (plan.seconds(given[key]) for key in ("every", "limit", "hold"))
+    kinds = schedule.parse_kinds(given["faults"])
+    every, limit, hold = (schedule.seconds(given[key]) for key in ("every", "limit", "hold"))
     count: int | None = given["count"]
-    duration = plan.seconds(given["duration"]) if given["duration"] else None if count else 600.0
+    duration = schedule.seconds(given["duration"]) if given["duration"] else None if count else 600.0
     if given["plot"]:
-        picture.pyplot()  # said now, not after an hour
+        plot.pyplot()  # said now, not after an hour
     for key in ("json_file", "plot"):
         if given[key] and not given[key].absolute().parent.is_dir():
             raise UsageError(f"there is no directory {given[key].absolute().parent}", "Make it first.")
@@ -86,7 +86,7 @@ def _inject(where: Path, run: str, given: dict[str, Any]) -> None:
     def say(text: str) -> None:
         click.echo(f"[{time.monotonic() - zero:6.1f} s] {text}", err=True)
 
-    campaign = Campaign(faults, plan.plan(kinds, given["seed"]), every, limit, hold, say)
+    campaign = Campaign(faults, schedule.plan(kinds, given["seed"]), every, limit, hold, say)
     began, good = time.time(), False
     try:
         with options.interruptible():
@@ -95,9 +95,9 @@ def _inject(where: Path, run: str, given: dict[str, Any]) -> None:
         record = report.of(victim.run_dir, campaign.outcomes, began, time.time(), given["seed"])
         click.echo(report.table(record))
         if given["json_file"]:
-            state.write_json(given["json_file"].absolute(), record)
+            files.write_json(given["json_file"].absolute(), record)
         if given["plot"]:
-            picture.run(victim.run_dir, given["plot"])
+            plot.run(victim.run_dir, given["plot"])
     if not good or not record["steps"]["ok"]:
         raise SystemExit(1)
 
@@ -107,21 +107,21 @@ def _simulate(where: Path, given: dict[str, Any]) -> None:
         raise UsageError(
             "--simulate needs --nodes and --mttf-node", "raylaunch chaos --simulate --nodes 2048 --mttf-node 30d"
         )
-    phases = model.measured(_run_dir(where, given["source"])) if given["source"] else model.SANDBOX
+    phases = cluster_model.measured(_run_dir(where, given["source"])) if given["source"] else cluster_model.SANDBOX
     if given["phases"]:
         phases = phases.changed(given["phases"])
     if given["save"]:
-        phases = phases.saving(plan.seconds(given["save"]))
-    intervals = [plan.seconds(word) for word in given["interval"].split(",")] if given["interval"] else None
+        phases = phases.saving(schedule.seconds(given["save"]))
+    intervals = [schedule.seconds(word) for word in given["interval"].split(",")] if given["interval"] else None
     click.echo(
-        model.table(
-            phases, model.sizes(given["nodes"]), plan.seconds(given["mttf_node"]), intervals,
-            plan.seconds(given["replace"]), given["seed"],
+        cluster_model.table(
+            phases, cluster_model.sizes(given["nodes"]), schedule.seconds(given["mttf_node"]), intervals,
+            schedule.seconds(given["replace"]), given["seed"],
         )
     )  # fmt: skip
 
 
 def _run_dir(where: Path, name: str) -> Path:
-    from raylaunch.status import find_run
+    from raylaunch.observe.status import find_run
 
     return find_run(where, name)[0]

@@ -15,15 +15,16 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from raylaunch import audit, configfile, layout, runs
-from raylaunch import export as exporting
-from raylaunch.checkpoint import digests, store
+from raylaunch.checkpoint import checksums, store
 from raylaunch.checkpoint.store import Bad, Commit
 from raylaunch.cli import options
 from raylaunch.cli.show import note, table_width
-from raylaunch.config import Config
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, UsageError
-from raylaunch.status import find_run
+from raylaunch.observe.status import find_run
+from raylaunch.state import audit, records, runs
+from raylaunch.training import export as exporting
 
 READERS = 4
 P = ParamSpec("P")
@@ -45,7 +46,7 @@ def checkpoints(ctx: click.Context, run: str, state_dir: Path | None) -> None:
 
 def _given(run: str, state_dir: Path | None) -> Given:
     run_dir, _ = find_run(options.state_dir(state_dir), run)
-    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
+    config = loader.load_resolved(run_dir / records.CONFIG_FILE)
     return run, config, runs.checkpoint_dir(run_dir, config)
 
 
@@ -160,8 +161,8 @@ def _audit(given: Given, action: str) -> None:
 
 def _first_bad(commit: Commit) -> Bad | None:
     with ThreadPoolExecutor(READERS) as pool:
-        shares = [digests.share(commit, rank, READERS) for rank in range(READERS)]
-        return next((bad for bad in pool.map(lambda names: digests.check(commit, names), shares) if bad), None)
+        shares = [checksums.share(commit, rank, READERS) for rank in range(READERS)]
+        return next((bad for bad in pool.map(lambda names: checksums.check(commit, names), shares) if bad), None)
 
 
 def _chosen(given: Given, steps: tuple[int, ...]) -> list[Commit | Bad]:

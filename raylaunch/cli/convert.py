@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 import yaml
 
-from raylaunch import state
 from raylaunch.cli.show import note
-from raylaunch.convert import convert as conversion
+from raylaunch.config.convert import from_script
 from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.state import files
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]})
@@ -27,8 +27,8 @@ def convert(output: Path | None, words: tuple[str, ...]) -> None:
     What cannot be carried over is said, and stands in the config as comments. Nothing is run or submitted.
     """
     try:
-        found = conversion.script(_read(words[0])) if len(words) == 1 else conversion.command(list(words))
-    except conversion.Unreadable as error:
+        found = from_script.script(_read(words[0])) if len(words) == 1 else from_script.command(list(words))
+    except from_script.Unreadable as error:
         what = words[0] if len(words) == 1 else "the command"
         raise RaylaunchError(
             f"{what}: {error}", "Write the config by hand: see `trainer:` in docs/configuration.md."
@@ -39,7 +39,7 @@ def convert(output: Path | None, words: tuple[str, ...]) -> None:
     if output is None:
         click.echo(text, nl=False)
     else:
-        state.write_text(output, text)
+        files.write_text(output, text)
     for line in found.notes:
         note(f"look at this: {line}")
     if output is not None:

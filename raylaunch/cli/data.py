@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from raylaunch.cli.show import note
 from raylaunch.errors import RaylaunchError
-from raylaunch.words import plural
+from raylaunch.text import plural
 
 if TYPE_CHECKING:  # pyarrow is for the commands, not for their help
     from raylaunch.data import prepare as preparation
@@ -109,7 +109,8 @@ def _bar() -> Iterator[Callable[[preparation.Progress], None]]:
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def inspect(directory: Path, samples: int, seed: int, verify: bool, as_json: bool) -> None:
     """What a prepared dataset holds, and some of its documents as text."""
-    from raylaunch.data import dataset, looking
+    from raylaunch.data import dataset
+    from raylaunch.data import inspect as looking
 
     manifest = dataset.read(directory)
     damaged = dataset.verify(directory, manifest) if verify else []

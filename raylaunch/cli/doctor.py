@@ -16,12 +16,12 @@ import click
 
 from raylaunch.cli import options
 from raylaunch.cli.show import LiveLine
-from raylaunch.cluster import state_dir_of
-from raylaunch.config import Config
+from raylaunch.cluster.up import state_dir_of
+from raylaunch.config.schema import Config
 from raylaunch.errors import SlurmUnavailable
-from raylaunch.preflight import collect, fleet, login
-from raylaunch.preflight.finding import GROUPS, Finding, Status, failed, few, problem, warning
-from raylaunch.slurm.client import Slurm
+from raylaunch.scheduler.slurm.client import Slurm
+from raylaunch.tools.doctor import compare_nodes, login_check, run_checks
+from raylaunch.tools.doctor.finding import GROUPS, Finding, Status, failed, few, problem, warning
 
 _MARKS: dict[Status, tuple[str, str, str]] = {
     "ok": ("✓", "+", "green"), "warning": ("!", "!", "yellow"), "problem": ("✗", "x", "red"),
@@ -68,10 +68,12 @@ def _look(config: Config, on_nodes: bool, timeout: float) -> list[Finding]:
     kind = "slurm" if there else "local"
     with LiveLine() as show:
         show("looking at this machine" + " and Slurm" * there)
-        findings = trouble + login.run(config, state_dir_of(config), slurm if there else None)
+        findings = trouble + login_check.run(config, state_dir_of(config), slurm if there else None)
         if on_nodes and not (trouble and backend == "slurm"):
             with options.interruptible():
-                findings = fleet.proved(findings + collect.run(config, state_dir_of(config), kind, timeout, show))
+                findings = compare_nodes.proved(
+                    findings + run_checks.run(config, state_dir_of(config), kind, timeout, show)
+                )
     order = list(GROUPS)
     return sorted(findings, key=lambda one: order.index(one.group))
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
-from raylaunch import audit, cluster, teardown
 from raylaunch.cli import options
 from raylaunch.cli.show import LiveLine, note
+from raylaunch.cluster import down as teardown
+from raylaunch.cluster import up
 from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.state import audit
 from raylaunch.timing import SAVE_LIMIT
 
 
@@ -28,7 +30,7 @@ def down(name: str | None, everything: bool, save_limit: float, state_dir: Path 
     if not chosen:
         click.echo(f"no cluster in {where}: nothing to do")
     for each in chosen:
-        directory, record = cluster.find(where, each)
+        directory, record = up.find(where, each)
         audit.add(where, "down", note, cluster=each)
         with LiveLine() as line:
             ended = teardown.down(directory, record, save_limit, lambda text, each=each: line(f"{each}: {text}"))  # type: ignore[misc]
@@ -48,10 +50,10 @@ def _chosen(where: Path, name: str | None, everything: bool) -> list[str]:
     """The clusters meant: the named one, all, or the only living one."""
     if name is not None:
         return [name]
-    known = cluster.names(where)
+    known = up.names(where)
     if everything or len(known) < 2:
         return known
-    living = [n for n in known if cluster.alive_job(*cluster.find(where, n)) is not None]
+    living = [n for n in known if up.alive_job(*up.find(where, n)) is not None]
     if len(living) > 1:
         raise UsageError(f"several clusters are alive: {', '.join(living)}", "Name one, or give --all.")
     return living or ["main" if "main" in known else known[0]]

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylaunch import audit
-from raylaunch.chaos import plan
 from raylaunch.cli import options
 from raylaunch.cli.show import note, table_width
 from raylaunch.errors import UsageError
-from raylaunch.observe import accounts
-from raylaunch.observe.accounts import Accounts
-from raylaunch.observe.report import words
+from raylaunch.observe.history import accounting
+from raylaunch.observe.history.accounting import Accounts
+from raylaunch.observe.report import formatting
+from raylaunch.state import audit
+from raylaunch.tools.chaos import schedule
 
 
 @click.command()
@@ -42,7 +42,7 @@ def history(since: str | None, trail: bool, as_json: bool, state_dir: Path | Non
     if trail:
         _print_trail(where, after, as_json)
         return
-    found = accounts.gather(where, now, after)
+    found = accounting.gather(where, now, after)
     if as_json:
         click.echo(json.dumps(found.as_dict(), indent=1))
         return
@@ -57,7 +57,7 @@ def _since(text: str, now: float) -> float:
     except (ValueError, OverflowError):
         pass
     try:
-        return now - plan.seconds(text)
+        return now - schedule.seconds(text)
     except UsageError as error:
         raise UsageError(f"--since {text}: neither a time nor a date", "Write 7d, 24h, or 2026-11-01.") from error
 
@@ -79,7 +79,7 @@ def _print(found: Accounts) -> None:
     click.echo()
     _table(found.clusters, [
         ("began", 60, "", lambda c: _when(c.began)), ("cluster", 0, "", lambda c: c.cluster), ("state", 0, "", lambda c: c.state),
-        ("jobs", 80, "", lambda c: words.clip(", ".join(c.jobs), 40)), ("account", 112, "", lambda c: c.account),
+        ("jobs", 80, "", lambda c: formatting.clip(", ".join(c.jobs), 40)), ("account", 112, "", lambda c: c.account),
         ("took", 60, "right", lambda c: _took(c.took)), ("nodes", 80, "right", lambda c: c.nodes or ""),
         ("node-hours", 112, "right", lambda c: _hours(c.node_hours)), ("GPU-hours", 0, "right", lambda c: _hours(c.gpu_hours)),
     ])  # fmt: skip
@@ -107,15 +107,15 @@ def _table(rows: Sequence[Any], columns: Sequence[tuple[str, int, str, Callable[
 def _when(moment: float | None) -> str:
     if moment is None:
         return ""
-    return words.when(moment)[:16] if table_width() >= 100 else words.day(moment)
+    return formatting.when(moment)[:16] if table_width() >= 100 else formatting.day(moment)
 
 
 def _took(seconds: float) -> str:
-    return words.duration(seconds) if seconds else ""
+    return formatting.duration(seconds) if seconds else ""
 
 
 def _hours(hours: float | None) -> str:
-    return "" if hours is None else words.hours(3600 * hours)
+    return "" if hours is None else formatting.hours(3600 * hours)
 
 
 def _print_trail(where: Path, after: float, as_json: bool) -> None:
@@ -134,7 +134,7 @@ def _print_trail(where: Path, after: float, as_json: bool) -> None:
         return " ".join([str(row.get("action")), *more])
 
     _table(rows, [
-        ("when", 0, "", lambda r: words.when(float(r["time"]), seconds=True)[: 19 if table_width() >= 60 else 10]),
+        ("when", 0, "", lambda r: formatting.when(float(r["time"]), seconds=True)[: 19 if table_width() >= 60 else 10]),
         ("who", 60, "", lambda r: f"{r.get('user')}@{r.get('host')}"), ("what", 0, "", what),
         ("cluster", 80, "", lambda r: r.get("cluster")), ("run", 60, "", lambda r: r.get("run")),
         ("configuration", 112, "", lambda r: str(r.get("config") or "")[:16]),

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import click
 
-from raylaunch import cluster, layout, state
 from raylaunch.cli import options
+from raylaunch.cluster import up
 from raylaunch.errors import UsageError
-from raylaunch.runs import Run
+from raylaunch.state import files as state
+from raylaunch.state import records
+from raylaunch.state.runs import Run
 
 
 @click.command()
@@ -43,7 +45,7 @@ def logs(
 
 def _files(where: Path, name: str | None, node: str | None, rank: int | None, attempt: int | None) -> list[Path]:
     if name is None:
-        newest = sorted((where / "runs").glob(f"*/{layout.RUN_FILE}"), key=lambda p: p.stat().st_mtime)
+        newest = sorted((where / "runs").glob(f"*/{records.RUN_FILE}"), key=lambda p: p.stat().st_mtime)
         if not newest:
             raise UsageError(f"no run in {where}", "Start one with `raylaunch train`.")
         name = newest[-1].parent.name
@@ -51,12 +53,12 @@ def _files(where: Path, name: str | None, node: str | None, rank: int | None, at
     run = Run.read(run_dir)
     if run is not None:
         return _run_files(run_dir, run, node, rank, attempt)
-    if name not in cluster.names(where):
+    if name not in up.names(where):
         raise UsageError(f"neither a run nor a cluster is called {name}", "See `raylaunch status --all`.")
     if rank is not None or attempt is not None:
         option = "--attempt" if rank is None else "--rank"
         raise UsageError(f"{option} belongs to a run, and this is a cluster", "Give --node, or a run's name.")
-    found = sorted((state.cluster_dir(where, name) / layout.LOGS).glob("*"))
+    found = sorted((state.cluster_dir(where, name) / records.LOGS).glob("*"))
     return [path for path in found if node is None or path.stem in {node, f"{node}-ray"}]
 
 
@@ -71,7 +73,7 @@ def _run_files(run_dir: Path, run: Run, node: str | None, rank: int | None, atte
         return [path for path in ranks if path.stem == f"rank-{rank}"]
     if node is not None:
         return [path for path in ranks if re.search(rf"\bnode={re.escape(node)}\b", _first_line(path))]
-    return ranks if attempt is not None else [run_dir / layout.LOGS / "driver.log", *ranks]
+    return ranks if attempt is not None else [run_dir / records.LOGS / "driver.log", *ranks]
 
 
 def _first_line(path: Path) -> str:

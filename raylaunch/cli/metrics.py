@@ -9,8 +9,8 @@ import click
 
 from raylaunch.cli import options
 from raylaunch.cli.show import note
-from raylaunch.metrics import export as exporting
-from raylaunch.metrics.serve import TOKEN_FILE
+from raylaunch.observe.prometheus import export as exporting
+from raylaunch.observe.prometheus.exporter import TOKEN_FILE
 
 
 @click.group()

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import click
 
-from raylaunch import configfile
 from raylaunch.cli.show import note
-from raylaunch.cluster import state_dir_of
-from raylaunch.config import Config
+from raylaunch.cluster.up import state_dir_of
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,14 +50,14 @@ def load(path: Path | None, sets: Sequence[str], flags: dict[str, Any], extra: S
     """The config in force, from `section__key` flags and the rest."""
     overrides = {key.replace("__", "."): value for key, value in flags.items() if value is not None}
     if extra:
-        listed = configfile.load(path, sets, overrides).slurm.extra
+        listed = loader.load(path, sets, overrides).slurm.extra
         overrides["slurm.extra"] = [*listed, *extra]
-    return configfile.load(path, sets, overrides, tell=note)
+    return loader.load(path, sets, overrides, tell=note)
 
 
 def state_dir(given: Path | None) -> Path:
     """The state directory for commands that take no config file: flag, user file, environment, home."""
-    return given.absolute() if given is not None else state_dir_of(configfile.load(None))
+    return given.absolute() if given is not None else state_dir_of(loader.load(None))
 
 
 @contextlib.contextmanager

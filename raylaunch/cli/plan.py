@@ -15,19 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylaunch import cluster, state
 from raylaunch.cli import options
 from raylaunch.cli.options import F
 from raylaunch.cli.show import table_width
-from raylaunch.config import Config
+from raylaunch.cluster import up
+from raylaunch.config.schema import Config
 from raylaunch.errors import UsageError
-from raylaunch.plan import estimate, gpus, like, memory, queue, room, saving
-from raylaunch.plan.estimate import Estimate, Given
-from raylaunch.plan.gpus import CPU, GIB, Gpu
-from raylaunch.plan.queue import Queue, spell
-from raylaunch.plan.search import SEVERAL
-from raylaunch.slurm import script
-from raylaunch.slurm.client import Slurm
+from raylaunch.scheduler.slurm import batch_script
+from raylaunch.scheduler.slurm.client import Slurm
+from raylaunch.state import files
+from raylaunch.tools.plan import checkpoints, cpu_memory, estimate, from_run, gpus, memory, queue_time
+from raylaunch.tools.plan.alternatives import SEVERAL
+from raylaunch.tools.plan.estimate import Estimate, Given
+from raylaunch.tools.plan.gpus import CPU, GIB, Gpu
+from raylaunch.tools.plan.queue_time import Queue, spell
 
 
 def _positive(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
@@ -60,8 +61,8 @@ def _rate(flag: str, text: str) -> Callable[[F], F]:
     "--mfu", type=float, callback=_share_of_one,
     help="The share of the GPU's peak that is reached (0.4, say), where no pace is known.",
 )  # fmt: skip
-@_rate("--bandwidth", f"GB/s that the file system takes of a save. Default: {saving.BANDWIDTH / 1e9:g}.")
-@_rate("--failures", f"Per node and hour. Default: {saving.FAILURES:.2g} (Kokolis et al., 2025).")
+@_rate("--bandwidth", f"GB/s that the file system takes of a save. Default: {checkpoints.BANDWIDTH / 1e9:g}.")
+@_rate("--failures", f"Per node and hour. Default: {checkpoints.FAILURES:.2g} (Kokolis et al., 2025).")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @options.sets_option
 @options.state_dir_option
@@ -79,15 +80,15 @@ def plan(
     which = _gpu(gpu, config)
     if gpus_per_node is not None:
         config = _with_workers(config, gpus_per_node)
-    measured = like.read(state.run_dir(cluster.state_dir_of(config), like_run)) if like_run is not None else None
+    measured = from_run.read(files.run_dir(up.state_dir_of(config), like_run)) if like_run is not None else None
     slurm = Slurm()
-    has = room.of_worker(which, config, slurm)
+    has = cpu_memory.of_worker(which, config, slurm)
     given = Given(
-        which, config.slurm.max_nodes, script.workers_per_node(config.slurm), has.size, has.why,
-        tokens_per_second, mfu, measured, bandwidth and bandwidth * 1e9, failures or saving.FAILURES,
+        which, config.slurm.max_nodes, batch_script.workers_per_node(config.slurm), has.size, has.why,
+        tokens_per_second, mfu, measured, bandwidth and bandwidth * 1e9, failures or checkpoints.FAILURES,
     )  # fmt: skip
     found = estimate.estimate(config, given)
-    asked = queue.estimate(config, slurm, datetime.now().astimezone())
+    asked = queue_time.estimate(config, slurm, datetime.now().astimezone())
     if as_json:
         click.echo(json.dumps(estimate.as_dict(found, config) | {"queue": asdict(asked)}, indent=1))
     else:
@@ -100,7 +101,7 @@ def _gpu(name: str | None, config: Config) -> Gpu:
         return gpus.find(name)
     asked = f"{config.slurm.gpus_per_node or ''} {config.slurm.gres or ''}".split()
     found = next(filter(None, map(gpus.asked_for, asked)), None)
-    if found is None and script.gpus_per_node(config.slurm):
+    if found is None and batch_script.gpus_per_node(config.slurm):
         raise UsageError("which GPU? slurm.gpus_per_node does not say", f"--gpu NAME: {', '.join(gpus.TABLE)}.")
     return found or CPU
 

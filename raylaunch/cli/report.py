@@ -10,10 +10,10 @@ from pathlib import Path
 
 import click
 
-from raylaunch import layout, state
 from raylaunch.cli import options
 from raylaunch.cli.show import note
 from raylaunch.errors import StateError, UsageError
+from raylaunch.state import files, records
 
 FILE = "report.html"
 
@@ -36,9 +36,10 @@ def report(run: str, show: bool, html: Path | None, as_json: bool, markdown: boo
     if as_json and markdown:
         raise UsageError("--json and --markdown at once", "Give one of them.")
     directory = _directory(options.state_dir(state_dir), run)
-    from raylaunch.observe.report import data, page
+    from raylaunch.observe.report import as_json as data
     from raylaunch.observe.report import markdown as as_text
-    from raylaunch.observe.report.facts import gather
+    from raylaunch.observe.report import page
+    from raylaunch.observe.report.gather import gather
 
     facts = gather(directory)
     if as_json:
@@ -57,14 +58,14 @@ def report(run: str, show: bool, html: Path | None, as_json: bool, markdown: boo
 
 def _directory(where: Path, run: str) -> Path:
     """A run's directory, also of one whose run.json cannot be read."""
-    directory = state.run_dir(where, run)
+    directory = files.run_dir(where, run)
     if (
         "/" not in run
         and run not in {"", ".", ".."}
-        and any((directory / name).exists() for name in (layout.RUN_FILE, state.EVENTS_FILE))
+        and any((directory / name).exists() for name in (records.RUN_FILE, files.EVENTS_FILE))
     ):
         return directory
-    known = sorted(p.parent.name for p in (where / "runs").glob(f"*/{layout.RUN_FILE}"))
+    known = sorted(p.parent.name for p in (where / "runs").glob(f"*/{records.RUN_FILE}"))
     raise UsageError(
         f"no run {run} in {where}",
         f"There is: {', '.join(known[-20:])}." if known else "Start one with `raylaunch train`.",
@@ -80,7 +81,7 @@ def _write(path: Path, page: str, chosen: bool) -> Path:
         if path.is_dir():
             raise UsageError(f"--html {path}: is a directory", f"Name a file in it: {path / FILE}.")
     try:
-        state.write_text(path, page, mode)
+        files.write_text(path, page, mode)
     except StateError as error:
         raise StateError(error.message, "Choose another place with --html FILE.") from error
     return path

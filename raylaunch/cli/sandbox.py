@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from raylaunch.sandbox import DEFAULT_NAME, Sandbox, Status, take_down
+from raylaunch.tools.sandbox import DEFAULT_NAME, Sandbox, Status, take_down
 
 _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which sandbox.")
 

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import click
 
-from raylaunch import audit, backends, cluster, configfile, layout, state, submits
 from raylaunch.cli import options
 from raylaunch.cli.show import LiveLine, note
-from raylaunch.config import Config
+from raylaunch.cluster import up
+from raylaunch.cluster.node_loop import submitter
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, SlurmUnavailable, UsageError
-from raylaunch.layout import Cluster
+from raylaunch.scheduler import backends
+from raylaunch.state import audit, files, records
+from raylaunch.state.records import Cluster
 
 _EVERY, _JOBS_EVERY = 0.2, 3.0
 
@@ -32,18 +36,18 @@ def scale(name: str, nodes: int, no_wait: bool, timeout: float, state_dir: Path 
       raylaunch up --nodes 3:8
       raylaunch scale main 6
     """
-    directory, record = cluster.find(options.state_dir(state_dir), name)
-    config = configfile.load_resolved(directory / layout.CONFIG_FILE)
+    directory, record = up.find(options.state_dir(state_dir), name)
+    config = loader.load_resolved(directory / records.CONFIG_FILE)
     _check(name, config, nodes)
-    cluster.require_alive(options.state_dir(state_dir), name)
-    refusal = submits.head_refusal(directory, record)
-    if refusal and not submits.is_watched(directory) and nodes > _ready(directory, record):
+    up.require_alive(options.state_dir(state_dir), name)
+    refusal = submitter.head_refusal(directory, record)
+    if refusal and not submitter.is_watched(directory) and nodes > _ready(directory, record):
         raise RaylaunchError(
             f"the cluster's nodes may not submit jobs ({refusal})",
             f"Run `raylaunch watch {name}` on a login node: it submits in their place. Then scale again.",
         )
     audit.add(options.state_dir(state_dir), "scale", note, cluster=name, nodes=nodes)
-    layout.request(directory, "scale", nodes=nodes)
+    records.request(directory, "scale", nodes=nodes)
     if no_wait:
         note(f"cluster {name} is told to have {nodes} nodes; `raylaunch status` shows where it stands")
         return
@@ -68,7 +72,7 @@ def _check(name: str, config: Config, nodes: int) -> None:
 
 
 def _ready(directory: Path, record: Cluster) -> int:
-    return sum(n["state"] == "ready" for n in cluster.living_nodes(directory, record))
+    return sum(n["state"] == "ready" for n in up.living_nodes(directory, record))
 
 
 def _wait(directory: Path, record: Cluster, nodes: int, timeout: float, line: LiveLine) -> None:
@@ -77,8 +81,8 @@ def _wait(directory: Path, record: Cluster, nodes: int, timeout: float, line: Li
     ask, why = 0.0, ""
     while (ready := _ready(directory, record)) != nodes:
         now = time.monotonic()
-        if (directory / layout.ENDED_FILE).exists():
-            raise RaylaunchError(f"cluster {record.name} has ended meanwhile", f"See {directory / layout.LOGS}.")
+        if (directory / records.ENDED_FILE).exists():
+            raise RaylaunchError(f"cluster {record.name} has ended meanwhile", f"See {directory / records.LOGS}.")
         if now >= ask:
             ask, why = now + _JOBS_EVERY, _waits_for(directory, record, nodes)
         if now > deadline:
@@ -95,14 +99,14 @@ def _waits_for(directory: Path, record: Cluster, nodes: int) -> str:
     now = Cluster.read(directory) or record
     if now.canary != record.canary:
         raise RaylaunchError(f"cluster {record.name} was brought up anew meanwhile", "Scale it again.")
-    leaving = [n["name"] for n in cluster.living_nodes(directory, record) if n["state"] == "draining"]
-    starting = [n["name"] for n in cluster.living_nodes(directory, record) if n["state"] == "starting"]
+    leaving = [n["name"] for n in up.living_nodes(directory, record) if n["state"] == "draining"]
+    starting = [n["name"] for n in up.living_nodes(directory, record) if n["state"] == "starting"]
     if starting:
         return f"{', '.join(starting)} starts"
     if leaving:
         return f"the run leaves {', '.join(leaving)}"
-    refusal = submits.head_refusal(directory, record)
-    if refusal and not submits.is_watched(directory):
+    refusal = submitter.head_refusal(directory, record)
+    if refusal and not submitter.is_watched(directory):
         return f"no joiner can be submitted ({refusal}): run `raylaunch watch {record.name}` on a login node"
     try:
         jobs = backends.of(record.backend).states(directory, now.jobs)
@@ -111,5 +115,5 @@ def _waits_for(directory: Path, record: Cluster, nodes: int) -> str:
     pending = [j for j in jobs.values() if j.pending]
     if pending:
         return "; ".join(f"job {j.id} is pending ({j.blocked or j.reason or 'no reason yet'})" for j in pending)
-    said = [e for e in state.read_lines(directory / state.EVENTS_FILE) if e["kind"] == "node_decision"]
+    said = [e for e in files.read_lines(directory / files.EVENTS_FILE) if e["kind"] == "node_decision"]
     return str(said[-1]["reason"]) if said and _ready(directory, record) < nodes else ""

@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raylaunch import cluster as clusters
-from raylaunch import internal, layout
-from raylaunch import status as gathering
 from raylaunch.cli import options
 from raylaunch.cli.show import table_width
+from raylaunch.cluster import up
 from raylaunch.errors import RaylaunchError, UsageError
-from raylaunch.observe.report import words
-from raylaunch.words import plural
+from raylaunch.host import internal_errors
+from raylaunch.observe import status as gathering
+from raylaunch.observe.report import formatting
+from raylaunch.state import records
+from raylaunch.text import plural
 
 _COLOURS = {"ready": "green", "running": "green", "finished": "green", "RUNNING": "green", "pending": "yellow",
             "starting": "yellow", "queued": "yellow", "holding": "yellow", "restarting": "yellow", "degraded": "yellow", "resuming": "yellow", "draining": "yellow",
@@ -59,7 +60,7 @@ def _print_cluster(console: Console, cluster: dict[str, Any]) -> None:
     if cluster["error"]:
         console.print(f"  {cluster['error']}")
     for work, error in cluster["internal_errors"].items():
-        console.print("  " + internal.line(work, error), style="red", markup=False)
+        console.print("  " + internal_errors.line(work, error), style="red", markup=False)
     if cluster["state"] != "down":
         _print_wanted(console, cluster)
     if cluster["nodes"]:
@@ -90,7 +91,7 @@ def _print_cluster(console: Console, cluster: dict[str, Any]) -> None:
 def _print_tale(console: Console, run: dict[str, Any]) -> None:
     """Why it failed; goodput and the last recovery of a run that had one."""
     if run["state"] == "failed" and run["reason"]:
-        text = words.clip(f"{run['name']}: {run['reason']}", table_width() - 2)
+        text = formatting.clip(f"{run['name']}: {run['reason']}", table_width() - 2)
         console.print(Text(f"  {text}", style="red"))
     found = run["ledger"]
     last = found and found["last_recovery"]
@@ -135,10 +136,10 @@ def dashboard(name: str | None, state_dir: Path | None) -> None:
                 "Name one." if living else "Bring one up with `raylaunch up`.",
             )
         name = living[0]
-    directory, record = clusters.require_alive(where, name)
-    way = clusters.tunnel(directory, record)
+    directory, record = up.require_alive(where, name)
+    way = up.tunnel(directory, record)
     if way is None:
         raise RaylaunchError(f"cluster {name} has no head yet", "Wait until `raylaunch status` says ready.")
     click.echo(f"{way[0]} on {way[1]}")
     click.echo(f"tunnel: {way[2]}")
-    click.echo(f"token:  the page asks for the one in {directory / layout.TOKEN_FILE}")
+    click.echo(f"token:  the page asks for the one in {directory / records.TOKEN_FILE}")

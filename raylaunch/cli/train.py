@@ -11,15 +11,18 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from raylaunch import attach as following
-from raylaunch import audit, backends, cluster, configfile, layout, precheck, runs, state
-from raylaunch import status as gathering
 from raylaunch.cli import options
 from raylaunch.cli.show import note
 from raylaunch.cli.up import given_back
-from raylaunch.config import check_name, default_run_name
+from raylaunch.cluster import up
+from raylaunch.config import loader
+from raylaunch.config.schema import check_name, default_run_name
 from raylaunch.errors import RaylaunchError, UsageError
-from raylaunch.runs import FINAL
+from raylaunch.observe import follow_run, status
+from raylaunch.scheduler import backends
+from raylaunch.state import audit, files, records, runs
+from raylaunch.state.runs import FINAL
+from raylaunch.training import precheck
 
 _file = click.argument("path", type=click.Path(path_type=Path))
 _run = click.option("--run", "run_name", help="The run's name; the same name resumes. Default: the file's.")
@@ -50,15 +53,15 @@ def train(
     """Train on a cluster that is up. The same run name resumes from its last commit, at any size."""
     flags = {"cluster__name": cluster_name, "cluster__state_dir": state_dir and str(state_dir)}
     config = options.load(path, sets, flags)
-    where = cluster.state_dir_of(config)
+    where = up.state_dir_of(config)
     name = _run_name(run_name, path)
     if check:
         for line in precheck.check(config):
             click.echo(line)
         click.echo(f"{path}: nothing wrong was found")
         return 0
-    directory, record = cluster.require_alive(where, config.cluster.name)
-    most = configfile.load_resolved(directory / layout.CONFIG_FILE).max_nodes
+    directory, record = up.require_alive(where, config.cluster.name)
+    most = loader.load_resolved(directory / records.CONFIG_FILE).max_nodes
     if (config.elastic.min_nodes or 1) > most:
         raise UsageError(
             f"elastic.min_nodes ({config.elastic.min_nodes}) exceeds the most nodes that cluster {record.name} may have ({most})",
@@ -66,13 +69,13 @@ def train(
         )
     if record.run is not None:
         raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Bring up one with `raylaunch up`.")
-    run_dir = state.run_dir(where, name)
+    run_dir = files.run_dir(where, name)
     asked = runs.with_absolute_paths(config)
     with runs.handing_over(run_dir):
         _refuse_living(where, run_dir)
         audit.add(where, "train", note, cluster=record.name, run=name, config=asked, fresh=fresh or None)
         with runs.prepared(run_dir, config, record.name, fresh):
-            layout.request(directory, "run", run=name)
+            records.request(directory, "run", run=name)
     if detach:
         note(f"run {name} is handed to cluster {record.name}; `raylaunch attach {name}` watches it")
         return 0
@@ -82,7 +85,7 @@ def train(
 def _refuse_living(where: Path, run_dir: Path) -> None:
     """A run that goes on is not to be begun a second time."""
     old = runs.Run.read(run_dir)
-    if old is not None and old.state in gathering.LIVE_RUNS and _is_live(where, old.cluster):
+    if old is not None and old.state in status.LIVE_RUNS and _is_live(where, old.cluster):
         raise UsageError(
             f"run {old.name} is {old.state} on cluster {old.cluster}",
             f"Watch it with `raylaunch attach {old.name}`, end it with `raylaunch stop {old.name}`, "
@@ -91,10 +94,10 @@ def _refuse_living(where: Path, run_dir: Path) -> None:
 
 
 def _is_live(where: Path, name: str) -> bool:
-    if name not in cluster.names(where):
+    if name not in up.names(where):
         return False
-    directory, record = cluster.find(where, name)
-    return not (directory / layout.ENDED_FILE).exists() and cluster.alive_job(directory, record) is not None
+    directory, record = up.find(where, name)
+    return not (directory / records.ENDED_FILE).exists() and up.alive_job(directory, record) is not None
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -117,18 +120,18 @@ def submit(
     name = _run_name(run_name, path)
     flags |= {"cluster__state_dir": state_dir and str(state_dir), "cluster__name": flags.get("cluster__name") or name}
     config = options.load(path, sets, flags, sbatch_options)
-    where = cluster.state_dir_of(config)
-    run_dir = state.run_dir(where, name)
+    where = up.state_dir_of(config)
+    run_dir = files.run_dir(where, name)
     backend = backends.of(config.cluster.backend)
-    cluster.refuse_living(state.cluster_dir(where, config.cluster.name))
+    up.refuse_living(files.cluster_dir(where, config.cluster.name))
     asked = runs.with_absolute_paths(config)
     with runs.handing_over(run_dir):
         _refuse_living(where, run_dir)
         audit.add(where, "submit", note, cluster=config.cluster.name, run=name, config=asked, fresh=fresh or None)
         with runs.prepared(run_dir, config, config.cluster.name, fresh), options.interruptible():
-            directory, record = cluster.submit(config, backend, run=name)
+            directory, record = up.submit(config, backend, run=name)
             with given_back(directory, record, backend):
-                cluster.look_once_queued(directory, record, backend)
+                up.look_once_queued(directory, record, backend)
     click.echo(record.jobs[0])
 
 
@@ -138,8 +141,8 @@ def submit(
 def attach(run: str, state_dir: Path | None) -> int:
     """Watch a run that goes on; exit code 0 when it finishes, 1 when it fails."""
     where = options.state_dir(state_dir)
-    run_dir, record = gathering.find_run(where, run)
-    return _watch(run_dir, state.cluster_dir(where, record.cluster))
+    run_dir, record = status.find_run(where, run)
+    return _watch(run_dir, files.cluster_dir(where, record.cluster))
 
 
 @click.command()
@@ -149,7 +152,7 @@ def attach(run: str, state_dir: Path | None) -> int:
 def stop(run: str, no_wait: bool, state_dir: Path | None) -> None:
     """Save a run and end it; the cluster stays."""
     where = options.state_dir(state_dir)
-    run_dir, record = gathering.find_run(where, run)
+    run_dir, record = status.find_run(where, run)
     if record.state in FINAL:
         click.echo(f"run {run} is {record.state} already")
         return
@@ -161,20 +164,20 @@ def stop(run: str, no_wait: bool, state_dir: Path | None) -> None:
     runs.request_stop(run_dir, "raylaunch stop")
     if no_wait:
         return
-    for news in following.follow(run_dir, state.cluster_dir(where, record.cluster)):
+    for news in follow_run.follow(run_dir, files.cluster_dir(where, record.cluster)):
         record = news.run
     click.echo(f"run {run} is {record.state}{f': {record.reason}' if record.reason else ''}")
 
 
 def _watch(run_dir: Path, cluster_dir: Path) -> int:
     """Follow a run to its end; Ctrl-C lets go of it."""
-    config = configfile.load_resolved(run_dir / layout.CONFIG_FILE)
+    config = loader.load_resolved(run_dir / records.CONFIG_FILE)
     name, total = run_dir.name, config.step_scheduler.max_steps
     console = Console(stderr=True, highlight=False)
     shower = _Bar(console, total) if console.is_terminal else _Lines(total)
     try:
         with shower:
-            for news in following.follow(run_dir, cluster_dir):
+            for news in follow_run.follow(run_dir, cluster_dir):
                 shower.take(news)
     except KeyboardInterrupt:
         note(f"detached: run {name} goes on; `raylaunch attach {name}` watches it, `raylaunch stop {name}` ends it")
@@ -182,7 +185,7 @@ def _watch(run_dir: Path, cluster_dir: Path) -> int:
     return _verdict(news, run_dir)
 
 
-def _verdict(news: following.News, run_dir: Path) -> int:
+def _verdict(news: follow_run.News, run_dir: Path) -> int:
     run, last = news.run, runs.last_metrics(run_dir)
     at = f" at step {last['step']}, loss {float(last['loss']):.4f}" if "loss" in last else ""
     if run.state == "finished":
@@ -218,7 +221,7 @@ def _tell(event: dict[str, Any]) -> str | None:
     return None
 
 
-def _state(news: following.News) -> str:
+def _state(news: follow_run.News) -> str:
     """The run's, and what it waits for: a cluster trains one run at a time."""
     behind = f" behind run{'s' * (len(news.behind) > 1)} {', '.join(news.behind)}" if news.behind else ""
     return news.run.state + behind
@@ -237,7 +240,7 @@ class _Lines:
     def __exit__(self, *_: object) -> None:
         sys.stderr.flush()
 
-    def take(self, news: following.News) -> None:
+    def take(self, news: follow_run.News) -> None:
         for event in news.events:
             text = _tell(event)
             if text:
@@ -285,7 +288,7 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def take(self, news: following.News) -> None:
+    def take(self, news: follow_run.News) -> None:
         for event in news.events:
             text = _tell(event)
             if text:

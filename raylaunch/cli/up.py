@@ -9,14 +9,17 @@ from typing import Any
 
 import click
 
-from raylaunch import audit, backends, cluster, layout, state, teardown
-from raylaunch.backends import Backend
 from raylaunch.cli import options
 from raylaunch.cli.show import LiveLine, note
 from raylaunch.cli.watch import until_it_ends
-from raylaunch.config import Config
+from raylaunch.cluster import down
+from raylaunch.cluster import up as cluster
+from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, UsageError
-from raylaunch.layout import Cluster
+from raylaunch.scheduler import backends
+from raylaunch.scheduler.backends import Backend
+from raylaunch.state import audit, files, records
+from raylaunch.state.records import Cluster
 
 _config = click.option("-c", "--config", "path", type=click.Path(path_type=Path), help="A raylaunch YAML file.")
 _extra = click.argument("sbatch_options", nargs=-1, type=click.UNPROCESSED)
@@ -80,7 +83,7 @@ def script(
 
 
 def _print_script(config: Config) -> None:
-    directory = state.cluster_dir(cluster.state_dir_of(config), config.cluster.name)
+    directory = files.cluster_dir(cluster.state_dir_of(config), config.cluster.name)
     click.echo(cluster.render(config, config.cluster.name, directory), nl=False)
 
 
@@ -92,11 +95,11 @@ def given_back(directory: Path, record: Cluster, backend: Backend) -> Iterator[N
     except (RaylaunchError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
             note(f"interrupted: giving job {record.jobs[0]} back")
-        if not teardown.cancel(directory, record, backend):
+        if not down.cancel(directory, record, backend):
             note(f"job {record.jobs[0]} does not end; see `squeue -j {record.jobs[0]}`")
-        teardown.forget_secrets(directory)
-        if record.incarnation == 1 and not any((directory / layout.LOGS).iterdir()):
-            teardown.remove_directory(directory)  # it never ran: there is nothing to tell of it
+        down.forget_secrets(directory)
+        if record.incarnation == 1 and not any((directory / records.LOGS).iterdir()):
+            down.remove_directory(directory)  # it never ran: there is nothing to tell of it
         raise
 
 

@@ -12,13 +12,17 @@ import click
 from rich.console import Console, Group
 from rich.live import Live
 
-from raylaunch import backends, cluster, configfile, layout, loginloop, state, submits, thread_deaths
 from raylaunch.cli import options
 from raylaunch.cli.show import note
+from raylaunch.cluster import up
+from raylaunch.cluster.node_loop import login_node, submitter
+from raylaunch.config import loader
 from raylaunch.errors import UsageError
-from raylaunch.layout import Cluster
-from raylaunch.live import facts, keyboard, screen
-from raylaunch.runs import Run
+from raylaunch.observe.live import keyboard, screen, snapshot
+from raylaunch.scheduler import backends
+from raylaunch.state import files, records, thread_deaths
+from raylaunch.state.records import Cluster
+from raylaunch.state.runs import Run
 
 ENOUGH = 40, 8
 """Columns and lines, below which a terminal is taken for as large as this."""
@@ -42,35 +46,35 @@ def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: P
     it replaces lost nodes, and goes on in another job when the cluster's own is taken away.
     """
     where = options.state_dir(state_dir)
-    if name is not None and name not in cluster.names(where) and Run.read(state.run_dir(where, name)) is None:
+    if name is not None and name not in up.names(where) and Run.read(files.run_dir(where, name)) is None:
         raise UsageError(f"no run or cluster {name} in {where}", "`raylaunch status --all` lists what there is.")
-    cluster_dir, run_dir = facts.find(where, name)
+    cluster_dir, run_dir = snapshot.find(where, name)
     record = Cluster.read(cluster_dir)
     if record is None:
         raise UsageError(f"no cluster {cluster_dir.name} any more", "`raylaunch status --all` lists what there is.")
-    submit = submit or (not once and bool(submits.head_refusal(cluster_dir, record)))
-    if submit and (cluster_dir / layout.ENDED_FILE).exists():
+    submit = submit or (not once and bool(submitter.head_refusal(cluster_dir, record)))
+    if submit and (cluster_dir / records.ENDED_FILE).exists():
         raise UsageError(f"cluster {record.name} is down", f"Bring it up with `raylaunch up --name {record.name}`.")
     if once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         if submit:
             until_it_ends(cluster_dir, record)
         else:
-            _print_once(facts.Reader(cluster_dir, run_dir))
+            _print_once(snapshot.Reader(cluster_dir, run_dir))
         return
     thread_deaths.record(cluster_dir, node="the login node")
     if submit:
         _submit_beside(cluster_dir, record)
-    _show(facts.Reader(cluster_dir, run_dir), every)
+    _show(snapshot.Reader(cluster_dir, run_dir), every)
 
 
 def until_it_ends(directory: Path, record: Cluster) -> None:
     """Submit in the foreground, and say what is done."""
-    config = configfile.load_resolved(directory / layout.CONFIG_FILE)
-    with submits.watching(directory) as held:
+    config = loader.load_resolved(directory / records.CONFIG_FILE)
+    with submitter.watching(directory) as held:
         if not held:
             raise UsageError(f"cluster {record.name} is watched already", "One `raylaunch watch` is enough.")
         note(f"watching cluster {record.name} until it ends; Ctrl-C ends the watching, not the cluster")
-        reason = loginloop.watch(directory, config, backends.of(record.backend), _say)
+        reason = login_node.watch(directory, config, backends.of(record.backend), _say)
     click.echo(f"cluster {record.name} has ended: {reason}")
 
 
@@ -83,15 +87,15 @@ def _submit_beside(directory: Path, record: Cluster) -> None:
     """The same in a thread behind the view; what it does is among the cluster's events."""
 
     def work() -> None:
-        config = configfile.load_resolved(directory / layout.CONFIG_FILE)
-        with submits.watching(directory) as held:
+        config = loader.load_resolved(directory / records.CONFIG_FILE)
+        with submitter.watching(directory) as held:
             if held:
-                loginloop.watch(directory, config, backends.of(record.backend), lambda event: None)
+                login_node.watch(directory, config, backends.of(record.backend), lambda event: None)
 
     threading.Thread(target=work, name="submits", daemon=True).start()
 
 
-def _print_once(reader: facts.Reader) -> None:
+def _print_once(reader: snapshot.Reader) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     picture = reader.look()
     shown = screen.lines(picture, "main", console.width, 40)
@@ -103,7 +107,7 @@ def _print_once(reader: facts.Reader) -> None:
 class _Looks:
     """Looks every few seconds, in a thread: a file system that stalls must not hold the keys."""
 
-    def __init__(self, reader: facts.Reader, every: float) -> None:
+    def __init__(self, reader: snapshot.Reader, every: float) -> None:
         self._reader, self._every = reader, every
         self.picture = reader.look()
         threading.Thread(target=self._work, name="looks", daemon=True).start()
@@ -114,7 +118,7 @@ class _Looks:
             self.picture = self._reader.look()
 
 
-def _show(reader: facts.Reader, every: float) -> None:
+def _show(reader: snapshot.Reader, every: float) -> None:
     looks, view = _Looks(reader, every), "main"
     console = Console(highlight=False)
     with keyboard.keys() as key, Live(console=console, screen=True, auto_refresh=False) as live:

@@ -11,14 +11,15 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from raylaunch import state, status
 from raylaunch.cli import options
 from raylaunch.cli.show import table_width
 from raylaunch.errors import UsageError
-from raylaunch.runs import Run
-from raylaunch.slurm.client import Slurm
-from raylaunch.why import job, reading, run
-from raylaunch.why.verdict import Verdict, judge, on
+from raylaunch.observe import status
+from raylaunch.observe.why import job, log_lines, run
+from raylaunch.observe.why.verdict import Verdict, judge, on
+from raylaunch.scheduler.slurm.client import Slurm
+from raylaunch.state import files
+from raylaunch.state.runs import Run
 
 
 @click.command()
@@ -46,7 +47,7 @@ def why(what: str, as_json: bool, state_dir: Path | None) -> None:
 
 def _verdict(what: str, where: Path) -> tuple[Verdict | str, str]:
     """The verdict, or what there is to say instead; and of a run that went on after that failure, how it is now."""
-    path, run_dir = Path(what).expanduser(), state.run_dir(where, what)
+    path, run_dir = Path(what).expanduser(), files.run_dir(where, what)
     if "/" not in what and (own := Run.read(run_dir)) is not None:
         failed, now = run.last_failure(run_dir), run.describe(own, status.state_of(where, own))
         if failed is None:
@@ -64,7 +65,7 @@ def _verdict(what: str, where: Path) -> tuple[Verdict | str, str]:
 
 
 def _of_file(path: Path) -> Verdict:
-    found = judge(reading.lines(path))
+    found = judge(log_lines.lines(path))
     if found.kind == "unknown" and not found.evidence:
         with path.open("rb") as source:
             start = source.read(4096)

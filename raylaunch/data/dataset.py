@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from raylaunch import state
 from raylaunch.data import storage
 from raylaunch.errors import DataError, StateError
+from raylaunch.state import files as state
 
 VERSION = 1
 BATCH_TOKENS = 1 << 22

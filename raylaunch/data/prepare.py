@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from raylaunch import locks, processes, state
 from raylaunch.data import chat, dataset, sources, table, tokenize
 from raylaunch.data.dataset import Manifest, Shard, Writer
 from raylaunch.data.sources import Bad, Format, Piece
 from raylaunch.data.storage import File
 from raylaunch.errors import DataError, UsageError
+from raylaunch.host import locks, processes
+from raylaunch.state import files as state
 
 PIECE_BYTES = 64 << 20
 """Input bytes of a shard, about."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raylaunch.data import files, storage
+from raylaunch.data import paths, storage
 from raylaunch.data.storage import File
 from raylaunch.errors import DataError, first_line
 
@@ -62,14 +62,14 @@ def list_files(entries: list[str]) -> list[File]:
     for entry in entries:
         try:
             is_url = storage.is_url(entry)
-            matches = storage.listed(entry) if is_url else [File.of(path) for path in files.matching(entry)]
+            matches = storage.listed(entry) if is_url else [File.of(path) for path in paths.matching(entry)]
         except OSError as error:
             raise DataError(
                 f"input: cannot read {error.filename}: {error.strerror or error}",
                 "Make it readable for you, or leave it out.",
             ) from error
         if not matches:
-            raise DataError(f"input: nothing matches {files.sought(entry)}", "Give files, directories or globs.")
+            raise DataError(f"input: nothing matches {paths.sought(entry)}", "Give files, directories or globs.")
         found.update(dict.fromkeys(matches))
     return list(found)
 

@@ -23,8 +23,8 @@ import yaml
 from helpers import BIN, Command, Site, changed, own_sandbox, same_curve, wait_for, write_texts
 from undisturbed import EVERY, STEPS
 
-from raylaunch import state
 from raylaunch.checkpoint import store
+from raylaunch.state import files
 
 SAME_SIZE, OTHER_SIZE = 0.0, 1e-4
 """Relative differences of the losses: none at the same size, floating-point order at another."""
@@ -63,7 +63,7 @@ class Drill:
 
     def story(self) -> str:
         """The last that happened to the cluster and to its runs, for whoever reads of a failure."""
-        runs = [path.parent for path in self.site.state.glob(f"runs/*/{state.EVENTS_FILE}")]
+        runs = [path.parent for path in self.site.state.glob(f"runs/*/{files.EVENTS_FILE}")]
         rows = [row for directory in (self.site.cluster(self.cluster), *runs) for row in self.site.events(directory)]
         return "\n".join(str(row)[:300] for row in sorted(rows, key=lambda row: row["time"])[-60:])
 
@@ -106,18 +106,18 @@ class Drill:
         return {name: str(row["state"]) for name, row in self.site.members(self.cluster).items()}
 
     def head(self) -> str:
-        return str(state.read_json(self.site.cluster(self.cluster) / "head.json")["node"])
+        return str(files.read_json(self.site.cluster(self.cluster) / "head.json")["node"])
 
     def incarnation(self) -> int:
-        return int(state.read_json(self.site.cluster(self.cluster) / "head.json")["incarnation"])
+        return int(files.read_json(self.site.cluster(self.cluster) / "head.json")["incarnation"])
 
     def life(self) -> str:
         """Of the base job: its id, and how often it began again."""
-        return str(state.read_json(self.site.cluster(self.cluster) / "head.json")["life"])
+        return str(files.read_json(self.site.cluster(self.cluster) / "head.json")["life"])
 
     def worker(self, run: str, rank: int, attempt: int = 1) -> tuple[str, str]:
         """(node, pid there) of a rank, from the first line of its log."""
-        log = state.attempt_dir(self.site.run_dir(run), attempt) / f"rank-{rank}.log"
+        log = files.attempt_dir(self.site.run_dir(run), attempt) / f"rank-{rank}.log"
         wait_for(f"rank {rank} of {run}", lambda: log.exists() and "device=" in log.read_text(), LIMIT)
         words = dict(re.findall(r"(\w+)=(\S+)", log.read_text().splitlines()[0]))
         return words["node"], words["pid"]
@@ -129,7 +129,7 @@ class Drill:
     def ray_drain(self, node: str) -> None:
         """`ray drain-node`, as a person with Ray's own tools would."""
         directory = self.site.cluster(self.cluster)
-        gcs = state.read_json(directory / "head.json")["gcs"]
+        gcs = files.read_json(directory / "head.json")["gcs"]
         ids = f"import ray; ray.init({gcs!r}); print({{n['NodeName']: n['NodeID'] for n in ray.nodes() if n['Alive']}}[{node!r}])"
         id_ = self._on_head(str(BIN / "python"), "-c", ids).split()[-1]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
@@ -285,7 +285,7 @@ class Drill:
         # A commit whose process was killed right after it is told by the attempt's end alone.
         commits = [(row["time"], row["step"]) for row in events if row["kind"] == "commit"]
         commits += [(row["time"], row["committed"] or 0) for row in events if row["kind"] == "attempt_ended"]
-        rows = [row for row in state.read_lines(self.site.run_dir(run) / "metrics.jsonl") if "loss" in row]
+        rows = [row for row in files.read_lines(self.site.run_dir(run) / "metrics.jsonl") if "loss" in row]
         for row in events:
             if row["kind"] == "attempt_started":
                 before = max([step for time, step in commits if time < row["time"]], default=0)

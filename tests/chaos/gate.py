@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from raylaunch import entry, state
-from raylaunch.config import Config, TrainerConfig
+from raylaunch.config import user_code
+from raylaunch.config.schema import Config, TrainerConfig
 from raylaunch.errors import StateError
-from raylaunch.session import NOW, Session
+from raylaunch.state import files
+from raylaunch.training.worker.session import NOW, Session
 
 FIRST = 11
 """Where a run waits first: one step after a commit where every fifth step is one, so that a fault loses a step."""
@@ -43,12 +44,12 @@ def before_each_step(config: Config, session: Session, deed: Callable[[Session, 
                 deed(self, step)
 
     session.__class__ = Told
-    entry.function(TrainerConfig())(config, session)
+    user_code.function(TrainerConfig())(config, session)
 
 
 def allow(run_dir: Path, steps: int) -> None:
     """Let the run go on until it has done so many steps."""
-    state.write_json(run_dir / "allowed.json", steps)
+    files.write_json(run_dir / "allowed.json", steps)
 
 
 def wait(session: Session, step: int) -> None:
@@ -57,7 +58,7 @@ def wait(session: Session, step: int) -> None:
     told = False
     while step >= allowed(session.run_dir) and session.stop_requested() != NOW:
         if not told:
-            state.write_json(session.run_dir / "waiting.json", {"attempt": session.attempt, "step": step})
+            files.write_json(session.run_dir / "waiting.json", {"attempt": session.attempt, "step": step})
             told = True
         time.sleep(0.02)
 
@@ -69,14 +70,14 @@ def open_gate(run_dir: Path) -> None:
 
 def waiting(run_dir: Path) -> tuple[int, int]:
     """(attempt, steps done) of the last wait; (0, 0) before the first."""
-    value = state.read_json(run_dir / "waiting.json") or {"attempt": 0, "step": 0}
+    value = files.read_json(run_dir / "waiting.json") or {"attempt": 0, "step": 0}
     return int(value["attempt"]), int(value["step"])
 
 
 def allowed(run_dir: Path) -> int:
     """The number of steps that may be done."""
     try:
-        steps = state.read_json(run_dir / "allowed.json")
+        steps = files.read_json(run_dir / "allowed.json")
     except StateError:
         return 0  # a storage that hiccups: ask again
     return FIRST if steps is None else int(steps)

@@ -13,7 +13,7 @@ from drill import OTHER_SIZE, SAME_SIZE, Drill
 from helpers import wait_for
 from undisturbed import STEPS
 
-from raylaunch.slurm.parse import parse_duration
+from raylaunch.scheduler.slurm.parse import parse_duration
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -111,7 +111,7 @@ def test_a_job_that_waits_again_already_gets_no_successor(drill: Drill) -> None:
     """Slurm may requeue a preempted job before its head asks for that: two allocations of one cluster would fight."""
     job = drill.site.slurm("sbatch", "--parsable", "--hold", "--wrap", "true").strip()
     ask = (
-        "import sys; from pathlib import Path; from raylaunch.allocation import *;"
+        "import sys; from pathlib import Path; from raylaunch.scheduler.slurm.allocation import *;"
         "print([kind for kind, _ in go_on(Path('/nowhere'), sys.argv[1], 'preempted', Onward.REQUEUE)])"
     )
     try:

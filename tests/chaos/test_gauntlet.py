@@ -106,7 +106,7 @@ class Gauntlet:
         self.wait_next_attempt(how="fault", cause="node_lost", node=node)
 
     def the_driver_is_killed(self) -> None:
-        self.drill.site.inside(self.drill.head(), "pkill", "-9", "-f", "raylaunch.driver")
+        self.drill.site.inside(self.drill.head(), "pkill", "-9", "-f", "raylaunch.training.driver")
         self.drill.wait_cluster_event("driver_lost", run=RUN)
         self.wait_next_attempt(cause="driver_lost")
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 from drill import Drill
 
-from raylaunch.sandbox import daemons
-from raylaunch.sandbox.procs import Proc
+from raylaunch.tools.sandbox import daemons
+from raylaunch.tools.sandbox.procs import Proc
 
 pytestmark = [pytest.mark.long, pytest.mark.slurm, pytest.mark.timeout(600)]
 

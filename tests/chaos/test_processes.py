@@ -78,7 +78,7 @@ def test_an_agent_is_killed(drill: Drill) -> None:
 def test_the_driver_is_killed(drill: Drill) -> None:
     command = drill.train("driver")
     drill.at_gate("driver")
-    drill.site.inside(drill.head(), "pkill", "-9", "-f", "raylaunch.driver")
+    drill.site.inside(drill.head(), "pkill", "-9", "-f", "raylaunch.training.driver")
     drill.wait_cluster_event("driver_lost", run="driver")
     drill.open_gate("driver")
     drill.finished(command, "driver", SAME_SIZE)

@@ -18,8 +18,8 @@ from helpers import disk_at, mounted, same_curve, wait_for
 from trouble import AT
 from undisturbed import EVERY, STEPS
 
-from raylaunch import state
-from raylaunch.sandbox.procs import Proc
+from raylaunch.state import files
+from raylaunch.tools.sandbox.procs import Proc
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -89,7 +89,7 @@ def test_a_rank_hangs(drill: Drill) -> None:
     hang = drill.wait_event("hangs", "hang")
     drill.finished(command, "hangs", SAME_SIZE)
     assert hang["rank"] == 1 and hang["step"] == AT - 1
-    stack = (state.attempt_dir(drill.site.run_dir("hangs"), 1) / "rank-1.stack.txt").read_text()
+    stack = (files.attempt_dir(drill.site.run_dir("hangs"), 1) / "rank-1.stack.txt").read_text()
     assert "_sleeps_here" in stack
 
 

@@ -12,9 +12,9 @@ import torch
 from gate import before_each_step
 from torch import Tensor
 
-from raylaunch.config import Config
-from raylaunch.session import Session
+from raylaunch.config.schema import Config
 from raylaunch.trainers import fsdp
+from raylaunch.training.worker.session import Session
 
 AT = 12
 """The step before which it happens: 11 are done, 10 are committed where every fifth is."""

@@ -40,7 +40,7 @@ class Switch:
 
 SWITCHES = (
     Switch(
-        "new attempts", "raylaunch/policy.py",
+        "new attempts", "raylaunch/training/policy.py",
         "    if facts.stop_reason is not None:\n",
         '    if last is not None and last.kind == "fault":\n        return Finish("failed", "off")\n'
         "    if facts.stop_reason is not None:\n",
@@ -52,40 +52,40 @@ SWITCHES = (
         ),
     ),
     Switch(
-        "restarts of Ray", "raylaunch/agent.py", '            self._tell("restarting", error=words)\n            await',
+        "restarts of Ray", "raylaunch/cluster/agent/agent.py", '            self._tell("restarting", error=words)\n            await',
         '            raise BringUpError("off")\n            await', ("processes::test_the_raylet_is_killed",),
     ),
     Switch(
-        "keeper", "raylaunch/keeper.py", "if self._told_to_end or (status >= 0", "if True or (status >= 0",
+        "keeper", "raylaunch/cluster/agent/supervisor.py", "if self._told_to_end or (status >= 0", "if True or (status >= 0",
         ("processes::test_an_agent_is_killed",),
     ),
-    Switch("drivers again", "raylaunch/head/run_queue.py", "TRIES = 3", "TRIES = 1", ("processes::test_the_driver_is_killed",)),
+    Switch("drivers again", "raylaunch/cluster/head/run_queue.py", "TRIES = 3", "TRIES = 1", ("processes::test_the_driver_is_killed",)),
     Switch(
-        "dashboards again", "raylaunch/raystart.py", "if any(kind == DASHBOARD for", "if False and any(kind == DASHBOARD for",
+        "dashboards again", "raylaunch/cluster/agent/ray_start.py", "if any(kind == DASHBOARD for", "if False and any(kind == DASHBOARD for",
         ("processes::test_the_dashboard_is_killed",),
     ),
     Switch("steps again", "sbatch/cluster.sbatch", "-le 100 ]", "-le 0 ]", ("processes::test_slurm_kills_the_step",)),
     Switch(
-        "election", "raylaunch/election.py", "    if facts.silent > PATIENCE:\n", "    return Wait('off')\n    if False:\n",
+        "election", "raylaunch/cluster/membership/election.py", "    if facts.silent > PATIENCE:\n", "    return Wait('off')\n    if False:\n",
         ("processes::test_the_gcs_is_killed", "processes::test_the_head_s_agent_is_killed", "nodes::test_the_head_s_node_dies"),
     ),
     Switch(
-        "joiners", "raylaunch/nodepolicy.py", "if missing > 0 and (elastic.replace", "if False and (elastic.replace",
+        "joiners", "raylaunch/cluster/node_loop/policy.py", "if missing > 0 and (elastic.replace", "if False and (elastic.replace",
         ("nodes::test_a_node_dies_and_is_replaced",),
     ),
     Switch(
-        "growth", "raylaunch/policy.py", "steady = _may_join(view, elastic.grow_after)", "steady: frozenset[str] = frozenset()",
+        "growth", "raylaunch/training/policy.py", "steady = _may_join(view, elastic.grow_after)", "steady: frozenset[str] = frozenset()",
         ("nodes::test_a_node_dies_and_is_replaced", "nodes::test_a_scaled_cluster_grows_and_shrinks"),
     ),
     Switch(
-        "the minimum", "raylaunch/policy.py", "if nodes < minimum:", "if nodes < 1:",
+        "the minimum", "raylaunch/training/policy.py", "if nodes < minimum:", "if nodes < 1:",
         ("nodes::test_below_the_minimum_the_run_holds",),
     ),
     Switch(
-        "other ports", "raylaunch/agent.py", "if not same_ports:", "if False:", ("processes::test_the_raylet_is_killed",),
+        "other ports", "raylaunch/cluster/agent/agent.py", "if not same_ports:", "if False:", ("processes::test_the_raylet_is_killed",),
     ),
     Switch(
-        "silence", "raylaunch/link.py", "await _receive(reader, PING_LIMIT)", "await _receive(reader, 3e3)",
+        "silence", "raylaunch/cluster/membership/control_channel.py", "await _receive(reader, PING_LIMIT)", "await _receive(reader, 3e3)",
         ("nodes::test_a_node_falls_silent_and_comes_back[freeze]", "nodes::test_a_node_falls_silent_and_comes_back[cut]"),
     ),
     Switch(
@@ -98,90 +98,90 @@ SWITCHES = (
         ),
     ),
     Switch(
-        "resignation", "raylaunch/head/context.py", "return layout.is_fenced(self.directory", "return False and (self.directory",
+        "resignation", "raylaunch/cluster/head/context.py", "return records.is_fenced(self.directory", "return False and (self.directory",
         (
             "nodes::test_the_head_falls_silent_and_comes_back[freeze]",
             "nodes::test_the_head_falls_silent_and_comes_back[cut]",
         ),
     ),
     Switch(
-        "drains (Slurm)", "raylaunch/nodepolicy.py", "for node in sorted(count.to_leave,", "for node in sorted(count.to_leave[:0],",
+        "drains (Slurm)", "raylaunch/cluster/node_loop/policy.py", "for node in sorted(count.to_leave,", "for node in sorted(count.to_leave[:0],",
         ("nodes::test_a_drained_node_is_left_with_no_step_lost",),
     ),
     Switch(
-        "drains (Ray)", "raylaunch/watch.py", "self._draining = now, self.ray.draining()", "self._draining = now, frozenset()",
+        "drains (Ray)", "raylaunch/training/attempt_monitor.py", "self._draining = now, self.ray.draining()", "self._draining = now, frozenset()",
         ("nodes::test_ray_drains_a_node",),
     ),
     Switch(
-        "resignation (drained)", "raylaunch/head/member_table.py", "if node == self._context.head.node:\n            self._context.resign",
+        "resignation (drained)", "raylaunch/cluster/head/member_table.py", "if node == self._context.head.node:\n            self._context.resign",
         "if False:\n            self._context.resign", ("nodes::test_the_head_s_node_is_drained",),
     ),
     Switch(
-        "Slurm's silence", "raylaunch/nodeloop.py", "            turn.pause = self._silent\n",
+        "Slurm's silence", "raylaunch/cluster/node_loop/node_loop.py", "            turn.pause = self._silent\n",
         '            turn.give_up = "Slurm is gone"\n', ("nodes::test_slurm_s_own_daemons_die",),
     ),
     Switch(
-        "guests", "raylaunch/nodepolicy.py", "elif missing <= 0 and taking > 0", "elif False and taking > 0",
+        "guests", "raylaunch/cluster/node_loop/policy.py", "elif missing <= 0 and taking > 0", "elif False and taking > 0",
         ("guests::test_idle_nodes_of_another_partition_are_taken",),
     ),
     Switch(
-        "strikes", "raylaunch/nodepolicy.py", "if count >= elastic.max_strikes)", "if count < 0)",
+        "strikes", "raylaunch/cluster/node_loop/policy.py", "if count >= elastic.max_strikes)", "if count < 0)",
         ("joining::test_a_node_that_struck_out",),
     ),
     Switch(
-        "watchers", "raylaunch/nodeloop.py", 'if not self._watcher:\n            return ""', 'if True:\n            return "off"',
+        "watchers", "raylaunch/cluster/node_loop/node_loop.py", 'if not self._watcher:\n            return ""', 'if True:\n            return "off"',
         ("joining::test_where_nodes_may_not_submit_jobs",),
     ),
     Switch(
-        "guests that lead", "raylaunch/head/allocation_policy.py", "if not facts.in_base and facts.others:  # the run", "if False:  # the run",
+        "guests that lead", "raylaunch/cluster/head/allocation_policy.py", "if not facts.in_base and facts.others:  # the run", "if False:  # the run",
         ("guests::test_a_guest_that_leads_is_preempted",),
     ),
     Switch(
-        "joiners without a base", "raylaunch/head/allocation_policy.py", "    if facts.others:\n        return Resign", "    if False:\n        return Resign",
+        "joiners without a base", "raylaunch/cluster/head/allocation_policy.py", "    if facts.others:\n        return Resign", "    if False:\n        return Resign",
         ("joining::test_the_head_is_away_for_longer",),
     ),
     Switch(
-        "a batch host that comes back", "raylaunch/allocation.py", 'return self.reason if self.reason in _REASONS else ""',
+        "a batch host that comes back", "raylaunch/scheduler/slurm/allocation.py", 'return self.reason if self.reason in _REASONS else ""',
         'return ""', ("allocation::test_the_batch_host_is_away_for_longer",),
     ),
     Switch(
-        "notice", "raylaunch/head/ending.py", "self._context.spawn(self._save_later(why, limit, after))", "pass",
+        "notice", "raylaunch/cluster/head/ending.py", "self._context.spawn(self._save_later(why, limit, after))", "pass",
         (
             "allocation::test_a_chain_of_jobs_finishes_the_run", "allocation::test_preempted[low-True]",
             "allocation::test_preempted[lowc-True]",
         ),
     ),
     Switch(
-        "the queue over lives", "raylaunch/head/context.py", "memory.queue.insert(0, memory.running)", "pass",
+        "the queue over lives", "raylaunch/cluster/head/context.py", "memory.queue.insert(0, memory.running)", "pass",
         ("allocation::test_preempted[low-False]",),
     ),
     Switch(
-        "successors", "raylaunch/head/allocation_policy.py", " and (self.taken in _COMES_BACK if says is None else says)", "",
+        "successors", "raylaunch/cluster/head/allocation_policy.py", " and (self.taken in _COMES_BACK if says is None else says)", "",
         (
             "allocation::test_preempted[lowc-False]",
             "allocation::test_the_batch_host_boots_before_slurm_found_it_dead[False]",
         ),
     ),
     Switch(
-        "a batch host that is new", "raylaunch/allocation.py", " and self.signal == _NO_SCRIPT", " and False",
+        "a batch host that is new", "raylaunch/scheduler/slurm/allocation.py", " and self.signal == _NO_SCRIPT", " and False",
         ("allocation::test_the_batch_host_boots_before_slurm_found_it_dead",),
     ),
     Switch(
-        "one allocation", "raylaunch/allocation.py", "if _IS_REQUEUED in str(error).lower() or _waits(slurm, job):", "if False:",
+        "one allocation", "raylaunch/scheduler/slurm/allocation.py", "if _IS_REQUEUED in str(error).lower() or _waits(slurm, job):", "if False:",
         ("allocation::test_a_job_that_waits_again_already",),
     ),
     Switch(
-        "the limit of requeues", "raylaunch/head/allocation_policy.py", " and self.resumes < self.max_requeues", "",
+        "the limit of requeues", "raylaunch/cluster/head/allocation_policy.py", " and self.resumes < self.max_requeues", "",
         ("allocation::test_requeues_are_capped",),
     ),
     Switch(
-        "why it ended", "raylaunch/head/ending.py",
+        "why it ended", "raylaunch/cluster/head/ending.py",
         "cause=word.cause, cancelled=word.cancelled", 'cause="preemption"',
         ("allocation::test_a_cancelled_job_stays_cancelled",),
     ),
-    Switch("watchdog", "raylaunch/watchdog.py", "if idle <= most:", "if True:", ("training_loop::test_a_rank_hangs",)),
+    Switch("watchdog", "raylaunch/training/hang_detector.py", "if idle <= most:", "if True:", ("training_loop::test_a_rank_hangs",)),
     Switch(
-        "verdict", "raylaunch/policy.py", "and own and facts.same_error >= elastic.max_same_error", "and False",
+        "verdict", "raylaunch/training/policy.py", "and own and facts.same_error >= elastic.max_same_error", "and False",
         ("training_loop::test_the_same_error_twice_ends_the_run",),
     ),
     Switch(
@@ -193,19 +193,19 @@ SWITCHES = (
         ),
     ),
     Switch(
-        "saves that fail", "raylaunch/checkpoint/dcp.py", "error=cause.message)\n        return cause",
+        "saves that fail", "raylaunch/checkpoint/saver.py", "error=cause.message)\n        return cause",
         "error=cause.message)\n        raise cause", ("training_loop::test_storage_that_takes_nothing",),
     ),
     Switch(
-        "patience with storage", "raylaunch/watchdog.py", 'LONG_PHASES = {"load", "validate", "save"}',
+        "patience with storage", "raylaunch/training/hang_detector.py", 'LONG_PHASES = {"load", "validate", "save"}',
         "LONG_PHASES: set[str] = set()", ("training_loop::test_storage_that_stalls",),
     ),
     Switch(
-        "digests", "raylaunch/checkpoint/digests.py", "if found[1] != sha256:", "if False:",
+        "digests", "raylaunch/checkpoint/checksums.py", "if found[1] != sha256:", "if False:",
         ("training_loop::test_a_damaged_checkpoint_is_done_without[flipped]",),
     ),
     Switch(
-        "the one before", "raylaunch/checkpoint/dcp.py", "        _refuse(session, one, refused)\n    unreadable",
+        "the one before", "raylaunch/checkpoint/saver.py", "        _refuse(session, one, refused)\n    unreadable",
         '        raise StateError("off", "off")\n    unreadable',
         ("training_loop::test_a_damaged_checkpoint_is_done_without[torn]",),
     ),

@@ -112,7 +112,7 @@ def main() -> None:
         for script in chosen:
             cause(script, {})
         return
-    from raylaunch.sandbox import Sandbox
+    from raylaunch.tools.sandbox import Sandbox
 
     made = Sandbox.up("why-corpus", nodes=3, cpus=4)
     try:

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from raylaunch import state
 from raylaunch.checkpoint import store
 from raylaunch.data import prepare
 from raylaunch.data.prepare import Request
-from raylaunch.session import Session
+from raylaunch.state import files
+from raylaunch.training.worker.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE_SECONDS = 240.0  # of a machine that is busy with other things
@@ -79,7 +79,7 @@ class Run:
 
     def attempt(self, world_size: int, **case: Any) -> list[str]:
         self.attempts += 1
-        state.make_dir(state.attempt_dir(self.directory, self.attempts))
+        files.make_dir(files.attempt_dir(self.directory, self.attempts))
         return self._workers.run(
             {
                 "run_dir": str(self.directory),
@@ -106,14 +106,14 @@ class Run:
         )  # fmt: skip
 
     def metrics(self, key: str) -> dict[int, float]:
-        lines = state.read_lines(self.directory / state.METRICS_FILE)
+        lines = files.read_lines(self.directory / files.METRICS_FILE)
         return {line["step"]: line[key] for line in lines if key in line}
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [e for e in state.read_lines(self.directory / state.EVENTS_FILE) if e["kind"] == kind]
+        return [e for e in files.read_lines(self.directory / files.EVENTS_FILE) if e["kind"] == kind]
 
     def outcome(self) -> Any:
-        return state.read_json(state.attempt_dir(self.directory, self.attempts) / "outcome.json")
+        return files.read_json(files.attempt_dir(self.directory, self.attempts) / "outcome.json")
 
     def commits(self) -> list[int]:
         return [commit.step for commit in store.committed(self.checkpoints)]

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from raylaunch.config import Config
-from raylaunch.session import Session
+from raylaunch.config.schema import Config
 from raylaunch.trainers import fsdp, parallel
+from raylaunch.training.worker.session import Session
 
 
 class OneThread(dist.ProcessGroupGloo):

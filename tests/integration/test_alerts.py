@@ -17,17 +17,18 @@ from typing import Any
 
 import pytest
 
-from raylaunch import alerts, beside, runs, state
-from raylaunch.config import Config
-from raylaunch.head.context import Context
-from raylaunch.head.drivers import Drivers
-from raylaunch.layout import Cluster
-from raylaunch.sandbox.procs import wait_for
+from raylaunch.cluster.head.context import Context
+from raylaunch.cluster.head.drivers import Drivers
+from raylaunch.config.schema import Config
+from raylaunch.host import sidecar
+from raylaunch.state import files, runs
+from raylaunch.state.records import Cluster
+from raylaunch.tools.sandbox.procs import wait_for
 
 PATIENCE = 120.0
 PATH = "/services/s3cr3t"
-QUICK = "follow.PAUSE = 0.1"
-IMPATIENT = f"{QUICK}; sinks.HTTP_LIMIT, follow.LAST_LIMIT = 1.0, 3.0"
+QUICK = "sidecar.PAUSE = 0.1"
+IMPATIENT = f"{QUICK}; sinks.HTTP_LIMIT, sidecar.LAST_LIMIT = 1.0, 3.0"
 
 
 class Site(ThreadingHTTPServer):
@@ -97,17 +98,17 @@ def run(tmp_path: Path) -> Path:
 
 
 def hand_over(run: Path, **own: Any) -> None:
-    cluster = state.make_dir(run.parents[1] / "clusters" / "main")
-    state.append_event(cluster, "node_lost", node="n0", reason="before this run")
-    state.append_event(cluster, "run_started", run="r")
+    cluster = files.make_dir(run.parents[1] / "clusters" / "main")
+    files.append_event(cluster, "node_lost", node="n0", reason="before this run")
+    files.append_event(cluster, "run_started", run="r")
     own = {"min_interval": 0, "max_per_hour": 1000, **own}
     with runs.prepared(run, Config.model_validate({"alerts": own}), "main"):
         pass
-    state.append_event(run, "attempt_started", attempt=1, workers=2, nodes=1, on=["n1"], from_step=0)
+    files.append_event(run, "attempt_started", attempt=1, workers=2, nodes=1, on=["n1"], from_step=0)
 
 
 def begin(run: Path, limits: str = QUICK) -> subprocess.Popen[bytes]:
-    code = f"from raylaunch.alerts import follow, sinks; {limits}; follow.main()"
+    code = f"from raylaunch.observe.alerts import sidecar, sinks; {limits}; sidecar.main()"
     with (run / "logs" / "driver.log").open("ab") as out:
         return subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stderr=out)
 
@@ -121,19 +122,19 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def lose(run: Path, *nodes: int) -> None:
     for node in nodes:
-        state.append_event(run.parents[1] / "clusters" / "main", "node_lost", node=f"n{node}", reason="silent")
+        files.append_event(run.parents[1] / "clusters" / "main", "node_lost", node=f"n{node}", reason="silent")
 
 
 def end(run: Path, process: subprocess.Popen[bytes]) -> None:
     """Let the run fail, and its process end by itself."""
     runs.Run.read(run).save(run, state="failed")  # type: ignore[union-attr]
-    state.append_event(run, "failed", reason="it was so")
-    beside.end(process)
+    files.append_event(run, "failed", reason="it was so")
+    sidecar.end(process)
     assert process.returncode == 0
 
 
 def told(run: Path) -> list[dict[str, Any]]:
-    return [row for row in state.read_lines(run / state.EVENTS_FILE) if row["kind"] == "alert"]
+    return [row for row in files.read_lines(run / files.EVENTS_FILE) if row["kind"] == "alert"]
 
 
 def lost(*nodes: int) -> list[str]:
@@ -213,9 +214,9 @@ def test_between_two_drivers_nothing_is_given_up(run: Path, site: Site) -> None:
     """The end of a driver is not that of the run: its alerts wait for the next one, and rows are read once."""
     site.plan = [500] * 99
     hand_over(run, webhook=site.address("json"))
-    process = begin(run, f"{QUICK}; follow.HANDOVER_LIMIT = 0.5")
+    process = begin(run, f"{QUICK}; sidecar.HANDOVER_LIMIT = 0.5")
     wait_for("it was tried", lambda: site.asked > 0, PATIENCE)
-    beside.end(process)
+    sidecar.end(process)
     assert told(run) == [] and site.got == {}
     site.plan = []
     lose(run, 1)
@@ -230,7 +231,7 @@ def test_a_driver_that_died_without_a_word_is_spoken_for(run: Path, site: Site, 
     hand_over(run, webhook=site.address("json"))
     process = begin(run)
     wait_for("the start is told", lambda: len(told(run)) == 1, PATIENCE)
-    wait_for("and remembered", lambda: state.read_json(run / "alerts.json")["outbox"] == [], PATIENCE)
+    wait_for("and remembered", lambda: files.read_json(run / "alerts.json")["outbox"] == [], PATIENCE)
     kill(process)
     record = runs.Run.read(run)
     assert record is not None
@@ -249,7 +250,7 @@ def test_a_driver_that_died_without_a_word_is_spoken_for(run: Path, site: Site, 
 
 
 def test_nothing_is_started_where_nobody_wants_to_know(run: Path) -> None:
-    assert alerts.start(Config(), run) is None
+    assert not Config().alerts.sinks
     hand_over(run)
     process = begin(run)
     assert process.wait(60) == 0 and told(run) == []

@@ -11,7 +11,7 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api import config as v2
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from raylaunch import attempt
+from raylaunch.training import attempt
 
 
 def test_ray_train_is_the_second_version() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.data import chat, dataset, looking, prepare, tokenize
+from raylaunch.data import chat, dataset, inspect, prepare, tokenize
 from raylaunch.data.prepare import Request
 from raylaunch.errors import DataError, UsageError
 
@@ -51,7 +51,7 @@ def test_the_loss_counts_the_answers_with_their_end_marks(tokenizer: Path, tmp_p
     out = tmp_path / "out"
     prepare.prepare(Request([str(tmp_path / "talk.jsonl")], out, str(tokenizer), "sft"), 1, lambda _: None)
     manifest = dataset.read(out)
-    (sample,) = looking.samples(out, manifest, 1, 0)
+    (sample,) = inspect.samples(out, manifest, 1, 0)
     assert sample.text == (
         "<|im_start|>user\ntwo and two?<|im_end|>\n<|im_start|>assistant\n⟦four<|im_end|>\n⟧"
         "<|im_start|>user\nand three?<|im_end|>\n<|im_start|>assistant\n⟦seven, of course<|im_end|>\n⟧"

@@ -11,8 +11,8 @@ from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
 from raylaunch.checkpoint.store import Fenced
-from raylaunch.classify import classify
 from raylaunch.errors import StateError
+from raylaunch.training.failure_cause import classify
 
 GLOO = RuntimeError("[pair.cc:553] Connection closed by peer [10.0.0.3]:4711. This is typically caused by a crash.")
 MINE = ValueError("shape (3, 4) does not fit")

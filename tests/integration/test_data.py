@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from raylaunch.data import dataset
-from raylaunch.sandbox.procs import wait_for
+from raylaunch.tools.sandbox.procs import wait_for
 
 PATIENCE = 120.0
 RAYLAUNCH = Path(sys.executable).parent / "raylaunch"

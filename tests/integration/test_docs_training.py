@@ -11,7 +11,7 @@ import yaml
 from attempts import ROOT, Run, prepared
 from test_trainer_hf import a_qwen
 
-from raylaunch import configfile
+from raylaunch.config import loader
 
 pytestmark = pytest.mark.long
 
@@ -72,7 +72,7 @@ def small(written: dict[str, Any], made: dict[str, str]) -> dict[str, Any]:
 def test_an_example_trains(run: Run, made: dict[str, str], tmp_path: Path, example: int) -> None:
     config = small(yaml.safe_load(EXAMPLES[example]), made)
     (tmp_path / "example.yaml").write_text(yaml.safe_dump(config))
-    run.config = configfile.load(tmp_path / "example.yaml", user_file=None).model_dump()
+    run.config = loader.load(tmp_path / "example.yaml", user_file=None).model_dump()
     run.train(4 if MOST.keys() & config.get("distributed", {}).keys() else 2)
     losses = run.metrics("loss")
     assert sorted(losses) == [1, 2, 3, 4] and all(0 < loss < 8 for loss in losses.values())

@@ -187,7 +187,9 @@ def test_a_lost_node_is_left_at_once_and_grown_back_onto_at_a_commit(site: Site)
     site("train", str(site.config), "--cluster", "two", "--run", "lose", "--detach", *more)
     until(lambda: max(site.curve("lose"), default=0) >= 8, "step 8")
     row = next(r for r in json.loads((site.state / "clusters/two/agents.json").read_text()) if r["node"] == "local2")
-    (agent,) = [c for c in psutil.Process(row["pid"]).children() if "raylaunch.keeper" not in c.name()]
+    (agent,) = [
+        c for c in psutil.Process(row["pid"]).children() if "raylaunch.cluster.agent.supervisor" not in c.name()
+    ]
     killed = time.time()
     agent.kill()  # its keeper starts it again, and the node comes back
 

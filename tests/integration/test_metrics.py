@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import yaml
 
-from raylaunch import configfile, layout, state
-from raylaunch.config import Config
-from raylaunch.layout import Cluster, Head
-from raylaunch.load import collect
-from raylaunch.memory import Memory
-from raylaunch.metrics import export, serve
-from raylaunch.runs import Run
+from raylaunch.cluster.telemetry import collect
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
+from raylaunch.observe.prometheus import export, exporter
+from raylaunch.state import files, records
+from raylaunch.state.head_state import Memory
+from raylaunch.state.records import Cluster, Head
+from raylaunch.state.runs import Run
 
 NOW = 1_700_000_000.0
 
@@ -32,28 +33,28 @@ NOW = 1_700_000_000.0
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a cluster of two nodes, one of them with GPUs, that trains."""
-    directory = state.make_dir(tmp_path_factory.mktemp("state") / "clusters" / "c")
-    state.make_dir(directory / "logs")
-    Cluster("c", "local", 1, "canary", NOW, 1, 2, 1).write(directory / layout.CLUSTER_FILE)
+    directory = files.make_dir(tmp_path_factory.mktemp("state") / "clusters" / "c")
+    files.make_dir(directory / "logs")
+    Cluster("c", "local", 1, "canary", NOW, 1, 2, 1).write(directory / records.CLUSTER_FILE)
     Head("canary", 3, "n1", "host", "127.0.0.1", 10241, "127.0.0.1:10242", 10243, NOW).write(
-        directory / layout.HEAD_FILE
+        directory / records.HEAD_FILE
     )
     nodes = [
         {"name": f"n{i}", "address": f"127.0.0.{i}", "state": now, "ports": [10240, 10751], "role": "worker"}
         for i, now in ((1, "ready"), (2, "lost"))
     ]
-    state.write_json(directory / layout.MEMBERS_FILE, {"canary": "canary", "nodes": nodes})
-    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(directory / layout.DUTIES_FILE)
+    files.write_json(directory / records.MEMBERS_FILE, {"canary": "canary", "nodes": nodes})
+    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(directory / records.DUTIES_FILE)
     loads = {"n1": {"time": NOW, "cpu": 0.5, "memory": 0.25, "gpu": 0.9, "gpu_memory": 0.8, "watts": 700,
                     "temperature": 61, "ecc_errors": 0, "oom_kills": 2}, "n2": {"time": NOW, "cpu": 0.1, "memory": 0.2}}  # fmt: skip
-    state.write_json(directory / collect.LATEST_FILE, {"canary": "canary", "nodes": loads})
-    state.append_event(directory, "node_lost", node="n2")
-    run = state.make_dir(directory.parent.parent / "runs" / "r")
-    Run("r", "running", "c", NOW, attempt=2).write(run / layout.RUN_FILE)
-    state.write_text(run / layout.CONFIG_FILE, configfile.dump(Config()))
-    state.append_event(run, "commit", attempt=1, step=5, seconds=1.0)
+    files.write_json(directory / collect.LATEST_FILE, {"canary": "canary", "nodes": loads})
+    files.append_event(directory, "node_lost", node="n2")
+    run = files.make_dir(directory.parent.parent / "runs" / "r")
+    Run("r", "running", "c", NOW, attempt=2).write(run / records.RUN_FILE)
+    files.write_text(run / records.CONFIG_FILE, loader.dump(Config()))
+    files.append_event(run, "commit", attempt=1, step=5, seconds=1.0)
     for step in range(1, 8):
-        state.append_line(run / state.METRICS_FILE, {
+        files.append_line(run / files.METRICS_FILE, {
             "step": step, "loss": 5.0 - step, "lr": 0.1, "grad_norm": 1.0, "tokens": 100 * step, "tokens_per_s": 10.0,
             "data_wait": 0.0, "world_size": 2, "attempt": 2, "time": NOW + step})  # fmt: skip
     return directory
@@ -65,10 +66,10 @@ def served(cluster: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "raylaunch.metrics.serve", str(cluster), "127.0.0.1", str(port)]
+    command = [sys.executable, "-m", "raylaunch.observe.prometheus.exporter", str(cluster), "127.0.0.1", str(port)]
     process = subprocess.Popen(command)
     try:
-        until(lambda: (cluster / serve.ADDRESS_FILE).exists(), "its address")
+        until(lambda: (cluster / exporter.ADDRESS_FILE).exists(), "its address")
         yield f"http://127.0.0.1:{port}"
     finally:
         process.kill()
@@ -93,15 +94,15 @@ def get(url: str, token: str = "") -> tuple[int, str]:
 
 
 def test_only_for_who_knows_the_token(cluster: Path, served: str) -> None:
-    token = serve.token(cluster.parent.parent)
+    token = exporter.token(cluster.parent.parent)
     assert get(f"{served}/metrics")[0] == get(f"{served}/metrics", "guess")[0] == 401
     assert get(f"{served}/token", token)[0] == 404
     assert get(f"{served}/metrics", token)[0] == 200
-    assert (cluster.parent.parent / serve.TOKEN_FILE).stat().st_mode & 0o777 == 0o600
+    assert (cluster.parent.parent / exporter.TOKEN_FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_what_is_told(cluster: Path, served: str) -> None:
-    text = get(f"{served}/metrics", serve.token(cluster.parent.parent))[1]
+    text = get(f"{served}/metrics", exporter.token(cluster.parent.parent))[1]
     told = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     expected = {
         'raylaunch_cluster_nodes{cluster="c",state="ready"}': 1, 'raylaunch_cluster_nodes{cluster="c",state="lost"}': 1,
@@ -117,7 +118,7 @@ def test_what_is_told(cluster: Path, served: str) -> None:
 
 
 def test_the_dashboard_asks_for_what_there_is(cluster: Path, served: str, tmp_path: Path) -> None:
-    text = get(f"{served}/metrics", serve.token(cluster.parent.parent))[1]
+    text = get(f"{served}/metrics", exporter.token(cluster.parent.parent))[1]
     export.write(cluster.parent.parent, tmp_path)
     asked = set(re.findall(r"raylaunch_\w+", (tmp_path / export.DASHBOARD).read_text()))
     assert asked and asked <= set(re.findall(r"^(raylaunch_\w+)", text, re.M))

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from raylaunch.status import LIVE_RUNS
+from raylaunch.observe.status import LIVE_RUNS
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -315,7 +315,7 @@ def curve(site: Site, run: str) -> dict[int, float]:
 LOOPS = """
 import torch
 from torch import nn
-from raylaunch.loop import Loop
+from raylaunch.trainers.loop import Loop
 
 def train(config, session):
     torch.manual_seed(0)
@@ -366,7 +366,7 @@ def test_how_loops_end(site: Site) -> None:
 HELD = """
 import time
 import digits
-from raylaunch.loop import Loop
+from raylaunch.trainers.loop import Loop
 
 class Held(Loop):
     def report(self, **metrics):

@@ -14,9 +14,9 @@ from typing import IO, Any
 import pytest
 import torch
 
-from raylaunch import state
-from raylaunch.config import SIZES, Config
-from raylaunch.plan import memory, shape, shards
+from raylaunch.config.schema import SIZES, Config
+from raylaunch.state import files
+from raylaunch.tools.plan import memory, model_shape, sharding
 from raylaunch.trainers import models, parallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,8 +122,8 @@ def test_the_modelled_peak_is_the_real_one(
             "ckpt_every_steps": 100, "val_every_steps": 0,
         },
     })  # fmt: skip
-    gathered = more.get("gathered_bytes", shards.GATHERED_BYTES)
-    state.make_dir(state.attempt_dir(tmp_path, 1))
+    gathered = more.get("gathered_bytes", sharding.GATHERED_BYTES)
+    files.make_dir(files.attempt_dir(tmp_path, 1))
     case = {
         "config": config.model_dump(), "world": world, "gathered_bytes": gathered, "directory": str(tmp_path),
         "rendezvous": str(tmp_path / "rendezvous"),
@@ -133,9 +133,9 @@ def test_the_modelled_peak_is_the_real_one(
         measured = sum(most_of(steps[:1], world) for steps in seen) // world
     else:
         measured = max(most_of(steps, world) for steps in seen)
-    monkeypatch.setattr(shards, "GATHERED_BYTES", gathered)
-    where = shards.place(config, 1, world)
-    modelled = memory.peak(config, shape.of(config), where, on_gpu=False, masked=bool(config.data.document_mask))
+    monkeypatch.setattr(sharding, "GATHERED_BYTES", gathered)
+    where = sharding.place(config, 1, world)
+    modelled = memory.peak(config, model_shape.of(config), where, on_gpu=False, masked=bool(config.data.document_mask))
     print(f"| {name} | {measured / 1e6:.1f} | {modelled.total / 1e6:.1f} | {modelled.total / measured - 1:+.1%} |")
     assert modelled.total == pytest.approx(measured, rel=0.1), modelled
 
@@ -145,7 +145,7 @@ def test_parameters_are_those_of_the_real_model(model: dict[str, Any]) -> None:
     config = Config.model_validate({"model": model | {"vocab_size": 128256}})
     with torch.device("meta"):
         real = models.make(config)
-    assert shape.of(config).parameters["total"] == sum(p.numel() for p in real.parameters())
+    assert model_shape.of(config).parameters["total"] == sum(p.numel() for p in real.parameters())
 
 
 @pytest.mark.long
@@ -162,7 +162,7 @@ def test_parameters_are_those_of_transformers(tmp_path: Path, kind: str, lora: i
     config = Config.model_validate({"model": {"hf": str(tmp_path), "hf_init": "random", "lora": {"rank": lora}}})
     with torch.device("meta"):
         real = models.make(config)
-    own = shape.of(config)
+    own = model_shape.of(config)
     assert own.parameters["total"] == sum(p.numel() for p in real.parameters())
     trained = [p for p in real.parameters() if p.requires_grad]
     assert own.parameters["trained"] == sum(p.numel() for p in trained)
@@ -171,12 +171,14 @@ def test_parameters_are_those_of_transformers(tmp_path: Path, kind: str, lora: i
 
 
 def test_copies_and_limits_are_the_trainers() -> None:
-    assert shards.GATHERED_BYTES == parallel.GATHERED_BYTES
+    assert sharding.GATHERED_BYTES == parallel.GATHERED_BYTES
     for strategy in ("ddp", "fsdp", "hsdp"):
         for tp, ep, nodes, workers in ((1, 1, 4, 8), (2, 1, 2, 4), (4, 1, 3, 8), (1, 4, 2, 8)):
             model = {"n_experts": 8} if ep > 1 else {"n_kv_heads": 4}
             plan = {"strategy": strategy, "tp_size": tp, "ep_size": ep}
             config = Config.model_validate({"model": model, "distributed": plan})
             real = parallel.copies(strategy, nodes * workers, workers, config.distributed.model_parallel)
-            assert shards.place(config, nodes, workers).replicas == real
-            assert parallel.Place.of(config, 0, nodes * workers).data[1] == shards.place(config, nodes, workers).samples
+            assert sharding.place(config, nodes, workers).replicas == real
+            assert (
+                parallel.Place.of(config, 0, nodes * workers).data[1] == sharding.place(config, nodes, workers).samples
+            )

@@ -14,7 +14,7 @@ import pytest
 from made_runs import NOW, Made
 
 from raylaunch.observe.report import page
-from raylaunch.observe.report.facts import gather
+from raylaunch.observe.report.gather import gather
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FRAME = """<!doctype html><body style="margin:0"><iframe id="frame" style="border:0" width="{width}" height="900" srcdoc="{page}">

@@ -17,7 +17,8 @@ import psutil
 import pytest
 from helpers import disk_at, wait_for
 
-from raylaunch import layout, state, timing
+from raylaunch import timing
+from raylaunch.state import files, records
 
 STALL = 3 * timing.PING_LIMIT
 FAULTS = {
@@ -51,7 +52,7 @@ def raylaunch(disk: Path, *words: str) -> str:
 
 def members(cluster: Path) -> dict[str, tuple[str, str, int]]:
     """Node → its state, its role, its agent's pid."""
-    rows: list[dict[str, Any]] = json.loads((cluster / layout.MEMBERS_FILE).read_text())["nodes"]
+    rows: list[dict[str, Any]] = json.loads((cluster / records.MEMBERS_FILE).read_text())["nodes"]
     return {row["name"]: (row["state"], row["role"], row["pid"]) for row in rows}
 
 
@@ -79,7 +80,7 @@ def frozen(disk: Path) -> Iterator[None]:
 def have_ray_print(agent: int, text: bytes) -> None:
     """Print as the Ray of this agent would: into the pipe that its agent reads."""
     children = psutil.Process(agent).children()
-    (ray,) = [child.pid for child in children if "raylaunch.raystart" in child.cmdline()]
+    (ray,) = [child.pid for child in children if "raylaunch.cluster.agent.ray_start" in child.cmdline()]
     pipe = os.open(f"/proc/{ray}/fd/1", os.O_WRONLY | os.O_NONBLOCK)
     try:
         os.write(pipe, text)
@@ -88,8 +89,8 @@ def have_ray_print(agent: int, text: bytes) -> None:
 
 
 def test_storage_that_stalls_costs_no_node(disk: Path) -> None:
-    cluster = state.cluster_dir(disk / "state", "two")
-    before, count = members(cluster), len(state.read_lines(cluster / state.EVENTS_FILE))
+    cluster = files.cluster_dir(disk / "state", "two")
+    before, count = members(cluster), len(files.read_lines(cluster / files.EVENTS_FILE))
     assert [now for now, _, _ in before.values()] == ["ready", "ready"]
     with frozen(disk):
         since = time.monotonic()
@@ -97,12 +98,12 @@ def test_storage_that_stalls_costs_no_node(disk: Path) -> None:
             have_ray_print(agent, f"printed by {name} meanwhile\n".encode())
         wait_for("a stall that is longer than any silence", lambda: time.monotonic() - since > STALL, 10 * STALL)
     for name in before:
-        log = cluster / layout.LOGS / f"{name}-ray.log"
+        log = cluster / records.LOGS / f"{name}-ray.log"
         text = f"printed by {name} meanwhile"
         wait_for(f"what {name} printed", lambda log=log, text=text: text in log.read_text(errors="replace"), PATIENCE)
     # The head writes its events in order: with this one there, all that it had to say of the stall is, too.
     raylaunch(disk, "scale", "two", "2")
-    wait_for("the head's next event", lambda: bool(state.read_events(cluster, "scaled")), PATIENCE)
-    events = state.read_lines(cluster / state.EVENTS_FILE)[count:]
+    wait_for("the head's next event", lambda: bool(files.read_events(cluster, "scaled")), PATIENCE)
+    events = files.read_lines(cluster / files.EVENTS_FILE)[count:]
     assert [event for event in events if event["kind"] in FAULTS] == []
     assert members(cluster) == before

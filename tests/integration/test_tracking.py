@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raylaunch import beside, configfile, layout, runs, state
-from raylaunch.config import Config
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
-from raylaunch.sandbox.procs import wait_for
-from raylaunch.tracking import follow
+from raylaunch.host import sidecar as beside
+from raylaunch.observe.trackers import sidecar as follow
+from raylaunch.state import files as state
+from raylaunch.state import records, runs
+from raylaunch.tools.sandbox.procs import wait_for
 
 PATIENCE = 120.0
 
@@ -29,7 +32,7 @@ def _files_for_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
 def a_run(directory: Path, **sections: Any) -> Path:
     directory.mkdir()
     config = Config.model_validate(sections)
-    state.write_text(directory / layout.CONFIG_FILE, configfile.dump(config))
+    state.write_text(directory / records.CONFIG_FILE, loader.dump(config))
     return directory
 
 

@@ -14,9 +14,9 @@ import pytest
 from attempts import GLOBAL_BATCH_SIZE, Run, assert_same_curve
 from helpers import mounted
 
-from raylaunch import state
 from raylaunch.checkpoint import store
-from raylaunch.config import StepSchedulerConfig
+from raylaunch.config.schema import StepSchedulerConfig
+from raylaunch.state import files
 from raylaunch.trainers.optim import learning_rate
 
 LONG = pytest.mark.long
@@ -141,7 +141,7 @@ def test_more_workers_than_samples(run: Run, straight: Run) -> None:
     run.train(3, global_batch_size=2)
     alone = Run(run.directory / "alone", Path(run.config["data"]["text"][0]), run._workers)
     alone.config = run.config
-    state.make_dir(alone.directory)
+    files.make_dir(alone.directory)
     assert_same_curve(run, alone.train(1, global_batch_size=2))
     assert run.metrics("loss") != straight.metrics("loss")
 
@@ -173,7 +173,7 @@ def test_a_save_in_the_background_holds_the_step_it_was_made_at(run: Run, straig
     assert run.events("commit")[0]["time"] > run.metrics("time")[4]  # it really was in the background
     for step in (6, 9, 10):
         store.delete(store.final(run.checkpoints, step))
-    (run.directory / state.METRICS_FILE).unlink()
+    (run.directory / files.METRICS_FILE).unlink()
     run.train(2)
     assert run.commits() == [3, 6, 9, 10]
     assert_same_curve(run, straight, first=4, rel=0)
@@ -397,14 +397,14 @@ def test_one_bad_batch_is_left_out(run: Run, straight: Run, policy: str) -> None
     assert loss[6] != expected[6] and loss[10] < loss[1] - 0.5
     assert run.commits() == [3, 6, 9, 10]
     assert run.outcome() == {"outcome": "finished", "step": 10}
-    written = len(state.read_lines(run.directory / state.METRICS_FILE))
+    written = len(files.read_lines(run.directory / files.METRICS_FILE))
     assert written == 11 + (1 if policy == "rollback" else 0)  # step 4 came again; and two validations
 
 
 @pytest.mark.long
 def test_skip_and_rollback_come_to_the_same(run: Run) -> None:
     other = Run(run.directory / "other", Path(run.config["data"]["text"][0]), run._workers)
-    state.make_dir(other.directory)
+    files.make_dir(other.directory)
     run.config["optimizer"]["on_nonfinite"], other.config["optimizer"]["on_nonfinite"] = "skip", "rollback"
     run.train(2, nan_at=[2, 5, 6])
     other.train(2, nan_at=[2, 5, 6])  # the first one before there is a commit: back to the seed
@@ -427,7 +427,7 @@ def test_too_many_bad_steps_in_a_row_end_the_attempt(run: Run, policy: str) -> N
 def test_random_numbers_are_those_of_the_step(run: Run) -> None:
     """A model with dropout, stopped and resumed, is bitwise the one that was not."""
     other = Run(run.directory / "other", Path(run.config["data"]["text"][0]), run._workers)
-    state.make_dir(other.directory)
+    files.make_dir(other.directory)
     run.train(2, dropout=True)
     other.train(2, dropout=True, stop_at=5).train(2, dropout=True)
     assert_same_curve(other, run, rel=0)

@@ -13,12 +13,12 @@ import torch
 from attempts import GLOBAL_BATCH_SIZE, Run, Workers, assert_same_curve, prepared
 from torch.nn import functional as F
 
-from raylaunch import state
-from raylaunch.config import Config
-from raylaunch.data import dataset, order
+from raylaunch.config.schema import Config
+from raylaunch.data import dataset, sample_order
 from raylaunch.errors import RunError
-from raylaunch.trainers import corpus, data, datasets, fsdp, parallel
-from raylaunch.trainers.model import Decoder
+from raylaunch.state import files as state
+from raylaunch.trainers import data, datasets, fsdp, parallel, text_corpus
+from raylaunch.trainers.decoder import Decoder
 
 
 @pytest.mark.long
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def read_tokens(built: corpus.Store) -> list[int]:
+def read_tokens(built: text_corpus.Store) -> list[int]:
     import pyarrow as pa
 
     with pa.memory_map(str(built.path)) as source:
@@ -58,23 +58,23 @@ def read_tokens(built: corpus.Store) -> list[int]:
 
 
 def test_documents_are_separated_and_in_order_of_their_names(folder: Path, tmp_path: Path) -> None:
-    built = corpus.build(tmp_path / "data", [str(folder)], attempt=1)
+    built = text_corpus.build(tmp_path / "data", [str(folder)], attempt=1)
     expected = [*b"first", 256, *b"second", 256, *b"third", 256]
     assert read_tokens(built) == expected and built.tokens == len(expected)
-    assert corpus.find(tmp_path / "data", [str(folder)]) == built
+    assert text_corpus.find(tmp_path / "data", [str(folder)]) == built
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["manifest.json", "tokens.arrow"]
     manifest = state.read_json(tmp_path / "data" / "manifest.json")
     assert [Path(d["path"]).name for d in manifest["documents"]] == ["a.txt", "two.txt", "c.md"]
 
 
 def test_globs_and_entries_that_overlap(folder: Path) -> None:
-    files = corpus.list_files([str(folder / "*.md"), str(folder / "**" / "*.txt"), str(folder)])
+    files = text_corpus.list_files([str(folder / "*.md"), str(folder / "**" / "*.txt"), str(folder)])
     assert [p.name for p in files] == ["c.md", "a.txt", "two.txt", "empty.txt"]
 
 
 def test_a_store_of_many_batches_reads_as_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset, "BATCH_TOKENS", 4)
-    built = corpus.build(tmp_path / "data", [str(folder)], attempt=1)
+    built = text_corpus.build(tmp_path / "data", [str(folder)], attempt=1)
     tokens, whole = dataset.Row([(built.path, built.tokens)]), read_tokens(built)
     for start in range(built.tokens):
         for length in range(1, built.tokens - start + 1):
@@ -263,7 +263,7 @@ def test_a_billion_samples_are_read_like_a_few(run: Run, text: Path, tmp_path: P
     row = dataset.Row(names)
     samples = datasets.sample_count(row.count, 32)
     source = datasets.Source(row, None, samples, 0)
-    everything = datasets.Data((source,), (source,), order.quotas([1.0]), 256, False, {})
+    everything = datasets.Data((source,), (source,), sample_order.quotas([1.0]), 256, False, {})
     loader = data.Loader(everything, data.Plan(32, 0, 256, 8, 0, 1), pin=False)
     rows = [r for step in (0, 10**6) for batch in loader.training(step) for r in batch.inputs.tolist()]
     loader.close()
@@ -274,30 +274,30 @@ def test_a_billion_samples_are_read_like_a_few(run: Run, text: Path, tmp_path: P
 
 
 def test_the_standard_library_has_its_sources_and_no_tests() -> None:
-    names = {path.name for path in corpus.list_files(["stdlib:"])}
+    names = {path.name for path in text_corpus.list_files(["stdlib:"])}
     assert {"argparse.py", "dataclasses.py"} <= names
-    assert not any("site-packages" in path.parts for path in corpus.list_files(["stdlib:"]))
+    assert not any("site-packages" in path.parts for path in text_corpus.list_files(["stdlib:"]))
 
 
 def test_a_damaged_or_foreign_store_is_refused(folder: Path, tmp_path: Path) -> None:
     directory, text = tmp_path / "data", [str(folder)]
-    built = corpus.build(directory, text, attempt=1)
+    built = text_corpus.build(directory, text, attempt=1)
     with pytest.raises(RunError, match="was built from"):
-        corpus.find(directory, ["stdlib:"])
+        text_corpus.find(directory, ["stdlib:"])
     with built.path.open("ab") as out:
         out.write(b"x")
     with pytest.raises(RunError, match="damaged"):
-        corpus.find(directory, text)
+        text_corpus.find(directory, text)
 
 
 def test_the_others_hear_of_an_error_or_of_silence(tmp_path: Path) -> None:
     text = [str(tmp_path / "nothing")]
     with pytest.raises(RunError, match="no sign of life"):
-        corpus.prepare(tmp_path / "data", text, rank=1, attempt=1, silence=0.0)
+        text_corpus.prepare(tmp_path / "data", text, rank=1, attempt=1, silence=0.0)
     with pytest.raises(RunError, match="nothing matches"):
-        corpus.prepare(tmp_path / "data", text, rank=0, attempt=1, silence=0.0)
+        text_corpus.prepare(tmp_path / "data", text, rank=0, attempt=1, silence=0.0)
     with pytest.raises(RunError, match=r"rank 0: .*nothing matches"):
-        corpus.prepare(tmp_path / "data", text, rank=1, attempt=1, silence=9.0)
+        text_corpus.prepare(tmp_path / "data", text, rank=1, attempt=1, silence=9.0)
 
 
 def test_text_that_may_not_be_read_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,12 +305,12 @@ def test_text_that_may_not_be_read_is_named(folder: Path, tmp_path: Path, monkey
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "_READ_BYTES", 1)
-        patch.setattr(corpus, "_chunks", lambda *_: iter(()))
+        patch.setattr(text_corpus, "_READ_BYTES", 1)
+        patch.setattr(text_corpus, "_chunks", lambda *_: iter(()))
         with pytest.raises(RunError, match="empty"):
-            corpus.build(tmp_path / "data", [str(folder)], attempt=1)
-    files = corpus.list_files([str(folder)])
+            text_corpus.build(tmp_path / "data", [str(folder)], attempt=1)
+    files = text_corpus.list_files([str(folder)])
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", refuse)
         with pytest.raises(RunError, match=r"cannot read .*a\.txt: Permission denied"):
-            list(corpus._chunks(files, [], lambda: None))
+            list(text_corpus._chunks(files, [], lambda: None))

@@ -11,8 +11,8 @@ from attempts import Run, Workers, assert_same_curve
 from torch import Tensor
 from torch.nn import functional as F
 
-from raylaunch.config import ModelConfig
-from raylaunch.trainers.experts import MixtureOfExperts
+from raylaunch.config.schema import ModelConfig
+from raylaunch.trainers.expert_parallel import MixtureOfExperts
 
 
 @pytest.fixture

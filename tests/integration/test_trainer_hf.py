@@ -11,11 +11,11 @@ from attempts import GLOBAL_BATCH_SIZE, Run, Workers, assert_same_curve
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.nn import functional as F
 
-from raylaunch import state
 from raylaunch.checkpoint import store
-from raylaunch.config import Config
+from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
-from raylaunch.trainers import data, datasets, fsdp, hf, models
+from raylaunch.state import files as state
+from raylaunch.trainers import data, datasets, fsdp, models, safetensors_io
 
 pytestmark = pytest.mark.long
 
@@ -46,7 +46,7 @@ def test_weights_of_others_come_in_and_go_out_and_give_the_same_logits(run: Run,
     run.config["step_scheduler"] |= {"max_steps": 2, "val_every_steps": 0}
     run.train(3)
     (commit,) = store.committed(run.checkpoints)
-    files = hf.export(Config.model_validate(run.config), commit.path, tmp_path / "out")
+    files = safetensors_io.export(Config.model_validate(run.config), commit.path, tmp_path / "out")
     assert [path.name for path in files] == ["config.json", "model.safetensors"]
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = torch.randint(0, 264, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def test_a_mixtral_comes_in_and_goes_out_and_gives_the_same_logits(
     run.config["distributed"] = dict(plan)
     run.train(4 if plan else 3)
     (commit,) = store.committed(run.checkpoints)
-    hf.export(Config.model_validate(run.config), commit.path, tmp_path / "out")
+    safetensors_io.export(Config.model_validate(run.config), commit.path, tmp_path / "out")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(ours) is MixtralForCausalLM
     tokens = torch.randint(0, 264, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -94,12 +94,12 @@ def test_a_trained_model_gives_the_same_loss_in_transformers(
 
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(hf, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(safetensors_io, "SHARD_BYTES", 100_000)
     config = Config.model_validate(run.config)
     run.train(2)
     commit = store.latest(run.checkpoints)
     assert commit is not None
-    files = {path.name for path in hf.export(config, commit.path, tmp_path / "out")}
+    files = {path.name for path in safetensors_io.export(config, commit.path, tmp_path / "out")}
     assert len(files) > 3 and "model.safetensors.index.json" in files
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     plan = data.Plan(32, config.data.seed, GLOBAL_BATCH_SIZE, 2, 0, 1)
@@ -166,7 +166,7 @@ def test_a_model_of_transformers_is_the_same_at_any_size(run: Run, tmp_path: Pat
     assert_same_curve(run.train(3, stop_at=5).train(2), other.train(1))
     assert run.metrics("loss")[1] > 5.4 and run.metrics("loss")[10] < run.metrics("loss")[1] - 0.1
     config = Config.model_validate(run.config)
-    hf.export(config, newest(run), tmp_path / "out")
+    safetensors_io.export(config, newest(run), tmp_path / "out")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert val_loss(run, trained) == pytest.approx(run.metrics("val_loss")[10], rel=1e-5)
 
@@ -199,7 +199,7 @@ def test_adapters_alone_are_trained_and_saved(run: Run, tmp_path: Path, workers:
     other.config = run.config
     assert_same_curve(run.train(2, stop_at=5).train(3), other.train(1))
     assert run.metrics("loss")[10] < run.metrics("loss")[1] - 0.05
-    hf.export(Config.model_validate(run.config), newest(run), tmp_path / "out")
+    safetensors_io.export(Config.model_validate(run.config), newest(run), tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "qwen")
     before = val_loss(run, base)
     after = val_loss(run, PeftModel.from_pretrained(base, str(tmp_path / "out")))

@@ -14,9 +14,9 @@ from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from raylaunch.checkpoint import store
-from raylaunch.config import Config
+from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
-from raylaunch.trainers import fsdp, hf
+from raylaunch.trainers import fsdp, safetensors_io
 
 OWN = {"target": "own_models.Tied", "kwargs": {"width": 32, "vocab_size": 264, "layers": 2}}
 
@@ -84,7 +84,7 @@ def test_a_model_of_ones_own_is_exported_for_itself(run: Run, tmp_path: Path) ->
     run.train(2)
     commit = store.latest(run.checkpoints)
     assert commit is not None
-    hf.export(Config.model_validate(run.config), commit.path, tmp_path / "out")
+    safetensors_io.export(Config.model_validate(run.config), commit.path, tmp_path / "out")
     model = own_models.Tied(32, 264, 2)
     missing, unexpected = model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=False)
     assert missing == ["head.weight"] and not unexpected  # which is the embedding
@@ -129,16 +129,16 @@ def test_averages_are_validated_and_exported(run: Run, straight: Run, tmp_path: 
     config = Config.model_validate(run.config)
     commit = store.latest(run.checkpoints)
     assert commit is not None
-    hf.export(config, commit.path, tmp_path / "ema", ema=True)
+    safetensors_io.export(config, commit.path, tmp_path / "ema", ema=True)
     assert torch.equal(
         load_file(tmp_path / "ema" / "model.safetensors")["model.norm.weight"], saved(run, "ema.")["norm.weight"]
     )
     plain = store.latest(straight.checkpoints)
     assert plain is not None
     with pytest.raises(RunError, match="holds no moving average"):
-        hf.export(config, plain.path, tmp_path / "none", ema=True)
+        safetensors_io.export(config, plain.path, tmp_path / "none", ema=True)
     # A run of these averages' weights has their validation loss.
-    hf.export(config, commit.path, tmp_path / "again", ema=True)
+    safetensors_io.export(config, commit.path, tmp_path / "again", ema=True)
     shutil.rmtree(run.directory / "checkpoints")
     run.config["model"] = {"size": "tiny", "init_from": str(tmp_path / "again")}
     run.config["optimizer"] = {"lr": 1e-12, "weight_decay": 0.0}

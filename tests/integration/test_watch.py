@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch import layout, state
-from raylaunch.layout import Cluster
-from raylaunch.memory import Memory
+from raylaunch.state import files, records
+from raylaunch.state.head_state import Memory
+from raylaunch.state.records import Cluster
 
 BINARY = Path(sys.executable).with_name("raylaunch")
 
@@ -23,11 +23,11 @@ BINARY = Path(sys.executable).with_name("raylaunch")
 @pytest.fixture
 def state_dir(tmp_path: Path) -> Path:
     """A cluster that has ended."""
-    directory = state.make_dir(tmp_path / "clusters" / "c")
-    Cluster("c", "local", 1, "canary", 0.0, 1, 2, 1).write(directory / layout.CLUSTER_FILE)
-    Memory("canary", wanted=2).write(directory / layout.DUTIES_FILE)
-    state.append_event(directory, "node_lost", node="n1", reason="pulled the plug")
-    state.write_json(directory / layout.ENDED_FILE, {"canary": "canary", "reason": "down"})
+    directory = files.make_dir(tmp_path / "clusters" / "c")
+    Cluster("c", "local", 1, "canary", 0.0, 1, 2, 1).write(directory / records.CLUSTER_FILE)
+    Memory("canary", wanted=2).write(directory / records.DUTIES_FILE)
+    files.append_event(directory, "node_lost", node="n1", reason="pulled the plug")
+    files.write_json(directory / records.ENDED_FILE, {"canary": "canary", "reason": "down"})
     return tmp_path
 
 

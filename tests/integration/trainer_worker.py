@@ -28,12 +28,12 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from raylaunch.checkpoint import digests, store
-from raylaunch.config import Config
-from raylaunch.session import AT_COMMIT, NOW, Session
+from raylaunch.checkpoint import checksums, store
+from raylaunch.config.schema import Config
 from raylaunch.trainers import fsdp
 from raylaunch.trainers.data import Loader
-from raylaunch.trainers.model import FeedForward
+from raylaunch.trainers.decoder import FeedForward
+from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 
 
 def arrange_faults(case: dict[str, Any], session: Session) -> None:
@@ -44,14 +44,14 @@ def arrange_faults(case: dict[str, Any], session: Session) -> None:
     if "patience" in case:
         fsdp.PATIENCE_AT_END = fsdp.PATIENCE_AT_STOP = case["patience"]
     if case.get("blind_rank") == session.rank:  # sees an old state of the shared file system at its first look
-        looks, check = itertools.count(), digests.check
+        looks, check = itertools.count(), checksums.check
 
         def see(commit: store.Commit, names: Iterable[str]) -> store.Bad | None:
             if next(looks) == 0:
                 return store.Bad(commit.path, commit.step, "__0_0.distcp", "missing")
             return check(commit, names)
 
-        digests.check = see  # type: ignore[assignment]
+        checksums.check = see  # type: ignore[assignment]
 
 
 def arrange_stops(case: dict[str, Any], session: Session) -> None:
@@ -109,7 +109,7 @@ def arrange_saves(case: dict[str, Any], session: Session) -> None:
     def eventful(step: int, phase: str = "step") -> None:
         if phase == "step" and session.rank == 1 and step == case.get("kill_saver_at"):
             living = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
-            savers = [p for p in living if "raylaunch.checkpoint.process" in p.cmdline()]
+            savers = [p for p in living if "raylaunch.checkpoint.save_process" in p.cmdline()]
             max(savers, key=psutil.Process.create_time).kill()
         if phase == "step" and session.rank == 0 and step == case.get("fence_at"):
             store.fence(session.checkpoint_dir, session.incarnation + 1, 1)

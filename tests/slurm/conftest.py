@@ -11,9 +11,9 @@ import pytest
 from helpers import Site, python_for_all
 from shared import MAIN, Ground, Spec, Up
 
-from raylaunch.sandbox import Sandbox, missing, take_down
-from raylaunch.sandbox.layout import Layout
-from raylaunch.sandbox.teardown import leftovers
+from raylaunch.tools.sandbox import Sandbox, missing, take_down
+from raylaunch.tools.sandbox.paths import Layout
+from raylaunch.tools.sandbox.teardown import leftovers
 
 _numbers = itertools.count(1)
 GROUNDS = {"busy": "slurm-main", "idle": "slurm-idle"}

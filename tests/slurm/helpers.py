@@ -24,9 +24,9 @@ import hostlist
 import pytest
 
 import raylaunch
-from raylaunch import state
-from raylaunch.sandbox import Sandbox, missing
-from raylaunch.sandbox.procs import wait_for
+from raylaunch.state import files
+from raylaunch.tools.sandbox import Sandbox, missing
+from raylaunch.tools.sandbox.procs import wait_for
 
 __all__ = [
     "BIN",
@@ -194,10 +194,10 @@ class Site:
             calls += log.read_text().splitlines() if log.exists() else []
 
     def cluster(self, name: str) -> Path:
-        return state.cluster_dir(self.state, name)
+        return files.cluster_dir(self.state, name)
 
     def run_dir(self, name: str) -> Path:
-        return state.run_dir(self.state, name)
+        return files.run_dir(self.state, name)
 
     def status(self) -> dict[str, Any]:
         """`raylaunch status --json`."""
@@ -214,16 +214,16 @@ class Site:
 
     def members(self, name: str) -> dict[str, dict[str, Any]]:
         """members.json: node → what its agent said."""
-        table = state.read_json(self.cluster(name) / "members.json")
+        table = files.read_json(self.cluster(name) / "members.json")
         return {row["name"]: row for row in table["nodes"]}
 
     def events(self, directory: Path, kind: str | None = None) -> list[dict[str, Any]]:
-        rows = state.read_lines(directory / "events.jsonl")
+        rows = files.read_lines(directory / "events.jsonl")
         return [row for row in rows if kind is None or row["kind"] == kind]
 
     def losses(self, run: str) -> dict[int, float]:
         """Step → loss; of a step that was done again after a fault, the last word."""
-        rows = state.read_lines(self.run_dir(run) / "metrics.jsonl")
+        rows = files.read_lines(self.run_dir(run) / "metrics.jsonl")
         return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
     def jobs(self) -> list[str]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from helpers import LIMIT, NOBODY, Done, Site, wait_for
 
-from raylaunch.sandbox import Sandbox
-from raylaunch.sandbox.layout import Layout
-from raylaunch.sandbox.teardown import leftovers
+from raylaunch.tools.sandbox import Sandbox
+from raylaunch.tools.sandbox.paths import Layout
+from raylaunch.tools.sandbox.teardown import leftovers
 
 _numbers = itertools.count(1)
 

@@ -18,8 +18,9 @@ import pytest
 from helpers import BIN, LIMIT, NOBODY, Done, Site, wait_for
 from shared import SECRET, Ground, Up
 
-from raylaunch import hosts, state
-from raylaunch.link import Link, Refused
+from raylaunch.cluster.membership.control_channel import Link, Refused
+from raylaunch.host import hosts
+from raylaunch.state import files as state
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -31,7 +32,7 @@ GcsClient(address=sys.argv[1]).get_all_node_info()
 """
 HOLD_PORTS = """
 import sys
-from raylaunch import hosts
+from raylaunch.host import hosts
 leases = []
 while True:
     try:

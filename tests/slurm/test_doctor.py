@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from helpers import LIMIT, Site, wait_for
 
-from raylaunch.sandbox import Sandbox
+from raylaunch.tools.sandbox import Sandbox
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 

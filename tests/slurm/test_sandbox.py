@@ -17,10 +17,10 @@ from helpers import LIMIT
 
 from raylaunch.cli.sandbox import sandbox as cli
 from raylaunch.errors import SandboxError, UsageError
-from raylaunch.sandbox import Sandbox, conf, daemons, missing, take_down
-from raylaunch.sandbox.layout import Layout, Spec
-from raylaunch.sandbox.procs import Proc, wait_for
-from raylaunch.sandbox.teardown import leftovers
+from raylaunch.tools.sandbox import Sandbox, daemons, missing, slurm_conf, take_down
+from raylaunch.tools.sandbox.paths import Layout, Spec
+from raylaunch.tools.sandbox.procs import Proc, wait_for
+from raylaunch.tools.sandbox.teardown import leftovers
 
 pytestmark = pytest.mark.slurm
 
@@ -371,8 +371,8 @@ def test_an_up_that_fails_takes_itself_down(spare_name: str, monkeypatch: pytest
     def text(spec: Spec, layout: Layout) -> str:
         return real(spec, layout) + "NoSuchSetting=1\n"
 
-    real = conf.slurm_conf
-    monkeypatch.setattr(conf, "slurm_conf", text)
+    real = slurm_conf.slurm_conf
+    monkeypatch.setattr(slurm_conf, "slurm_conf", text)
     with pytest.raises(SandboxError, match="slurmctld ended") as caught:
         Sandbox.up(spare_name, nodes=2)
     assert "NoSuchSetting" in caught.value.hint
@@ -471,7 +471,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_imports_the_standard_library_only() -> None:
     code = (
-        "import sys, raylaunch.sandbox;"
+        "import sys, raylaunch.tools.sandbox;"
         "print([m for m in ('ray', 'torch', 'numpy', 'click', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -15,7 +15,7 @@ import yaml
 from helpers import LIMIT, Command, Done, Site, changed, same_curve, small_training, wait_for, write_texts
 from shared import Up
 
-from raylaunch import state
+from raylaunch.state import files
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -75,7 +75,7 @@ def at_gate(site: Site, run: str, steps: int, command: Command) -> None:
 
 def worker(site: Site, run: str, rank: int, attempt: int = 1) -> tuple[str, str]:
     """(node, pid) of a rank, from the first line of its log."""
-    log = state.attempt_dir(site.run_dir(run), attempt) / f"rank-{rank}.log"
+    log = files.attempt_dir(site.run_dir(run), attempt) / f"rank-{rank}.log"
     wait_for(f"rank {rank} of {run}", lambda: log.exists() and "device=" in log.read_text(), LIMIT)
     words = dict(re.findall(r"(\w+)=(\S+)", log.read_text().splitlines()[0]))
     assert words["rank"] == str(rank) and words["run"] == run
@@ -93,7 +93,7 @@ def test_what_train_prints(main: Up, reference: Smooth) -> None:
 
 
 def test_metrics_of_a_run(main: Up, reference: Smooth) -> None:
-    rows = state.read_lines(main.site.run_dir("smooth") / "metrics.jsonl")
+    rows = files.read_lines(main.site.run_dir("smooth") / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "world_size", "attempt", "time"}
@@ -183,7 +183,7 @@ def continued(site: Site, run: str) -> list[int]:
     for row in started[1:]:
         before = max(c["step"] for c in commits if c["time"] < row["time"])
         assert row["from_step"] == before >= EVERY
-    rows = [r for r in state.read_lines(site.run_dir(run) / "metrics.jsonl") if "loss" in r]
+    rows = [r for r in files.read_lines(site.run_dir(run) / "metrics.jsonl") if "loss" in r]
     for number, row in enumerate(started[1:], 2):
         steps = [r["step"] for r in rows if r["attempt"] == number]
         assert not steps or min(steps) == row["from_step"] + 1

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raylaunch import configfile, layout, runs, state
-from raylaunch.config import Config
-from raylaunch.group import Order, RayNode
-from raylaunch.layout import Cluster
-from raylaunch.policy import Ending
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
+from raylaunch.state import files, records, runs
+from raylaunch.state.records import Cluster
+from raylaunch.training.policy import Ending
+from raylaunch.training.worker_group import Order, RayNode
 
 
 class Clock:
@@ -44,38 +45,38 @@ class Made:
     config: Config = field(default_factory=Config)
 
     def __post_init__(self) -> None:
-        self.directory = state.make_dir(state.cluster_dir(self.state_dir, "main"))
-        state.make_dir(self.directory / layout.REQUESTS)
+        self.directory = files.make_dir(files.cluster_dir(self.state_dir, "main"))
+        files.make_dir(self.directory / records.REQUESTS)
         self.record = Cluster("main", "local", 1, "c", 0.0, 1, 9, 2, ("7",))
-        self.record.write(self.directory / layout.CLUSTER_FILE)
-        self.run_dir = state.run_dir(self.state_dir, "r")
+        self.record.write(self.directory / records.CLUSTER_FILE)
+        self.run_dir = files.run_dir(self.state_dir, "r")
         with runs.prepared(self.run_dir, self.config, "main"):
             pass
-        self.config = configfile.load_resolved(self.run_dir / layout.CONFIG_FILE)
+        self.config = loader.load_resolved(self.run_dir / records.CONFIG_FILE)
         self.nodes: dict[str, str] = {}
 
     def members(self, incarnation: int = 1, **nodes: str) -> None:
         """The table, changed by these nodes' states."""
         self.nodes |= nodes
         rows = [{"name": name, "state": what} for name, what in self.nodes.items()]
-        state.write_json(
-            self.directory / layout.MEMBERS_FILE, {"incarnation": incarnation, "nodes": rows, "ends": 77.0}
+        files.write_json(
+            self.directory / records.MEMBERS_FILE, {"incarnation": incarnation, "nodes": rows, "ends": 77.0}
         )
 
     def head(self, incarnation: int) -> None:
-        head = layout.Head("c", incarnation, "a", "host", "127.0.0.1", 20000, "g", 1, 0.0)
-        head.write(self.directory / layout.HEAD_FILE)
+        head = records.Head("c", incarnation, "a", "host", "127.0.0.1", 20000, "g", 1, 0.0)
+        head.write(self.directory / records.HEAD_FILE)
 
     def requests(self) -> list[dict[str, Any]]:
-        return [state.read_json(path) for path in sorted((self.directory / layout.REQUESTS).iterdir())]
+        return [files.read_json(path) for path in sorted((self.directory / records.REQUESTS).iterdir())]
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        return [row for row in state.read_lines(self.run_dir / "events.jsonl") if not kinds or row["kind"] in kinds]
+        return [row for row in files.read_lines(self.run_dir / "events.jsonl") if not kinds or row["kind"] in kinds]
 
     def finish(self, attempt: int, outcome: str, step: int) -> None:
         """The trainer's word."""
-        folder = state.make_dir(state.attempt_dir(self.run_dir, attempt))
-        state.write_json(folder / "outcome.json", {"outcome": outcome, "step": step})
+        folder = files.make_dir(files.attempt_dir(self.run_dir, attempt))
+        files.write_json(folder / "outcome.json", {"outcome": outcome, "step": step})
 
 
 Work = Callable[[Order], Ending | None]

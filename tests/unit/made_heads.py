@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from raylaunch import layout, runs, state
-from raylaunch.config import Config
-from raylaunch.head import HeadDuties
-from raylaunch.layout import Cluster, Head
-from raylaunch.link import Member, Members
+from raylaunch.cluster.head import HeadDuties
+from raylaunch.cluster.membership.control_channel import Member, Members
+from raylaunch.config.schema import Config
+from raylaunch.state import files, records, runs
+from raylaunch.state.records import Cluster, Head
 
 
 class Place:
@@ -21,10 +21,10 @@ class Place:
     def __init__(self, state_dir: Path, backend: str = "local", life: str = "local") -> None:
         self.state_dir, self.life = state_dir, life
         self.directory = state_dir / "clusters" / "main"
-        for part in (layout.REQUESTS, layout.INCARNATIONS, layout.LOGS, layout.NODES):
+        for part in (records.REQUESTS, records.INCARNATIONS, records.LOGS, records.NODES):
             (self.directory / part).mkdir(parents=True)
         self.cluster = Cluster("main", backend, 1, "canary", 0.0, 1, 8, 1, (life.partition(":")[0],))
-        self.cluster.write(self.directory / layout.CLUSTER_FILE)
+        self.cluster.write(self.directory / records.CLUSTER_FILE)
         self.stopped: list[str] = []
         self.resigned: list[str] = []
 
@@ -33,7 +33,7 @@ class Place:
 
     def lead(self, incarnation: int, config: Config | None = None, nodes: int = 4) -> HeadDuties:
         """The head of the next incarnation, which has claimed it."""
-        assert layout.claim(self.directory, incarnation, "n1")
+        assert records.claim(self.directory, incarnation, "n1")
         head = HeadDuties(
             self.directory, self.cluster, config or Config(), self.head(incarnation), Members("t", lambda: "lost"), {},
             self.stopped.append, self.resigned.append, nodes,
@@ -43,8 +43,8 @@ class Place:
 
     def run(self, name: str, condition: str = "queued") -> Path:
         """A run that was handed over; its directory."""
-        directory = state.run_dir(self.state_dir, name)
-        state.make_dir(directory.parent)
+        directory = files.run_dir(self.state_dir, name)
+        files.make_dir(directory.parent)
         with runs.prepared(directory, Config(), "main") as record:
             record.save(directory, state=condition)
         return directory
@@ -53,7 +53,7 @@ class Place:
         return json.loads((self.directory / name).read_text())
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        return state.read_events(self.directory, *kinds)
+        return files.read_events(self.directory, *kinds)
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:

@@ -14,14 +14,16 @@ import pytest
 from click.testing import CliRunner
 from made_runs import NOW, Made
 
-from raylaunch import audit, backends, configfile, layout, provenance, runs, state
-from raylaunch.backends import Job
 from raylaunch.cli import cli
-from raylaunch.config import Config
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
 from raylaunch.errors import RunError, SlurmUnavailable, UsageError
-from raylaunch.observe import accounts, usage
-from raylaunch.observe.history import Attempt, settled
-from raylaunch.observe.report.facts import gather
+from raylaunch.observe.history import accounting, node_hours
+from raylaunch.observe.history.timeline import Attempt, settled
+from raylaunch.observe.report.gather import gather
+from raylaunch.scheduler import backends
+from raylaunch.scheduler.backends import Job
+from raylaunch.state import audit, files, provenance, records, runs
 
 DAY = 86400.0
 
@@ -72,24 +74,24 @@ def test_holds() -> None:
         event(1000, "submitted", job="3"), event(1010, "node_joined", node="a"), event(1050, "strike", node="a"),
         event(5000, "submitted", job="4"), event(5010, "node_joined", node="a"),
     ])  # fmt: skip
-    lives, holds = usage.lives(rows, until=5110.0)
+    lives, holds = node_hours.lives(rows, until=5110.0)
     held = [(h.node, h.start, h.end) for h in holds]
     assert held[:5] == [("b", 12, 100), ("a", 10, 300), ("c", 200, 300), ("a", 400, 500), ("a", 1010, 5000)]
     assert held[5:] == [("a", 5010, 5110)]
     assert [life.jobs for life in lives] == [["1", "2"], ["3"], ["4"]] and lives[0].nodes == 2
     assert (lives[0].ended, lives[0].reason, lives[1].ended) == (500, "down", None)
-    assert usage.lives(rows[:16], until=0.0)[1][-1].end == 1050  # killed, and nothing is known of it after
-    assert usage.node_seconds(holds, [(0, 50), (250, 450)]) == {"a": 40 + 50 + 50, "b": 38, "c": 50}
+    assert node_hours.lives(rows[:16], until=0.0)[1][-1].end == 1050  # killed, and nothing is known of it after
+    assert node_hours.node_seconds(holds, [(0, 50), (250, 450)]) == {"a": 40 + 50 + 50, "b": 38, "c": 50}
 
 
 def test_a_runs_own_time() -> None:
     rows = [event(1, "queued"), event(5, "finished"), event(9, "queued"), event(10, "attempt_started", attempt=2)]
-    assert usage.active(rows, 20) == [(1, 5), (9, 20)] and usage.active(rows[:2], 20) == [(1, 5)]
+    assert node_hours.active(rows, 20) == [(1, 5), (9, 20)] and node_hours.active(rows[:2], 20) == [(1, 5)]
     lost, last = Attempt(1, 1, 10.0, 4, 0, ("a",)), Attempt(2, 2, 100.0, 2, 0, ("b", "c"))
     lost.connected = 30.0
-    assert [span for _, span in usage.spans([lost, last], 160.0)] == [(10, 30), (100, 160)]
-    assert usage.gpu_seconds([lost, last], {"a": 1, "b": 0, "c": 0}, 160.0) == 4 * 20
-    assert usage.active([], 20) == [] and usage.active(rows[3:], 2) == [(10, 10)]
+    assert [span for _, span in node_hours.spans([lost, last], 160.0)] == [(10, 30), (100, 160)]
+    assert node_hours.gpu_seconds([lost, last], {"a": 1, "b": 0, "c": 0}, 160.0) == 4 * 20
+    assert node_hours.active([], 20) == [] and node_hours.active(rows[3:], 2) == [(10, 10)]
 
 
 # -- history ---------------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def test_a_runs_own_time() -> None:
 def test_history(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slurm = Knows("4711")
     monkeypatch.setattr(backends, "of", lambda name: slurm)
-    found = accounts.gather(where, NOW)
+    found = accounting.gather(where, NOW)
     assert [(r.run, r.state, r.account) for r in found.runs] == [
         ("old", "finished", "nlp-project"), ("new", "finished", None), ("going", "running", "nlp-project"),
     ]  # fmt: skip
@@ -113,7 +115,7 @@ def test_history(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sums["nlp-project"].runs == 2 and sums["nlp-project"].clusters == 2
     assert sums["nlp-project"].gpu_hours == pytest.approx(sum(c.gpu_hours or 0 for c in found.clusters))
     assert sums[None].node_hours >= sums[None].run_node_hours > 0
-    assert [r.run for r in accounts.gather(where, NOW, NOW - 2 * DAY).runs] == ["new", "going"]
+    assert [r.run for r in accounting.gather(where, NOW, NOW - 2 * DAY).runs] == ["new", "going"]
 
 
 def test_what_is_broken_hides_nothing(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +129,7 @@ def test_what_is_broken_hides_nothing(where: Path, monkeypatch: pytest.MonkeyPat
     (where / "clusters" / "odd" / "cluster.json").write_text("[]")
     (where / "runs" / "old" / "events.jsonl").write_bytes(b"\x00\xff\n" * 100)
     shutil.rmtree(where / "clusters" / "new")
-    found = accounts.gather(where, NOW)
+    found = accounting.gather(where, NOW)
     rows = {r.run: r for r in found.runs}
     assert rows["torn"].state == rows["odd"].state == rows["empty"].state == "unreadable" and rows["torn"].reason
     assert rows["old"].state == "finished" and rows["old"].node_hours is None
@@ -140,7 +142,7 @@ def test_what_is_broken_hides_nothing(where: Path, monkeypatch: pytest.MonkeyPat
 def test_a_cluster_that_was_killed(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "of", lambda name: Knows())
     os.utime(where / "clusters" / "going" / "members.json", (NOW - 1700, NOW - 1700))
-    found = accounts.gather(where, NOW + 50 * DAY)
+    found = accounting.gather(where, NOW + 50 * DAY)
     assert found.runs[-1].state == "interrupted" and found.clusters[-1].state == "lost"
     assert (found.clusters[-1].node_hours or 0) < 2 * 0.52  # up to the last sign of its run
 
@@ -168,7 +170,7 @@ def test_the_command(where: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_the_audit_trail(tmp_path: Path) -> None:
-    config = configfile.load(None, ["slurm.env.KEY=${HOME}", "slurm.env.OTHER=secret"], user_file=None)
+    config = loader.load(None, ["slurm.env.KEY=${HOME}", "slurm.env.OTHER=secret"], user_file=None)
     told: list[str] = []
     audit.add(tmp_path / "state", "up", told.append, cluster="main", config=config)
     audit.add(tmp_path / "state", "scale", told.append, cluster="main", nodes=4)
@@ -179,7 +181,7 @@ def test_the_audit_trail(tmp_path: Path) -> None:
     assert len(first["config"]) == 64 and "secret" not in path.read_text()
     assert second["nodes"] == 4 and "config" not in second
     written = tmp_path / "config.yaml"
-    state.write_text(written, configfile.dump(config))
+    files.write_text(written, loader.dump(config))
     assert subprocess.run(["sha256sum", written], capture_output=True, text=True).stdout.split()[0] == first["config"]
     path.write_bytes(path.read_bytes() + b'{"torn": \n\x00\xff\n[1]\n')
     assert len(audit.read(tmp_path / "state")) == 2
@@ -199,9 +201,9 @@ def test_commands_leave_their_line(where: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(backends, "of", lambda name: Knows("4711"))
     (where / "clusters" / "going" / "requests").mkdir()
-    config = configfile.dump(Config())
+    config = loader.dump(Config())
     for path in (where / "runs" / "going", where / "clusters" / "going"):
-        state.write_text(path / "config.yaml", config)
+        files.write_text(path / "config.yaml", config)
 
     def call(*command: str) -> None:
         done = CliRunner().invoke(cli, [*command, "--state-dir", str(where)])
@@ -233,7 +235,7 @@ def test_what_was_refused_does_not_look_like_what_was_done(
     up = ["up", "--name", "going", "--no-wait", "--state-dir", str(where)]
     assert isinstance(CliRunner().invoke(cli, up).exception, UsageError)  # one of that name lives
     going = where / "clusters" / "going"
-    monkeypatch.setattr("raylaunch.cluster.submit", lambda *_: (going, layout.Cluster.read(going)))
+    monkeypatch.setattr("raylaunch.cluster.up.submit", lambda *_: (going, records.Cluster.read(going)))
     assert CliRunner().invoke(cli, [*up, "--name", "other"]).exit_code == 0
     assert [row.get("outcome") for row in audit.read(where)] == ["refused", None]
     shown = CliRunner().invoke(cli, ["history", "--audit", "--state-dir", str(where)]).output
@@ -281,10 +283,10 @@ def test_git_that_hangs_or_is_missing_delays_nothing(tmp_path: Path, monkeypatch
 
 def test_a_hand_over_records_it(repository: Path, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
-    config = configfile.load(None, [f"trainer.chdir={repository}"], user_file=None)
+    config = loader.load(None, [f"trainer.chdir={repository}"], user_file=None)
     with runs.prepared(run, config, "main"):
         assert not (run / provenance.FILE).exists()  # the hand-over does not wait for it
-    longer = configfile.load(None, [f"trainer.chdir={repository}", "step_scheduler.max_steps=300"], user_file=None)
+    longer = loader.load(None, [f"trainer.chdir={repository}", "step_scheduler.max_steps=300"], user_file=None)
     with runs.prepared(run, longer, "main"):
         pass
     first, second = provenance.read(run)
@@ -292,7 +294,7 @@ def test_a_hand_over_records_it(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError), runs.prepared(run, config, "main"):
         raise RunError("the cluster has gone")
     assert len(provenance.read(run)) == 2
-    assert configfile.load_resolved(run / layout.CONFIG_FILE).step_scheduler.max_steps == 300
+    assert loader.load_resolved(run / records.CONFIG_FILE).step_scheduler.max_steps == 300
     for content in ("", "3", '{"hand_overs": 3}', '{"hand_overs": [1, {}]}'):
         (run / provenance.FILE).write_text(content)
         assert all(isinstance(row, dict) for row in provenance.read(run))

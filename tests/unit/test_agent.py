@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from raylaunch import agent, layout, state
-from raylaunch.agent import Agent, Here
-from raylaunch.config import Config
+from raylaunch.cluster.agent import agent
+from raylaunch.cluster.agent.agent import Agent, Here
+from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, SlurmError, StateError
-from raylaunch.layout import Head
-from raylaunch.slurm.client import SlurmUnavailable
-from raylaunch.slurm.parse import JobState
+from raylaunch.scheduler.slurm.client import SlurmUnavailable
+from raylaunch.scheduler.slurm.parse import JobState
+from raylaunch.state import files, records
+from raylaunch.state.records import Head
 
 HERE = Here(Path("/nowhere"), "c1", "n2", 1, ("n1", "n2", "n3"), local=False, job="7", life="7:0")
 HEAD = Head(canary="c1", incarnation=3, node="n1", hostname="n1", address="10.0.0.1", control_port=1, gcs="",
@@ -117,7 +118,7 @@ def give_back(monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm, read: Callable[
             await agent.give_back_orphaned(replace(HERE, index=index), terminated, {"SLURM_JOB_ID": "7"})
 
     monkeypatch.setattr(agent, "Slurm", slurm)
-    monkeypatch.setattr(state, "read_json", read)
+    monkeypatch.setattr(files, "read_json", read)
     asyncio.run(main())
 
 
@@ -176,7 +177,7 @@ def test_a_job_that_is_told_to_end_is_not_cancelled(monkeypatch: pytest.MonkeyPa
         await agent.give_back_orphaned(replace(HERE, index=9), terminated, {"SLURM_JOB_ID": "7"})
 
     monkeypatch.setattr(agent, "Slurm", slurm)
-    monkeypatch.setattr(state, "read_json", failing(READY))
+    monkeypatch.setattr(files, "read_json", failing(READY))
     asyncio.run(main())
     assert slurm.cancelled == []
 
@@ -189,20 +190,20 @@ def report(here: Here, made: Agent | None) -> None:
 
 
 def test_a_first_node_that_fails_ends_the_life(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / layout.NODES).mkdir()
+    (tmp_path / records.NODES).mkdir()
     report(replace(HERE, directory=tmp_path, index=0), None)
-    assert capsys.readouterr().out == f"{layout.FAILED_LINE} n2: no ports. Use another node.\n"
-    assert state.read_json(tmp_path / layout.NODES / "n2.json")["error"] == "no ports. Use another node."
-    assert state.read_json(tmp_path / layout.ENDED_FILE)["reason"] == "no ports. Use another node."
+    assert capsys.readouterr().out == f"{records.FAILED_LINE} n2: no ports. Use another node.\n"
+    assert files.read_json(tmp_path / records.NODES / "n2.json")["error"] == "no ports. Use another node."
+    assert files.read_json(tmp_path / records.ENDED_FILE)["reason"] == "no ports. Use another node."
 
 
 @pytest.mark.parametrize("reigning", [None, HEAD])
 def test_another_node_does_not(tmp_path: Path, reigning: Head | None) -> None:
-    (tmp_path / layout.NODES).mkdir()
+    (tmp_path / records.NODES).mkdir()
     if reigning is not None:  # the first node led, and another one does
-        reigning.write(tmp_path / layout.HEAD_FILE)
+        reigning.write(tmp_path / records.HEAD_FILE)
     report(replace(HERE, directory=tmp_path, index=0 if reigning else 1), None)
-    assert not (tmp_path / layout.ENDED_FILE).exists()
+    assert not (tmp_path / records.ENDED_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -214,32 +215,32 @@ def test_a_first_node_that_fails_ends_no_other_allocation(
     """Slurm may run two of one cluster for a while: only where the one that leads is over, the cluster is."""
     rows = {} if now is None else {"8": type("Row", (), {"state": now})}
     monkeypatch.setattr(agent, "Slurm", lambda: type("Fake", (), {"jobs": lambda self, ids: rows})())
-    (tmp_path / layout.NODES).mkdir()
-    replace(HEAD, life="8:0").write(tmp_path / layout.HEAD_FILE)
+    (tmp_path / records.NODES).mkdir()
+    replace(HEAD, life="8:0").write(tmp_path / records.HEAD_FILE)
     report(replace(HERE, directory=tmp_path, index=0), None)
-    assert (tmp_path / layout.ENDED_FILE).exists() == over
+    assert (tmp_path / records.ENDED_FILE).exists() == over
 
 
 def test_one_hiccup_does_not_hide_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / layout.NODES).mkdir()
-    write, errors = state.write_json, [OSError(errno.EIO, "input/output error"), HICCUP]
+    (tmp_path / records.NODES).mkdir()
+    write, errors = files.write_json, [OSError(errno.EIO, "input/output error"), HICCUP]
 
     def write_json(path: Path, value: Any) -> None:
-        if errors and path.name == layout.ENDED_FILE:
+        if errors and path.name == records.ENDED_FILE:
             raise errors.pop()
         write(path, value)
 
-    monkeypatch.setattr(state, "write_json", write_json)
+    monkeypatch.setattr(files, "write_json", write_json)
     made = Agent.__new__(Agent)
     made.duties, made.link, made.end = None, None, asyncio.Event()
     report(replace(HERE, directory=tmp_path, index=0), made)
-    assert state.read_json(tmp_path / layout.ENDED_FILE)["reason"].startswith("no ports")
+    assert files.read_json(tmp_path / records.ENDED_FILE)["reason"].startswith("no ports")
     assert made.reason.startswith("no ports") and made.end.is_set()
 
 
 def test_a_directory_that_is_not_there_is_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report(replace(HERE, directory=tmp_path / "not shared", index=0), None)
-    assert capsys.readouterr().out.startswith(layout.FAILED_LINE)
+    assert capsys.readouterr().out.startswith(records.FAILED_LINE)
 
 
 def test_an_agent_s_constructor_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +249,7 @@ def test_an_agent_s_constructor_touches_nothing(monkeypatch: pytest.MonkeyPatch)
         "token", agent.hosts.TempDir("/nowhere", "/c", None), "10.0.0.2", agent.hosts.Resources(8, 1, 1, ()),
         agent.hosts.PortLease(agent.hosts.Ports(10240), None),  # type: ignore[arg-type]
     )  # fmt: skip
-    cluster = layout.Cluster("c", "slurm", 1, "c1", 0.0, 1, 3, workers_per_node=2)
+    cluster = records.Cluster("c", "slurm", 1, "c1", 0.0, 1, 3, workers_per_node=2)
     made = Agent(HERE, cluster, Config(), setup)
     info = made.info()
     assert (info["state"], info["ports"], made.workers_cpus) == ("starting", [10240, 10751], 4)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 CLOSE = """
 import asyncio, sys
-from raylaunch import hosts
-from raylaunch.agent import Agent
-from raylaunch.link import Members
+from raylaunch.host import hosts
+from raylaunch.cluster.agent.agent import Agent
+from raylaunch.cluster.membership.control_channel import Members
 
 class Broken:
     exit_code = 0

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import virtual
 
-from raylaunch import agent, hosts, layout, state
-from raylaunch.agent import Agent, Here, NodeSetup
-from raylaunch.config import Config
+from raylaunch.cluster.agent import agent
+from raylaunch.cluster.agent.agent import Agent, Here, NodeSetup
+from raylaunch.cluster.head.context import Replaced
+from raylaunch.cluster.membership.control_channel import Closed
+from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, ConfigError, RaylaunchError, StateError
-from raylaunch.head.context import Replaced
-from raylaunch.layout import Head
-from raylaunch.link import Closed
+from raylaunch.host import hosts
+from raylaunch.state import files, records
+from raylaunch.state.records import Head
 
 HERE = Here(Path("/nowhere"), "c", "n2", 1, ("n1", "n2"), local=False, job="7", life="7:0")
 HEAD = Head(canary="c", incarnation=1, node="n1", hostname="n1", address="a1", control_port=1, gcs="a1:2",
@@ -84,7 +86,7 @@ def made(link: FakeLink, here: Here = HERE) -> Any:
         "token", hosts.TempDir("/nowhere", "/c", None), "10.0.0.2", hosts.Resources(8, 1, 1, ()),
         hosts.PortLease(hosts.Ports(10240), None),  # type: ignore[arg-type]
     )  # fmt: skip
-    found: Any = Agent(here, layout.Cluster("c", "slurm", 1, "c", 0.0, 1, 2, workers_per_node=1), Config(), setup)
+    found: Any = Agent(here, records.Cluster("c", "slurm", 1, "c", 0.0, 1, 2, workers_per_node=1), Config(), setup)
     found.link = link
     found.may_join.set()
     found._fresh_ground = lambda same_ports: None
@@ -325,8 +327,8 @@ class Duties:
 @pytest.fixture
 def first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The first node of a requeued job: a head.json of the allocation before it is there."""
-    assert layout.claim(tmp_path, 1, "n1", "7:0")
-    HEAD.write(tmp_path / layout.HEAD_FILE)
+    assert records.claim(tmp_path, 1, "n1", "7:0")
+    HEAD.write(tmp_path / records.HEAD_FILE)
     node = made(FakeLink(), replace(HERE, directory=tmp_path, node="n1", index=0, life="7:1"))
 
     async def connect(head: Head) -> Any:
@@ -343,23 +345,23 @@ def test_a_storage_that_hiccups_ends_no_cluster_that_begins(monkeypatch: pytest.
     """Neither reading, nor the claim, nor what a head writes as it begins."""
     stale = OSError(errno.ESTALE, "stale file handle")
     hiccup(monkeypatch, Head, "read", storage_error(errno.EIO), StateError("half a file"))
-    hiccup(monkeypatch, layout, "began", stale)
-    hiccup(monkeypatch, layout, "claims", stale)
-    hiccup(monkeypatch, layout, "claim", storage_error(errno.EIO))
+    hiccup(monkeypatch, records, "began", stale)
+    hiccup(monkeypatch, records, "claims", stale)
+    hiccup(monkeypatch, records, "claim", storage_error(errno.EIO))
     Duties.failures += [storage_error(errno.EIO), stale]
     _, head = virtual.run(monkeypatch, first._first_head)
     assert (head.incarnation, head.life) == (2, "7:1") and Duties.begun == [(2, "")] * 3
 
 
 def test_a_claim_that_was_made_though_it_failed_is_ours(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
-    hiccup(monkeypatch, layout, "claim", OSError(errno.EIO, "the answer got lost"), after=True)
+    hiccup(monkeypatch, records, "claim", OSError(errno.EIO, "the answer got lost"), after=True)
     _, head = virtual.run(monkeypatch, first._first_head)
-    assert head.incarnation == 2 and layout.claims(first.here.directory) == [1, 2]
+    assert head.incarnation == 2 and records.claims(first.here.directory) == [1, 2]
 
 
 def test_another_s_claim_is_not(first: Any) -> None:
     directory = first.here.directory
-    assert layout.claim(directory, 2, "n1", "7:2") and layout.claim(directory, 3, "n9", "7:1")
+    assert records.claim(directory, 2, "n1", "7:2") and records.claim(directory, 3, "n9", "7:1")
     assert [agent._claim(first.here, number) for number in (1, 2, 3, 4)] == [False, False, False, True]
 
 
@@ -386,7 +388,7 @@ def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
     monkeypatch: pytest.MonkeyPatch, first: Any, error: Exception
 ) -> None:
     """It resigned as it raised that. A failure would be a strike, and the end of the run for its followers."""
-    state.make_dir(first.here.directory / layout.LOGS)
+    files.make_dir(first.here.directory / records.LOGS)
 
     async def nothing(*_: Any) -> Any: ...
 
@@ -405,12 +407,12 @@ def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
     monkeypatch.setattr(agent, "_report", None)  # what tells a failure
     with contextlib.ExitStack() as at_end:
         assert asyncio.run(agent.supervise(first.here, at_end)) == agent.AGAIN
-    (told,) = state.read_events(first.here.directory, "could_not_lead")
+    (told,) = files.read_events(first.here.directory, "could_not_lead")
     assert told["node"] == "n1" and told["error"].startswith(type(error).__name__)
 
 
 def test_a_look_for_the_head_that_fails_saw_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    HEAD.write(tmp_path / layout.HEAD_FILE)
+    HEAD.write(tmp_path / records.HEAD_FILE)
     hiccup(monkeypatch, Head, "read", storage_error(errno.ESTALE), OSError(errno.EIO, "input/output error"))
     assert virtual.run(monkeypatch, lambda: agent.wait_for_head(replace(HERE, directory=tmp_path))) == HEAD
 

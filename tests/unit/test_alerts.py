@@ -14,20 +14,22 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylaunch import configfile, layout, runs, state
-from raylaunch.alerts import addresses, details, health, mail, outbox, sinks
-from raylaunch.alerts.alert import Alert, lasting, message, severity
-from raylaunch.alerts.follow import Follower, _last_line
-from raylaunch.alerts.limits import Limiter
-from raylaunch.alerts.outbox import Due, Outbox
-from raylaunch.alerts.rules import Memory, Rules
-from raylaunch.alerts.sinks import Result
 from raylaunch.cli import cli
-from raylaunch.config import AlertKind, AlertsConfig, Config
+from raylaunch.config import loader, secrets
+from raylaunch.config.schema import AlertKind, AlertsConfig, Config
 from raylaunch.errors import ConfigError, UsageError
-from raylaunch.processes import start_time
-from raylaunch.sandbox.procs import wait_for
-from raylaunch.tracking import sinks as trackers
+from raylaunch.host.processes import start_time
+from raylaunch.observe.alerts import baselines, details, outbox, sinks
+from raylaunch.observe.alerts.alert import Alert, lasting, message, severity
+from raylaunch.observe.alerts.outbox import Due, Outbox
+from raylaunch.observe.alerts.rate_limit import Limiter
+from raylaunch.observe.alerts.rules import Memory, Rules
+from raylaunch.observe.alerts.sidecar import Follower, _last_line
+from raylaunch.observe.alerts.sinks import Result
+from raylaunch.observe.trackers import sinks as trackers
+from raylaunch.scheduler.slurm import mail
+from raylaunch.state import files, records, runs
+from raylaunch.tools.sandbox.procs import wait_for
 
 SECRET = "https://hooks.example.org/services/T0/B0/s3cr3t"
 
@@ -166,12 +168,12 @@ def test_stalled_when_no_step_comes_for_long_and_told_when_one_does() -> None:
 
 def test_how_long_a_stall_is() -> None:
     config = Told(logging={"log_every_steps": 10}).config
-    assert health.stall_limit(config, [1.0] * 4, 50) is None
-    assert health.stall_limit(config, [1.0] * 64, 50) == 120.0
-    assert health.stall_limit(config, [30.0] * 64, 50) == 300.0
+    assert baselines.stall_limit(config, [1.0] * 4, 50) is None
+    assert baselines.stall_limit(config, [1.0] * 64, 50) == 120.0
+    assert baselines.stall_limit(config, [30.0] * 64, 50) == 300.0
     for step in (90, 95, 100, 9990):  # a save or the end may come before the next line
-        assert health.stall_limit(config, [1.0] * 64, step) == 600.0
-    assert health.stall_limit(config, [1.0] * 64, 101) == 120.0
+        assert baselines.stall_limit(config, [1.0] * 64, step) == 600.0
+    assert baselines.stall_limit(config, [1.0] * 64, 101) == 120.0
 
 
 def test_a_spike_of_the_loss_is_said_once_and_a_bad_batch_is_none() -> None:
@@ -187,7 +189,7 @@ def test_a_spike_of_the_loss_is_said_once_and_a_bad_batch_is_none() -> None:
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False, min_value=-1e9, max_value=1e9), max_size=130))
 def test_a_falling_loss_is_no_spike(losses: list[float]) -> None:
-    assert health.spike(sorted(losses, reverse=True), 6.0) is None
+    assert baselines.spike(sorted(losses, reverse=True), 6.0) is None
 
 
 def test_numbers_that_are_none() -> None:
@@ -446,10 +448,10 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_details_of_a_failed_run(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "r"
-    folder = state.attempt_dir(run, 1)
+    folder = files.attempt_dir(run, 1)
     folder.mkdir(parents=True)
     (folder / "rank-3.log").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
-    state.append_event(
+    files.append_event(
         run, "attempt_ended", attempt=1, how="error", error="oom", cause="error", rank=3, node="gpu1", committed=0
     )
     made = details.complete(Alert("failed", "failed: oom", ask="verdict"), run)
@@ -493,7 +495,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def read(text: str, *sets: str) -> Config:
     Path("c.yaml").write_text(text)
-    return configfile.load(Path("c.yaml"), sets)
+    return loader.load(Path("c.yaml"), sets)
 
 
 @pytest.mark.parametrize("given_", [SECRET, "env:HOOK", "file:hook", "${HOOK_URL}"])
@@ -509,7 +511,7 @@ def test_an_address_is_known_to_the_run_s_0600_config_alone(
     directory = here / "runs" / "r"
     with runs.prepared(directory, config, "main"):
         pass
-    resolved = configfile.load_resolved(directory / layout.CONFIG_FILE)
+    resolved = loader.load_resolved(directory / records.CONFIG_FILE)
     assert [one.get_secret_value() for one in resolved.alerts.addresses.values()] == [SECRET, SECRET]
     holders = [
         path.name for path in here.joinpath("runs").rglob("*") if path.is_file() and "s3cr3t" in path.read_text()
@@ -518,15 +520,15 @@ def test_an_address_is_known_to_the_run_s_0600_config_alone(
 
 
 def test_the_cluster_s_files_and_the_script_have_none(here: Path) -> None:
-    from raylaunch import cluster
+    from raylaunch.cluster import up
 
     config = read(
         f"alerts: {{slack: '{SECRET}', command: [s3cr3t], mail: me@x.org}}\ncluster: {{state_dir: {here}, backend: local}}"
     )
     directory = here / "clusters" / "main"
-    cluster._prepare(config, "local", directory, None, None)
+    up._prepare(config, "local", directory, None, None)
     assert not [path for path in directory.rglob("*") if path.is_file() and "s3cr3t" in path.read_text()]
-    assert "--mail-user=me@x.org" in (directory / layout.SCRIPT_FILE).read_text()
+    assert "--mail-user=me@x.org" in (directory / records.SCRIPT_FILE).read_text()
 
 
 @pytest.mark.parametrize(
@@ -578,7 +580,7 @@ def test_an_address_that_cannot_be_had(here: Path, given_: str, said: str, monke
 
 
 def test_what_a_library_says_is_not_repeated(here: Path) -> None:
-    own = addresses.resolved(AlertsConfig.model_validate({"webhook": "http://s3cr3t.invalid:99999/s3cr3t"}))
+    own = secrets.resolved(AlertsConfig.model_validate({"webhook": "http://s3cr3t.invalid:99999/s3cr3t"}))
     found = asyncio.run(sinks.send("webhook", own, {"a": 1}))
     assert not found.ok and found.said and "s3cr3t" not in found.said
 
@@ -665,7 +667,7 @@ def test_what_a_loss_usually_is_outlives_a_handing_over(here: Path) -> None:
     assert run is not None
     memory = asdict(Memory(begun=True, attempt=7, losses=[1.5, 1.4]))
     limits = Limiter(1.0, 9).memory()
-    state.write_json(run_dir / "alerts.json", {"run": "another", "limits": limits, "outbox": [], "memory": memory})
+    files.write_json(run_dir / "alerts.json", {"run": "another", "limits": limits, "outbox": [], "memory": memory})
     assert Follower(run_dir, Config(), run)._rules.memory == Memory(losses=[1.5, 1.4])
 
 
@@ -677,10 +679,10 @@ def test_the_alerts_of_a_run_are_listed_whatever_lies_there(here: Path) -> None:
     assert "has sent no alert" in CliRunner().invoke(cli, words).output
     done = {"slack": {"outcome": "sent", "tries": 2, "seconds": 1.0}}
     told = {"alert": "nan", "at": 1e9, "text": "step 7: [red] loss is nan", "id": "1", "count": 1}
-    state.append_event(run, "alert", **told, sinks=done)
+    files.append_event(run, "alert", **told, sinks=done)
     box = Outbox()
     box.add(message(Alert("failed", "failed: x", time=1e9), "r", "main"), ["webhook"])
-    state.write_json(run / "alerts.json", {"outbox": box.memory()})
+    files.write_json(run / "alerts.json", {"outbox": box.memory()})
     shown = CliRunner().invoke(cli, words).output
     assert "nan  slack sent (2 tries)\n  step 7: [red] loss is nan\n" in shown
     assert "failed  webhook waits: not tried yet" in shown

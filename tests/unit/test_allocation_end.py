@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from raylaunch import allocation, layout, locks
-from raylaunch.allocation import Look, Onward, Word
 from raylaunch.errors import SlurmError, SlurmUnavailable
-from raylaunch.layout import Cluster
-from raylaunch.slurm.parse import JobDetail, JobRow, JobState
+from raylaunch.host import locks
+from raylaunch.scheduler.slurm import allocation
+from raylaunch.scheduler.slurm.allocation import Look, Onward, Word
+from raylaunch.scheduler.slurm.parse import JobDetail, JobRow, JobState
+from raylaunch.state import records
+from raylaunch.state.records import Cluster
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ OLD, NEW = "2026-11-30T10:00:00", "2026-11-30T12:00:00"
     ],
 )
 def test_slurmstepd_s_word(tmp_path: Path, lines: list[str], word: Word) -> None:
-    output = tmp_path / layout.LOGS / "slurm-7.out"
+    output = tmp_path / records.LOGS / "slurm-7.out"
     output.parent.mkdir()
     output.write_text("".join(f"slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT {line}\n" for line in lines))
     since = datetime.fromisoformat("2026-11-30T11:00:00").timestamp()
@@ -130,7 +132,7 @@ def test_the_next_allocation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: dict[str, Any], done: list[str]
 ) -> None:
     asked(monkeypatch, **answers)
-    (tmp_path / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
     assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "walltime", Onward.REQUEUE)] == done
 
 
@@ -138,15 +140,15 @@ def test_a_submission_that_may_have_been_taken_is_not_repeated(tmp_path: Path, m
     late = SlurmUnavailable("no answer within 10 s")
     late.__cause__ = subprocess.TimeoutExpired("sbatch", 10)
     slurm = asked(monkeypatch, submit=[late, "8"])
-    (tmp_path / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
     done = [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Onward.SUCCESSOR)]
     assert done == ["successor_refused"] and slurm.done == ["submit"]
 
 
 def test_a_successor_that_cannot_be_written_down_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, submit=["8"])
-    (tmp_path / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
-    (tmp_path / layout.CLUSTER_FILE).write_text("{")
+    (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    (tmp_path / records.CLUSTER_FILE).write_text("{")
     assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Onward.SUCCESSOR)] == ["successor"]
 
 
@@ -154,8 +156,8 @@ def test_a_lock_that_somebody_frozen_holds_keeps_no_successor_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster = Cluster("main", "slurm", 1, "canary", 0.0, 1, 1, 1, ("7",))
-    cluster.write(tmp_path / layout.CLUSTER_FILE)
-    (tmp_path / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    cluster.write(tmp_path / records.CLUSTER_FILE)
+    (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
     monkeypatch.setattr(allocation, "Slurm", lambda: SimpleNamespace(submit=lambda _: "8"))
     seconds = count(0.0, 1.0)
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))

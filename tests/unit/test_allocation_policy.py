@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylaunch.allocation import Onward
-from raylaunch.head import allocation_policy as policy
-from raylaunch.head.allocation_policy import (
+from raylaunch.cluster.head import allocation_policy
+from raylaunch.cluster.head.allocation_policy import (
     JOB_ENDS,
     Course,
     Decision,
@@ -25,6 +24,7 @@ from raylaunch.head.allocation_policy import (
     Work,
     decide,
 )
+from raylaunch.scheduler.slurm.allocation import Onward
 
 RUNNING, ENDING = Job("RUNNING", 60.0), Job("COMPLETING")
 PREEMPTED = Job("COMPLETING", preempted=True, taken="preempted", again=False)
@@ -207,9 +207,11 @@ class World:
             case Save():
                 assert facts.event is not Event.SIGTERM or (facts.job is not None and facts.job.state == "RUNNING")
                 left = facts.job.seconds_left if facts.job is not None else None
-                enough = policy.LEAST_TO_SAVE + policy.ENDING_LIMIT
+                enough = allocation_policy.LEAST_TO_SAVE + allocation_policy.ENDING_LIMIT
                 if left is not None:
-                    assert decision.after + decision.limit + policy.ENDING_LIMIT <= max(left, enough), "no time"
+                    assert decision.after + decision.limit + allocation_policy.ENDING_LIMIT <= max(left, enough), (
+                        "no time"
+                    )
                 self.course = self.course.begin(decision.why, work)
             case End():
                 assert (decision.way == "itself") == (facts.runs_again and bool(facts.taken))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stalling import StallingFile
 
-from raylaunch.appender import Appender, AppendingHandler
+from raylaunch.state.appender import Appender, AppendingHandler
 
 PATIENCE = 60.0
 

@@ -17,22 +17,22 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch import state
-from raylaunch.chaos import campaign, faults, model, plan, reach, report
-from raylaunch.chaos.campaign import Campaign
-from raylaunch.chaos.faults import Aim, Broken
-from raylaunch.chaos.plan import KINDS, Planned
 from raylaunch.cli.chaos import chaos
 from raylaunch.errors import UsageError
-from raylaunch.observe import history, ledger
+from raylaunch.observe.history import goodput, timeline
+from raylaunch.state import files
+from raylaunch.tools.chaos import campaign, cluster_model, faults, remote, report, schedule
+from raylaunch.tools.chaos.campaign import Campaign
+from raylaunch.tools.chaos.faults import Aim, Broken
+from raylaunch.tools.chaos.schedule import KINDS, Planned
 
 # --- the plan -----------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(sorted(KINDS)), min_size=1, unique=True))
 def test_the_same_seed_gives_the_same_sequence(seed: int, kinds: list[str]) -> None:
-    one = list(itertools.islice(plan.plan(kinds, seed), 3 * len(kinds)))
-    assert one == list(itertools.islice(plan.plan(kinds, seed), 3 * len(kinds)))
+    one = list(itertools.islice(schedule.plan(kinds, seed), 3 * len(kinds)))
+    assert one == list(itertools.islice(schedule.plan(kinds, seed), 3 * len(kinds)))
     assert [p.seq for p in one] == list(range(1, 3 * len(kinds) + 1))
     for begin in range(0, len(one), len(kinds)):  # each kind once a round
         assert {p.kind for p in one[begin : begin + len(kinds)]} == set(kinds)
@@ -41,20 +41,29 @@ def test_the_same_seed_gives_the_same_sequence(seed: int, kinds: list[str]) -> N
 
 def test_a_plan_does_not_change_between_versions() -> None:
     """A seed in a closing note must give the same faults years later."""
-    first = [(p.kind, round(p.pick, 3), p.coin) for p in itertools.islice(plan.plan(["node", "worker", "head"], 7), 4)]
+    first = [
+        (p.kind, round(p.pick, 3), p.coin) for p in itertools.islice(schedule.plan(["node", "worker", "head"], 7), 4)
+    ]
     assert first == [("worker", 0.651, True), ("node", 0.366, True), ("head", 0.037, True), ("node", 0.827, True)]
 
 
 def test_words_of_the_command_line() -> None:
-    assert [plan.seconds(w) for w in ("60s", "10m", "1.5h", "30d", "7", "250ms")] == [60, 600, 5400, 2592000, 7, 0.25]
-    assert [plan.spoken(v) for v in (12.0, 90.0, 7200.0, 2592000.0)] == ["12s", "1.5m", "2h", "30d"]
+    assert [schedule.seconds(w) for w in ("60s", "10m", "1.5h", "30d", "7", "250ms")] == [
+        60,
+        600,
+        5400,
+        2592000,
+        7,
+        0.25,
+    ]
+    assert [schedule.spoken(v) for v in (12.0, 90.0, 7200.0, 2592000.0)] == ["12s", "1.5m", "2h", "30d"]
     for bad in ("", "x", "0s", "-1s", "1w", "1h30"):
         with pytest.raises(UsageError, match="no duration"):
-            plan.seconds(bad)
-    assert plan.parse_kinds("node, worker") == ["node", "worker"]
+            schedule.seconds(bad)
+    assert schedule.parse_kinds("node, worker") == ["node", "worker"]
     for bad, words in (("node,fire", "unknown fault fire"), ("", "no fault"), ("node,node", "twice")):
         with pytest.raises(UsageError, match=words):
-            plan.parse_kinds(bad)
+            schedule.parse_kinds(bad)
 
 
 def test_what_needs_root_is_refused_without() -> None:
@@ -86,7 +95,7 @@ def test_bad_input(line: str, words: str, tmp_path: Path) -> None:
 
 def test_only_what_carries_the_marker_is_hit() -> None:
     """A child of a marked process counts too, whatever it calls itself; anything else is refused."""
-    here = reach.Reach("secret", lambda node, argv: reach._finished(node, argv, os.environ))
+    here = remote.Reach("secret", lambda node, argv: remote._finished(node, argv, os.environ))
     marked = {**os.environ, "RAYLAUNCH_CANARY": "secret"}
     ours = subprocess.Popen(["sh", "-c", "env -i sleep 60 & echo ready; wait"], env=marked, stdout=subprocess.PIPE)
     other = subprocess.Popen(["sleep", "60"])
@@ -97,9 +106,9 @@ def test_only_what_carries_the_marker_is_hit() -> None:
         (child,) = [p for p in found.values() if p.program == "sleep" or (p.has("sleep 60") and p.pid != ours.pid)]
         here.signal(child, signal.SIGKILL)
         assert ours.wait(10) == 0  # its child is gone
-        fake = reach.Process("here", other.pid, found[ours.pid].start, ("sleep",))
+        fake = remote.Process("here", other.pid, found[ours.pid].start, ("sleep",))
         for process in (fake, found[ours.pid]):
-            with pytest.raises(reach.Miss):
+            with pytest.raises(remote.Miss):
                 here.signal(process, signal.SIGKILL)
         assert other.poll() is None
     finally:
@@ -109,8 +118,8 @@ def test_only_what_carries_the_marker_is_hit() -> None:
 
 
 def test_the_sandbox_of_a_shell() -> None:
-    assert reach.sandbox_of(Path("/home/me/.raylaunch"), {}) is None
-    assert reach.sandbox_of(Path("/home/me/.raylaunch"), {"SLURM_CONF": "/etc/slurm/slurm.conf"}) is None
+    assert remote.sandbox_of(Path("/home/me/.raylaunch"), {}) is None
+    assert remote.sandbox_of(Path("/home/me/.raylaunch"), {"SLURM_CONF": "/etc/slurm/slurm.conf"}) is None
 
 
 # --- the campaign -------------------------------------------------------------------------------------
@@ -188,12 +197,12 @@ class FakeRun:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRun]:
     clock = Clock()
     monkeypatch.setattr(campaign, "time", clock)
-    monkeypatch.setattr(state, "append_event", lambda directory, kind, **fields: None)
+    monkeypatch.setattr(files, "append_event", lambda directory, kind, **fields: None)
     yield FakeRun(clock, tmp_path)
 
 
 def make(fake: FakeRun, kinds: list[str], seed: int = 0) -> Campaign:
-    return Campaign(fake, plan.plan(kinds, seed), 10.0, 60.0, 5.0, lambda text: None)  # type: ignore[arg-type]
+    return Campaign(fake, schedule.plan(kinds, seed), 10.0, 60.0, 5.0, lambda text: None)  # type: ignore[arg-type]
 
 
 def test_faults_come_and_are_recovered(fake: FakeRun) -> None:
@@ -260,7 +269,7 @@ def test_an_interrupt_mends(fake: FakeRun) -> None:
 
 def test_what_cannot_be_done_is_left_out(fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def miss(planned: Planned) -> Aim:
-        raise reach.Miss("2 nodes are ready, and 2 must be left")
+        raise remote.Miss("2 nodes are ready, and 2 must be left")
 
     monkeypatch.setattr(fake, "aim", miss)
     for seconds in range(0, 400, 10):
@@ -272,7 +281,7 @@ def test_what_cannot_be_done_is_left_out(fake: FakeRun, monkeypatch: pytest.Monk
 
 def test_a_run_that_stands_still_before_a_fault(fake: FakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def miss(planned: Planned) -> Aim:
-        raise reach.Miss("no rank 0 on node1")
+        raise remote.Miss("no rank 0 on node1")
 
     monkeypatch.setattr(fake, "aim", miss)
     made = make(fake, ["worker"])
@@ -289,7 +298,7 @@ def test_the_ledger_of_a_campaign(tmp_path: Path) -> None:
     events, metrics = one_fault()
     run = tmp_path / "runs" / "demo"
     run.mkdir(parents=True)
-    for name, rows in ((state.EVENTS_FILE, events), (state.METRICS_FILE, metrics)):
+    for name, rows in ((files.EVENTS_FILE, events), (files.METRICS_FILE, metrics)):
         for row in rows:
             with (run / name).open("a") as out:
                 out.write(json.dumps(row) + "\n")
@@ -316,29 +325,29 @@ def test_the_ledger_of_a_campaign(tmp_path: Path) -> None:
 @pytest.mark.parametrize("interval", [60.0, 300.0])
 @pytest.mark.parametrize("replacement", [0.0, 600.0])
 def test_the_closed_form_and_the_simulation_agree(nodes: int, interval: float, replacement: float) -> None:
-    costs = model.SANDBOX.saving(5.0).changed("connect=40,detect=3")
+    costs = cluster_model.SANDBOX.saving(5.0).changed("connect=40,detect=3")
     month = 30 * 86400.0
-    says = model.predicted(costs, nodes, month, interval, replacement)
-    does = model.simulated(costs, nodes, month, interval, replacement, seed=1)
+    says = cluster_model.predicted(costs, nodes, month, interval, replacement)
+    does = cluster_model.simulated(costs, nodes, month, interval, replacement, seed=1)
     assert says == pytest.approx(does, rel=0.02)
-    assert does == model.simulated(costs, nodes, month, interval, replacement, seed=1)
+    assert does == cluster_model.simulated(costs, nodes, month, interval, replacement, seed=1)
 
 
 def test_the_best_interval_is_the_best() -> None:
     for save, mtbf in ((0.25, 1265.0), (20.0, 1265.0), (30.0, 10125.0), (60.0, 600.0)):
-        best = model.best_interval(save, mtbf)
-        there = model.ettr(best, save, 60.0, mtbf)
-        around = [model.ettr(best * factor, save, 60.0, mtbf) for factor in (0.25, 0.5, 0.8, 1.25, 2, 4)]
+        best = cluster_model.best_interval(save, mtbf)
+        there = cluster_model.ettr(best, save, 60.0, mtbf)
+        around = [cluster_model.ettr(best * factor, save, 60.0, mtbf) for factor in (0.25, 0.5, 0.8, 1.25, 2, 4)]
         assert there >= max(around) - 1e-3
         assert 0.5 < best / (2 * save * mtbf) ** 0.5 < 1.5  # Young's, to first order
-    assert model.best_interval(100.0, 10.0) == 10.0
+    assert cluster_model.best_interval(100.0, 10.0) == 10.0
 
 
 @given(st.floats(1, 1e4), st.floats(0, 100), st.floats(0, 1000), st.floats(10, 1e7))
 def test_a_ratio_is_a_ratio(interval: float, save: float, recovery: float, mtbf: float) -> None:
-    worse = model.ettr(interval, save, recovery, mtbf)
-    assert 0 <= worse <= 1 and worse <= model.ettr(interval, save, recovery, mtbf, while_down=False) + 1e-9
-    assert worse <= model.ettr(interval, save, recovery, 2 * mtbf) + 1e-9
+    worse = cluster_model.ettr(interval, save, recovery, mtbf)
+    assert 0 <= worse <= 1 and worse <= cluster_model.ettr(interval, save, recovery, mtbf, while_down=False) + 1e-9
+    assert worse <= cluster_model.ettr(interval, save, recovery, 2 * mtbf) + 1e-9
 
 
 def test_the_model_against_a_ledger() -> None:
@@ -365,7 +374,7 @@ def test_the_model_against_a_ledger() -> None:
             {"time": now + 1.5, "kind": "attempt_ended", "attempt": attempt, "how": "fault", "committed": commit}
         )
         now += 2.0
-    found = model.check(ledger.compute(history.read(events, metrics)))
+    found = cluster_model.check(goodput.compute(timeline.read(events, metrics)))
     assert (
         found.faults > 250 and found.interval == pytest.approx(8, rel=0.1) and found.save == pytest.approx(0.5, rel=0.1)
     )
@@ -373,7 +382,7 @@ def test_the_model_against_a_ledger() -> None:
 
 
 def test_the_table_of_sizes() -> None:
-    text = model.table(model.SANDBOX, model.sizes("2048"), 30 * 86400.0, None, 300.0, seed=0)
+    text = cluster_model.table(cluster_model.SANDBOX, cluster_model.sizes("2048"), 30 * 86400.0, None, 300.0, seed=0)
     assert [line.split()[0] for line in text.splitlines()[-4:]] == ["256", "512", "1024", "2048"]
     assert "save 5m" in text and "best" in text
-    assert model.sizes("16,4") == [16, 4]
+    assert cluster_model.sizes("16,4") == [16, 4]

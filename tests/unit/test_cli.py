@@ -12,15 +12,20 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from raylaunch import attach, backends, cluster, configfile, layout, locks, runs, state
-from raylaunch.backends import Job
 from raylaunch.cli import cli, options
 from raylaunch.cli.train import _Lines
-from raylaunch.config import Config
+from raylaunch.cluster import up
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, RaylaunchError, SlurmUnavailable, UsageError
-from raylaunch.layout import Cluster
-from raylaunch.memory import Memory
-from raylaunch.slurm.client import Completed, Slurm
+from raylaunch.host import locks
+from raylaunch.observe import follow_run
+from raylaunch.scheduler import backends
+from raylaunch.scheduler.backends import Job
+from raylaunch.scheduler.slurm.client import Completed, Slurm
+from raylaunch.state import files, records, runs
+from raylaunch.state.head_state import Memory
+from raylaunch.state.records import Cluster
 
 train_module = sys.modules[_Lines.__module__]  # the package has a command of that name
 
@@ -72,8 +77,8 @@ def pending(reason: str, blocked: str = "") -> Job:
 
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "JOBS_EVERY", (0.0, 0.0))
-    monkeypatch.setattr(cluster, "REASON_LIMIT", 0.2)
+    monkeypatch.setattr(up, "JOBS_EVERY", (0.0, 0.0))
+    monkeypatch.setattr(up, "REASON_LIMIT", 0.2)
 
 
 def test_a_submitted_job_that_waiting_does_not_start_is_given_back(
@@ -100,10 +105,10 @@ def test_a_submitted_job_that_may_start_stays(
 
 
 def made_cluster(here: Path, name: str, config: Config) -> tuple[Path, Cluster]:
-    directory = state.make_dir(state.cluster_dir(here, name))
+    directory = files.make_dir(files.cluster_dir(here, name))
     record = Cluster(name, "local", 1, "c", 0.0, 1, config.max_nodes, 1, ("7",))
-    record.write(directory / layout.CLUSTER_FILE)
-    state.write_text(directory / layout.CONFIG_FILE, configfile.dump(config))
+    record.write(directory / records.CLUSTER_FILE)
+    files.write_text(directory / records.CONFIG_FILE, loader.dump(config))
     return directory, record
 
 
@@ -118,12 +123,12 @@ def test_more_nodes_than_the_cluster_was_brought_up_for(here: Path) -> None:
 def test_a_queued_run_says_behind_which_it_is(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory, record = made_cluster(here, "main", Config())
     for name in ("first", "second", "third"):
-        with runs.prepared(state.run_dir(here, name), Config(), "main"):
+        with runs.prepared(files.run_dir(here, name), Config(), "main"):
             pass
 
     def said(name: str, running: str, *queue: str) -> str:
-        Memory(record.canary, list(queue), running).write(directory / layout.DUTIES_FILE)
-        _Lines(1).take(next(attach.follow(state.run_dir(here, name), directory)))
+        Memory(record.canary, list(queue), running).write(directory / records.DUTIES_FILE)
+        _Lines(1).take(next(follow_run.follow(files.run_dir(here, name), directory)))
         return capsys.readouterr().err
 
     assert said("second", "first", "second") == "run second is queued behind run first\n"
@@ -133,13 +138,13 @@ def test_a_queued_run_says_behind_which_it_is(here: Path, capsys: pytest.Capture
 
 
 def test_the_logs_of_an_earlier_attempt(here: Path) -> None:
-    run = state.run_dir(here, "r")
+    run = files.run_dir(here, "r")
     with runs.prepared(run, Config(), "main") as record:
         record.save(run, attempt=2)
     for attempt in (1, 2):
-        folder = state.make_dir(state.attempt_dir(run, attempt))
+        folder = files.make_dir(files.attempt_dir(run, attempt))
         (folder / "rank-0.log").write_text(f"of attempt {attempt}\n")
-    (run / layout.LOGS / "driver.log").write_text("of the driver\n")
+    (run / records.LOGS / "driver.log").write_text("of the driver\n")
     assert call("logs", "r").output == "driver: of the driver\nrank-0: of attempt 2\n"
     assert call("logs", "r", "--attempt", "1").output == "of attempt 1\n"
     assert call("logs", "r", "--attempt", "1", "--rank", "0").output == "of attempt 1\n"
@@ -195,7 +200,7 @@ def test_two_that_hand_one_run_over_at_once_start_it_once(
     """The second comes when the first has looked, and written nothing yet: it waits, then finds the run alive."""
     monkeypatch.setattr(backends, "of", lambda name: Queue(Job("7", "RUNNING", True)))
     directory, _ = made_cluster(here, "main", Config())
-    state.make_dir(directory / layout.REQUESTS)
+    files.make_dir(directory / records.REQUESTS)
     first, second = (("submit", "c.yaml", "--run", "r", "--name", f"own{i}") for i in (1, 2))
     if kind == "train":
         first = second = ("train", "c.yaml", "--run", "r", "--detach")
@@ -222,12 +227,12 @@ def test_two_that_hand_one_run_over_at_once_start_it_once(
     other.join(20)
     assert answers[0].exit_code == 0, answers[0].output
     assert isinstance(answers[1].exception, UsageError) and "run r is queued" in answers[1].exception.message
-    asked = list((directory / layout.REQUESTS).glob("*-run-*"))
+    asked = list((directory / records.REQUESTS).glob("*-run-*"))
     assert len(asked) == (kind == "train") and not (here / "clusters" / "own2").exists()
 
 
 def test_a_lock_of_a_frozen_hand_over_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "HAND_OVER_LIMIT", 0.0)
-    run = state.run_dir(here, "r")
+    run = files.run_dir(here, "r")
     with runs.handing_over(run), pytest.raises(RaylaunchError, match="handing a run over"), runs.handing_over(run):
         pass

@@ -12,8 +12,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylaunch import configfile
-from raylaunch.config import (
+from raylaunch.config import loader
+from raylaunch.config.schema import (
     SIZES,
     Config,
     ElasticConfig,
@@ -37,7 +37,7 @@ def _in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def load(text: str | bytes, *sets: str, **overrides: Any) -> Config:
     Path("c.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
-    return configfile.load(Path("c.yaml"), sets, overrides)
+    return loader.load(Path("c.yaml"), sets, overrides)
 
 
 def errors(text: str | bytes, *sets: str, overrides: dict[str, Any] | None = None) -> list[str]:
@@ -188,7 +188,7 @@ def test_unreadable_file(name: str, message: str) -> None:
     Path("c.yaml").touch()
     Path("big").write_bytes(b"#" * (1 << 20) + b"#")
     with pytest.raises(ConfigError) as caught:
-        configfile.load(Path(name))
+        loader.load(Path(name))
     assert str(caught.value).startswith(message)
 
 
@@ -198,14 +198,14 @@ def test_file_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(ConfigError, match=r"^c.yaml: cannot be read: Permission denied"):
-        configfile.load(Path("c.yaml"))
+        loader.load(Path("c.yaml"))
 
 
 @pytest.mark.parametrize(
     "text", ["", "\n", "# nothing\n", "---\n", "null", "{}", "slurm:\nmodel:\n", "model: null", "\ufeffslurm: {}"]
 )
 def test_empty_file_is_the_defaults(text: str) -> None:
-    assert load(text) == Config() == configfile.load(None)
+    assert load(text) == Config() == loader.load(None)
 
 
 def test_all_errors_at_once_in_the_order_of_layers_and_lines() -> None:
@@ -284,17 +284,17 @@ def test_a_clash_between_layers_blames_the_later() -> None:
 
 def test_user_file_can_be_left_out_and_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     user_file("slurm: {nodes: 7}")
-    assert configfile.load(None).slurm.nodes == "7"
-    assert configfile.load(None, user_file=None).slurm.nodes == "1"
-    assert configfile.load(None, user_file=Path("nowhere")).slurm.nodes == "1"
+    assert loader.load(None).slurm.nodes == "7"
+    assert loader.load(None, user_file=None).slurm.nodes == "1"
+    assert loader.load(None, user_file=Path("nowhere")).slurm.nodes == "1"
     monkeypatch.delenv("XDG_CONFIG_HOME")
     monkeypatch.setenv("HOME", str(Path.cwd()))
     Path("xdg").rename(".config")
-    assert configfile.load(None).slurm.nodes == "7"
+    assert loader.load(None).slurm.nodes == "7"
 
 
 def test_flags_as_python_values() -> None:
-    config = configfile.load(
+    config = loader.load(
         None,
         overrides={
             "slurm.nodes": 4,
@@ -334,7 +334,7 @@ def test_flags_as_python_values() -> None:
 )
 def test_bad_set(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        configfile.load(None, [text])
+        loader.load(None, [text])
     assert str(caught.value).startswith(message)
 
 
@@ -420,7 +420,7 @@ def test_a_secret_is_neither_shown_nor_kept() -> None:
     assert "s3cret" not in str(caught.value) and "from-env" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"^--set slurm.env.A=\.\.\.: must be text, got a list$"):
         load("", "slurm.env.A=[s3cret]")
-    assert "from-env" not in configfile.dump(load("slurm: {env: {A: '${SET}'}, setup: ['x ${SET}']}"))
+    assert "from-env" not in loader.dump(load("slurm: {env: {A: '${SET}'}, setup: ['x ${SET}']}"))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_a_secret_is_neither_shown_nor_kept() -> None:
     ],
 )
 def test_shell_word(value: str, word: str) -> None:
-    assert configfile.shell_word(value) == word
+    assert loader.shell_word(value) == word
     expected = value.replace("$${", "\0").replace("${KEY}", "x y").replace("\0", "${")
     script = f"KEY='x y'; printf %s {word}"
     assert subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout == expected
@@ -482,30 +482,30 @@ def configs(draw: st.DrawFn) -> Config:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs())
 def test_dump_is_the_inverse_of_load(config: Config) -> None:
-    Path("resolved.yaml").write_text(configfile.dump(config), encoding="utf-8")
-    assert configfile.load_resolved(Path("resolved.yaml")) == config
+    Path("resolved.yaml").write_text(loader.dump(config), encoding="utf-8")
+    assert loader.load_resolved(Path("resolved.yaml")) == config
     # Any YAML reader agrees on what is text, and no value is cut in two by a folded line.
     plain = yaml.safe_load(Path("resolved.yaml").read_text(encoding="utf-8"))
     assert plain["slurm"]["setup"] == config.slurm.setup and plain["slurm"]["env"] == config.slurm.env
 
 
 def test_dump_is_complete_in_order_and_free_of_the_user_file() -> None:
-    text = configfile.dump(load("slurm:\n  account: $${SET}\n  env: {T: '${SET}'}"))
+    text = loader.dump(load("slurm:\n  account: $${SET}\n  env: {T: '${SET}'}"))
     assert list(yaml.safe_load(text)) == list(Config.model_fields)
     assert list(yaml.safe_load(text)["slurm"]) == list(type(Config().slurm).model_fields)
     user_file("slurm: {nodes: 9}")
     Path("resolved.yaml").write_text(text)
-    assert configfile.load_resolved(Path("resolved.yaml")).slurm.nodes == "1"
+    assert loader.load_resolved(Path("resolved.yaml")).slurm.nodes == "1"
     # Every value is written out, so as a plain file too it stands above the user's own.
-    assert configfile.load(Path("resolved.yaml")).slurm.account == "${SET}"
+    assert loader.load(Path("resolved.yaml")).slurm.account == "${SET}"
 
 
 def test_resolved_file_loads_where_its_secrets_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("resolved.yaml").write_text(configfile.dump(load("slurm: {env: {T: '${SET}'}}")))
+    Path("resolved.yaml").write_text(loader.dump(load("slurm: {env: {T: '${SET}'}}")))
     monkeypatch.delenv("SET")
-    assert configfile.load_resolved(Path("resolved.yaml")).slurm.env == {"T": "${SET}"}
+    assert loader.load_resolved(Path("resolved.yaml")).slurm.env == {"T": "${SET}"}
     with pytest.raises(ConfigError, match="SET is not set"):
-        configfile.load(Path("resolved.yaml"))
+        loader.load(Path("resolved.yaml"))
 
 
 SNIPPETS = st.sampled_from(
@@ -603,7 +603,7 @@ def test_the_other_keys_of_a_model_of_ones_own_are_its_arguments() -> None:
     model = load(text, "model.width=4", "model.vocab_size=512").model
     assert model.target == "mine.models.Small" and model.vocab_size == 512
     assert model.kwargs == {"width": 4, "n_layers": 2, "inner": {"deep": [1, "a"]}, "vocab_size": 512}
-    assert load(configfile.dump(load(text))).model == load(text).model
+    assert load(loader.dump(load(text))).model == load(text).model
     assert "hf and _target_" in errors("model: {target: 'a:b', hf: x}")[0]
     assert "text such as package.module:function" in errors("model: {_target_: nothing}")[0]
     assert "tp_size" in errors("model: {_target_: 'a:b'}", "distributed.tp_size=2")[0]
@@ -620,6 +620,6 @@ def test_continuation_differences() -> None:
 
 
 def test_loading_needs_none_of_the_heavy_libraries() -> None:
-    code = "import sys, raylaunch.configfile; sys.exit(bool({'ray', 'torch', 'pyarrow'} & set(sys.modules)))"
-    root = Path(configfile.__file__).parents[1]
+    code = "import sys, raylaunch.config.loader; sys.exit(bool({'ray', 'torch', 'pyarrow'} & set(sys.modules)))"
+    root = Path(loader.__file__).parents[1]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylaunch import configfile
 from raylaunch.cli.convert import convert as command
-from raylaunch.convert import convert, options, shell
+from raylaunch.config import loader
+from raylaunch.config.convert import flags, from_script, shell
 
 TUTORIAL = """#!/bin/bash
 #SBATCH --job-name=llama-ft
@@ -54,7 +54,7 @@ srun torchrun \\
 
 
 def test_the_tutorials_script() -> None:
-    found = convert.script(TUTORIAL)
+    found = from_script.script(TUTORIAL)
     assert found.values == {
         "slurm": {
             "job_name": "llama-ft", "nodes": "4", "gpus_per_node": "8", "cpus_per_task": 12, "account": "proj42",
@@ -74,7 +74,7 @@ def test_the_tutorials_script() -> None:
 
 
 def test_one_task_a_gpu_behind_srun() -> None:
-    found = convert.script(
+    found = from_script.script(
         "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=4 --gres=gpu:a100:4 -c 16 -t 2-00:00:00 -p booster\n"
         "#SBATCH --container-image=nvcr.io/nvidia/pytorch:24.05-py3\nml Stages/2024 CUDA\nexport OMP_NUM_THREADS=4\n"
         'cd $HOME/project\nsrun --cpu-bind=none bash -c "source env.sh && python -u main.py model=gpt"\ncd /results\n'
@@ -91,7 +91,7 @@ def test_one_task_a_gpu_behind_srun() -> None:
 
 
 def test_totals_arrays_containers_and_modules_of_python() -> None:
-    found = convert.script(
+    found = from_script.script(
         "#!/bin/bash -l\n#SBATCH -J x -n 16 --gpus=a100:16 -N4 --array=0-3\nconda activate torch\n"
         "NCCL_IB_HCA=mlx5 srun --export=ALL apptainer exec --nv image.sif python -m torch.distributed.run "
         "--nproc-per-node=gpu --nnodes=$SLURM_NNODES -m pkg.train --cfg $CFG &\nwait\npython evaluate.py\n"
@@ -109,7 +109,7 @@ def test_totals_arrays_containers_and_modules_of_python() -> None:
 
 
 def converted(body: str, directives: str = "") -> tuple[dict[str, Any], dict[str, Any], str]:
-    found = convert.script(f"#!/bin/bash\n{directives}\n{body}\n")
+    found = from_script.script(f"#!/bin/bash\n{directives}\n{body}\n")
     return found.values.get("slurm", {}), found.values["trainer"], " ".join(found.notes)
 
 
@@ -157,7 +157,7 @@ def test_signals_come_over() -> None:
 
 
 def test_secrets_stay_where_they_are() -> None:
-    found = convert.script(
+    found = from_script.script(
         "export HF_TOKEN=hf_x1 HF_HOME=/y\nKEY=abc9\nwandb login abc123\nfoo --api-key zzz9\n"
         "torchrun t.py --wandb-key $KEY --token hf_x1\n"
     )
@@ -181,11 +181,11 @@ def test_secrets_stay_where_they_are() -> None:
     ],
 )  # fmt: skip
 def test_commands(words: str, values: dict[str, Any]) -> None:
-    assert convert.command(words.split()).values == values
+    assert from_script.command(words.split()).values == values
 
 
 def test_options_of_slurm_are_read_as_slurm_reads_them() -> None:
-    given = options.slurm(["-N2", "-p", "a", "--exclusive", "--mem=4G", "--time", "5", "-c=3", "run.sh", "-x"])
+    given = flags.slurm(["-N2", "-p", "a", "--exclusive", "--mem=4G", "--time", "5", "-c=3", "run.sh", "-x"])
     assert given.values == {
         "nodes": "2",
         "partition": "a",
@@ -216,8 +216,8 @@ def test_heredocs_comments_and_redirections_are_no_commands() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_says_why(text: str, words: str) -> None:
-    with pytest.raises(convert.Unreadable, match=words):
-        convert.script(text)
+    with pytest.raises(from_script.Unreadable, match=words):
+        from_script.script(text)
 
 
 PIECES = [
@@ -246,8 +246,8 @@ PIECES = [
 @given(st.lists(st.sampled_from(PIECES), max_size=60).map("".join))
 def test_whatever_the_text_it_is_converted_or_refused(text: str) -> None:
     try:
-        found = convert.script(text)
-    except convert.Unreadable:
+        found = from_script.script(text)
+    except from_script.Unreadable:
         return
     assert found.values["trainer"]["script"] and all("\n" not in note for note in found.notes)
 
@@ -258,7 +258,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     done = CliRunner().invoke(command, [str(script), "-o", str(out)])
     assert done.exit_code == 0 and "raylaunch train" in done.stderr and not done.stdout
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    config = configfile.load(out, user_file=None)
+    config = loader.load(out, user_file=None)
     assert config.trainer.script == "train.py" and config.slurm.ntasks_per_node == 8 and config.slurm.max_nodes == 4
     shown = CliRunner().invoke(command, ["--", "torchrun", "a.py", "--lr", "1"])
     assert yaml.safe_load(shown.stdout) == {"trainer": {"script": "a.py", "args": ["--lr", "1"]}}

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylaunch.cli.data import inspect
-from raylaunch.data import dataset, looking, prepare, sources, tokenize
+from raylaunch.data import dataset, prepare, sources, tokenize
+from raylaunch.data import inspect as looking
 from raylaunch.data.dataset import Manifest, Writer
 from raylaunch.data.prepare import Progress, Request
 from raylaunch.data.sources import Bad, Piece

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylaunch import election, layout
-from raylaunch.election import PATIENCE, TURN, VERDICT, Answer, Claim, Facts, Leave, Wait
+from raylaunch.cluster.membership import election
+from raylaunch.cluster.membership.election import PATIENCE, TURN, VERDICT, Answer, Claim, Facts, Leave, Wait
+from raylaunch.state import records
 
 
 def facts(
@@ -129,6 +130,6 @@ def test_at_most_one_island_elects_and_never_beside_a_majority_with_its_head(sit
 
 
 def test_one_claim_wins(tmp_path: Path) -> None:
-    assert layout.claim(tmp_path, 2, "b") and not layout.claim(tmp_path, 2, "c")
-    assert layout.claim(tmp_path, 3, "c", "15:1") and layout.claims(tmp_path) == [2, 3]
-    assert layout.began(tmp_path, "15:1") == 3 and layout.began(tmp_path, "15:2") is None
+    assert records.claim(tmp_path, 2, "b") and not records.claim(tmp_path, 2, "c")
+    assert records.claim(tmp_path, 3, "c", "15:1") and records.claims(tmp_path) == [2, 3]
+    assert records.began(tmp_path, "15:1") == 3 and records.began(tmp_path, "15:2") is None

@@ -13,12 +13,13 @@ import pytest
 from made_heads import Place, joined, run
 from test_run_queue import FakeDrivers
 
-from raylaunch import allocation, layout, runs, state
-from raylaunch.allocation import Look, Onward, Word
-from raylaunch.config import Config
+from raylaunch.cluster.head import HeadDuties, ending
+from raylaunch.config.schema import Config
 from raylaunch.errors import SlurmError
-from raylaunch.head import HeadDuties, ending
-from raylaunch.layout import Cluster
+from raylaunch.scheduler.slurm import allocation
+from raylaunch.scheduler.slurm.allocation import Look, Onward, Word
+from raylaunch.state import files, records, runs
+from raylaunch.state.records import Cluster
 
 
 class FakeSlurm:
@@ -54,7 +55,7 @@ class FakeSlurm:
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     made = Place(tmp_path, "slurm", "7:0")
-    (made.directory / layout.SCRIPT_FILE).write_text("#!/bin/sh\n")
+    (made.directory / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
     return made
 
 
@@ -116,7 +117,7 @@ def test_what_slurm_takes_goes_on_once(
         await end(head)
 
     run(story)
-    assert slurm.done == done and not (place.directory / layout.ENDED_FILE).exists()
+    assert slurm.done == done and not (place.directory / records.ENDED_FILE).exists()
     assert place.read("duties.json")["running"] == "r"
     assert len(place.events("requeued", "successor")) == 1
 
@@ -130,7 +131,7 @@ def test_a_person_s_scancel_ends_it(place: Place, slurm: FakeSlurm) -> None:
         await end(head)
 
     run(story)
-    assert slurm.done == [] and (place.directory / layout.ENDED_FILE).exists()
+    assert slurm.done == [] and (place.directory / records.ENDED_FILE).exists()
     assert [row["goes_on"] for row in place.events("ending")] == [False] and not place.events("requeues_used_up")
 
 
@@ -223,7 +224,7 @@ def test_down_while_the_allocation_ends(place: Place, slurm: FakeSlurm) -> None:
         await end(head)
 
     run(story)
-    assert slurm.done == [] and (place.directory / layout.ENDED_FILE).exists()
+    assert slurm.done == [] and (place.directory / records.ENDED_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_the_job_ends_while_the_run_is_saved(
 
     run(story)
     by_a_person = word.cancelled or look == Look("COMPLETING", None, again=False)
-    assert slurm.done == done and (place.directory / layout.ENDED_FILE).exists() == by_a_person
+    assert slurm.done == done and (place.directory / records.ENDED_FILE).exists() == by_a_person
 
 
 def test_sigterm_of_the_grace_lets_the_save_go_on(place: Place, slurm: FakeSlurm) -> None:
@@ -299,11 +300,11 @@ def test_a_head_that_was_frozen_in_its_end_has_no_last_word(place: Place, slurm:
     async def story() -> None:
         head = lead(place, nodes=("n1",))
         await head.close("down")
-        layout.claim(place.directory, 2, "n2")
+        records.claim(place.directory, 2, "n2")
         await asyncio.to_thread(head.write_end, "down", 0)
 
     run(story)
-    assert not (place.directory / layout.ENDED_FILE).exists() and not slurm.done
+    assert not (place.directory / records.ENDED_FILE).exists() and not slurm.done
 
 
 def test_a_storage_that_stalls_at_the_very_end(place: Place, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +321,7 @@ def test_a_storage_that_stalls_at_the_very_end(place: Place, slurm: FakeSlurm, m
         await head.context.all_done()
         stalled = asyncio.ensure_future(head.context.off_loop(stalls.wait, 10))
         monkeypatch.setattr(head.context.duties_file, "write", lambda _: stalls.wait(10))
-        monkeypatch.setattr(state, "append_event", lambda *_, **__: stalls.wait(10))
+        monkeypatch.setattr(files, "append_event", lambda *_, **__: stalls.wait(10))
         await end(head)
         assert slurm.done == ["requeue 7"] and not stalled.done()
         stalls.set()
@@ -407,7 +408,7 @@ def test_a_fenced_head_sees_to_no_end(place: Place, slurm: FakeSlurm) -> None:
 
     async def story() -> None:
         head = lead(place)
-        layout.claim(place.directory, 2, "n2")
+        records.claim(place.directory, 2, "n2")
         await signalled(head)
         assert place.resigned == ["a newer incarnation has begun"] and not place.stopped
 
@@ -425,7 +426,7 @@ def test_the_end_of_local_agents_is_their_own(place: Place) -> None:
 
 def test_the_last_word(place: Place, slurm: FakeSlurm) -> None:
     """Of nodes: the unclean ones, those without a word, and those that were lost before."""
-    replace(place.cluster, jobs=("7", "9")).write(place.directory / layout.CLUSTER_FILE)
+    replace(place.cluster, jobs=("7", "9")).write(place.directory / records.CLUSTER_FILE)
 
     async def story() -> None:
         head = lead(place, running="", nodes=("n1", "n2", "n3", "n4"))
@@ -440,9 +441,9 @@ def test_the_last_word(place: Place, slurm: FakeSlurm) -> None:
         await asyncio.to_thread(head.write_end, "down", 0)
 
     run(story)
-    said = json.loads((place.directory / layout.ENDED_FILE).read_text())
+    said = json.loads((place.directory / records.ENDED_FILE).read_text())
     assert (said["unclean"], said["lost"], said["reason"]) == ({"n3": 2}, ["n4"], "down")
-    assert slurm.done == ["cancel 9"] and (place.directory / layout.EXIT_CODE_FILE).read_text() == "0\n"
+    assert slurm.done == ["cancel 9"] and (place.directory / records.EXIT_CODE_FILE).read_text() == "0\n"
 
 
 def test_every_way_is_one_of_the_allocation_s() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import raylaunch
-from raylaunch import entry
-from raylaunch.config import TrainerConfig
+from raylaunch.config import user_code
+from raylaunch.config.schema import TrainerConfig
 from raylaunch.errors import RunError
 
 CHECKOUT = str(Path(raylaunch.__file__).resolve().parents[1])
@@ -42,11 +42,11 @@ def write(path: Path, text: str = MINE) -> None:
 
 
 def called(function: str, user: Path) -> Any:
-    return entry.function(TrainerConfig(function=function, chdir=str(user)))(None, None)
+    return user_code.function(TrainerConfig(function=function, chdir=str(user)))(None, None)
 
 
 def module(function: str, user: Path) -> str:
-    return entry.module(TrainerConfig(function=function, chdir=str(user))).__name__
+    return user_code.module(TrainerConfig(function=function, chdir=str(user))).__name__
 
 
 @pytest.mark.parametrize("package", [True, False], ids=["package", "folder"])

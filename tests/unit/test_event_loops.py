@@ -33,9 +33,9 @@ METHODS = {
     "resolve", "samefile",
 }  # fmt: skip
 """Of pathlib.Path, and of nothing else here."""
-ELSEWHERE = ("cli/", "alerts/")
+ELSEWHERE = ("cli/", "observe/")
 """Event loops of other processes: they answer no pings."""
-UNUSED = ("chaos/", "checkpoint/", "convert/", "data/", "live/", "observe/", "plan/", "sandbox/", "tracking/", "why/")
+UNUSED = ("config/convert/", "data/", "tools/chaos/", "tools/plan/", "tools/sandbox/")
 """Rooms without an event loop, which agents do not use: left out for speed."""
 EVERYBODYS = {
     name

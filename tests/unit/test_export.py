@@ -11,18 +11,23 @@ from typing import Any
 
 import pytest
 
-from raylaunch import attach, configfile, consolidate, entry, export, export_files, layout, runs, state
-from raylaunch.config import CheckpointConfig, Config
+from raylaunch.config import loader, user_code
+from raylaunch.config.schema import CheckpointConfig, Config
 from raylaunch.errors import RaylaunchError, UsageError
-from raylaunch.export_files import target
-from raylaunch.layout import Cluster
-from raylaunch.memory import Memory
+from raylaunch.observe import follow_run
+from raylaunch.state import export_files, files, records, runs
+from raylaunch.state.export_files import target
+from raylaunch.state.head_state import Memory
+from raylaunch.state.records import Cluster
+from raylaunch.training import consolidate, export
 
 Event = tuple[str, dict[str, Any]]
 
 
 def exporter(monkeypatch: pytest.MonkeyPatch, work: Callable[..., list[Path]] | None) -> None:
-    monkeypatch.setattr(entry, "module", lambda trainer: SimpleNamespace(export=work, __name__="m", __file__="m.py"))
+    monkeypatch.setattr(
+        user_code, "module", lambda trainer: SimpleNamespace(export=work, __name__="m", __file__="m.py")
+    )
 
 
 def writes(config: Config, checkpoint: Path, to: Path, dtype: str, **more: bool) -> list[Path]:
@@ -106,7 +111,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[E
         )
         return events
 
-    state.make_dir(tmp_path / "r")
+    files.make_dir(tmp_path / "r")
     return work
 
 
@@ -119,7 +124,7 @@ def test_one_that_fails_is_told_with_its_last_line_and_the_command_that_tries_ag
     run: Callable[..., list[Event]], tmp_path: Path
 ) -> None:
     (tmp_path / "r" / "export.log").write_text("export needs safetensors (pip install it)\n\n")
-    scratch = state.make_dir(export_files.scratch_of(target(tmp_path / "r"), Process.pid))
+    scratch = files.make_dir(export_files.scratch_of(target(tmp_path / "r"), Process.pid))
     kind, told = run(Process(1, code=1), optimizer={"ema": 0.9})[-1]
     assert kind == "export_failed" and told["reason"] == "exit code 1: export needs safetensors (pip install it)"
     assert told["hint"] == f"raylaunch checkpoints r export latest --to {tmp_path / 'r' / 'model'} --ema"
@@ -142,7 +147,7 @@ def test_its_time_is_limited(run: Callable[..., list[Event]], monkeypatch: pytes
 
 
 def test_what_is_there_is_not_replaced(run: Callable[..., list[Event]], tmp_path: Path) -> None:
-    state.make_dir(target(tmp_path / "r"))
+    files.make_dir(target(tmp_path / "r"))
     ((kind, told),) = run(Process(0))
     assert kind == "export_failed" and "is there already" in told["reason"]
 
@@ -165,37 +170,37 @@ def test_one_that_cannot_be_started_is_told(tmp_path: Path) -> None:
 
 
 def test_one_whose_driver_was_lost_is_told_by_the_head(tmp_path: Path) -> None:
-    run = state.make_dir(tmp_path / "r")
-    (run / layout.CONFIG_FILE).write_text(configfile.dump(Config()))
+    run = files.make_dir(tmp_path / "r")
+    (run / records.CONFIG_FILE).write_text(loader.dump(Config()))
 
     def told() -> list[dict[str, Any]]:
         export_files.tell_cut_off(run)
-        return state.read_events(run, "export_failed")
+        return files.read_events(run, "export_failed")
 
     assert not told()  # nothing was to be exported
-    state.append_event(run, "exporting")
-    scratch = state.make_dir(export_files.scratch_of(target(run), 1))
+    files.append_event(run, "exporting")
+    scratch = files.make_dir(export_files.scratch_of(target(run), 1))
     (failed,) = told()
     assert not scratch.exists()
     assert "driver was lost" in failed["reason"] and failed["hint"].startswith("raylaunch checkpoints r export")
     assert len(told()) == 1  # once
-    state.append_event(run, "exporting")
-    state.append_event(run, "exported")
+    files.append_event(run, "exporting")
+    files.append_event(run, "exported")
     assert len(told()) == 1
 
 
 def test_one_whose_driver_was_lost_before_it_exported_is_told(tmp_path: Path) -> None:
-    run = state.make_dir(tmp_path / "r")
+    run = files.make_dir(tmp_path / "r")
 
     def told(save: bool, *kinds: str) -> int:
         config = Config(checkpoint=CheckpointConfig(save_consolidated=save))
-        (run / layout.CONFIG_FILE).write_text(configfile.dump(config))
-        (run / state.EVENTS_FILE).unlink(missing_ok=True)
+        (run / records.CONFIG_FILE).write_text(loader.dump(config))
+        (run / files.EVENTS_FILE).unlink(missing_ok=True)
         for kind in kinds:
-            state.append_event(run, kind)
+            files.append_event(run, kind)
         for _ in range(2):
             export_files.tell_cut_off(run)
-        return len(state.read_events(run, "export_failed"))
+        return len(files.read_events(run, "export_failed"))
 
     assert told(True, "finished") == told(True, "finished", "exporting", "exported", "queued", "finished") == 1
     assert not told(False, "finished") and not told(True, "finished", "exporting", "exported")
@@ -203,23 +208,23 @@ def test_one_whose_driver_was_lost_before_it_exported_is_told(tmp_path: Path) ->
 
 
 def test_who_watches_a_run_waits_for_its_weights(tmp_path: Path) -> None:
-    cluster = state.make_dir(state.cluster_dir(tmp_path, "main"))
+    cluster = files.make_dir(files.cluster_dir(tmp_path, "main"))
     record = Cluster("main", "local", 1, "c", 0.0, 1, 1, 1, ("7",))
-    record.write(cluster / layout.CLUSTER_FILE)
-    state.write_text(cluster / layout.CONFIG_FILE, configfile.dump(Config()))
-    run = state.run_dir(tmp_path, "r")
+    record.write(cluster / records.CLUSTER_FILE)
+    files.write_text(cluster / records.CONFIG_FILE, loader.dump(Config()))
+    run = files.run_dir(tmp_path, "r")
     config = Config(checkpoint=CheckpointConfig(save_consolidated=True))
     with runs.prepared(run, config, "main") as made:
         made.save(run, state="finished")
 
     def waits(running: str, *kinds: str) -> bool:
-        Memory("c", running=running).write(cluster / layout.DUTIES_FILE)
+        Memory("c", running=running).write(cluster / records.DUTIES_FILE)
         for kind in kinds:
-            state.append_event(run, kind)
-        return attach._exports(run, cluster)
+            files.append_event(run, kind)
+        return follow_run._exports(run, cluster)
 
     assert waits("r") and waits("r", "finished", "exporting")
     assert not waits("", "thread_died")  # its driver is gone
     assert not waits("r", "exported") and not waits("r", "queued", "finished", "export_failed")
-    state.write_text(run / layout.CONFIG_FILE, configfile.dump(Config()))
+    files.write_text(run / records.CONFIG_FILE, loader.dump(Config()))
     assert not waits("r", "queued", "finished")

@@ -18,17 +18,18 @@ import pytest
 from click.testing import CliRunner
 from made_heads import Place, joined, lost, run
 
-from raylaunch import layout, requests, runs, state, teardown
-from raylaunch.backends import Job
 from raylaunch.cli import cli
-from raylaunch.config import Config
-from raylaunch.head import HeadDuties
-from raylaunch.head.context import Replaced
-from raylaunch.layout import Cluster
-from raylaunch.link import Member
-from raylaunch.memory import Draining
-from raylaunch.nodeloop import Turn
-from raylaunch.roster import Roster
+from raylaunch.cluster import down
+from raylaunch.cluster.head import HeadDuties
+from raylaunch.cluster.head.context import Replaced
+from raylaunch.cluster.membership.control_channel import Member
+from raylaunch.cluster.node_loop.node_loop import Turn
+from raylaunch.config.schema import Config
+from raylaunch.scheduler.backends import Job
+from raylaunch.state import files, records, requests, runs
+from raylaunch.state.head_state import Draining
+from raylaunch.state.records import Cluster
+from raylaunch.training.cluster_view import Roster
 
 
 @pytest.fixture
@@ -53,42 +54,42 @@ def hide_listings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_claim_that_no_listing_shows_is_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert layout.claim(place.directory, 1, "n1") and not layout.is_fenced(place.directory, 1)
+    assert records.claim(place.directory, 1, "n1") and not records.is_fenced(place.directory, 1)
     hide_listings(monkeypatch)
-    assert layout.claim(place.directory, 2, "n2")
-    assert layout.is_fenced(place.directory, 1) and not layout.is_fenced(place.directory, 2)
+    assert records.claim(place.directory, 2, "n2")
+    assert records.is_fenced(place.directory, 1) and not records.is_fenced(place.directory, 2)
 
 
 def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(place: Place) -> None:
     file = place.directory / "no-directory"
-    assert layout.claims(file) == []
+    assert records.claims(file) == []
     file.write_text("")
     with pytest.raises(NotADirectoryError):
-        layout.claims(file)
+        records.claims(file)
 
 
 def test_a_newer_head_json_fences_where_the_claim_cannot_be_seen(place: Place) -> None:
-    assert layout.claim(place.directory, 1, "n1")
-    place.head(2).write(place.directory / layout.HEAD_FILE)
-    assert layout.is_fenced(place.directory, 1)
+    assert records.claim(place.directory, 1, "n1")
+    place.head(2).write(place.directory / records.HEAD_FILE)
+    assert records.is_fenced(place.directory, 1)
 
 
 def test_a_storage_that_is_gone_fences_nobody(place: Place) -> None:
-    assert layout.claim(place.directory, 1, "n1")
+    assert records.claim(place.directory, 1, "n1")
     place.directory.rename(place.directory.with_name("elsewhere"))
-    assert not layout.is_fenced(place.directory, 1)
+    assert not records.is_fenced(place.directory, 1)
 
 
 def test_a_head_that_was_replaced_resigns_and_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The event is written at its end: a driver, or the agent's search for a head, may have found it first."""
-    monkeypatch.setattr("raylaunch.head.head.FENCE_EVERY", 0.0)
+    monkeypatch.setattr("raylaunch.cluster.head.head.FENCE_EVERY", 0.0)
 
     async def story() -> None:
         await place.lead(1).abandon()
         assert not place.events("fenced")
         head = place.lead(2)
         await head.open("")
-        assert layout.claim(place.directory, 3, "n2")
+        assert records.claim(place.directory, 3, "n2")
         await until(lambda: place.resigned)
         await head.abandon()
 
@@ -100,12 +101,12 @@ def test_a_head_that_was_replaced_resigns_and_says_so(place: Place, monkeypatch:
 
 def test_a_head_of_a_past_life_is_fenced(place: Place) -> None:
     """`up` removes the claims of the life before."""
-    assert layout.claim(place.directory, 1, "n1")
-    (place.directory / layout.INCARNATIONS / "00000001").unlink()
-    assert layout.is_fenced(place.directory, 1)
+    assert records.claim(place.directory, 1, "n1")
+    (place.directory / records.INCARNATIONS / "00000001").unlink()
+    assert records.is_fenced(place.directory, 1)
 
 
-@pytest.mark.parametrize("name", [layout.HEAD_FILE, layout.MEMBERS_FILE, layout.DUTIES_FILE])
+@pytest.mark.parametrize("name", [records.HEAD_FILE, records.MEMBERS_FILE, records.DUTIES_FILE])
 def test_the_last_words_of_an_older_head_are_replaced(place: Place, name: str) -> None:
     """It was frozen between its look at the fence and its write."""
 
@@ -137,10 +138,10 @@ def test_a_head_that_was_replaced_before_it_began_writes_nothing(place: Place) -
         old, new = place.lead(1), place.lead(2)
         new.context.memory.running = "r"  # which a head that takes over queues again
         new.context.duties_file.write(asdict(new.context.memory))
-        expected = place.read(layout.DUTIES_FILE)
+        expected = place.read(records.DUTIES_FILE)
         with pytest.raises(Replaced):
             await old.open("")
-        assert place.read(layout.DUTIES_FILE) == expected and not (place.directory / layout.HEAD_FILE).exists()
+        assert place.read(records.DUTIES_FILE) == expected and not (place.directory / records.HEAD_FILE).exists()
 
     run(story)
 
@@ -149,7 +150,7 @@ def test_what_another_version_remembered_is_read(place: Place) -> None:
     head = place.lead(1)
     memory = asdict(head.context.memory) | {"canary": "canary", "later": 1, "wanted": 5}
     memory["draining"] = {"n3": {"reason": "broken", "agent": 1, "left": True, "since": 3}}
-    state.write_json(place.directory / layout.DUTIES_FILE, memory)
+    files.write_json(place.directory / records.DUTIES_FILE, memory)
     found = place.lead(2).context.memory
     assert (found.wanted, found.draining) == (5, {"n3": Draining("broken", 1, left=True)})
 
@@ -158,11 +159,11 @@ def test_what_another_version_remembered_is_read(place: Place) -> None:
 
 
 def left_over(place: Place) -> list[str]:
-    return sorted(path.name.partition("-")[2] for path in (place.directory / layout.REQUESTS).iterdir())
+    return sorted(path.name.partition("-")[2] for path in (place.directory / records.REQUESTS).iterdir())
 
 
 def asked(place: Place, kind: str, **values: Any) -> Path:
-    return layout.request(place.directory, kind, **values)
+    return records.request(place.directory, kind, **values)
 
 
 def test_a_request_is_deleted_when_it_is_remembered(place: Place) -> None:
@@ -184,7 +185,7 @@ def test_a_head_that_was_replaced_takes_nothing(place: Place, monkeypatch: pytes
         old, new = place.lead(1), place.lead(2)
         path = asked(place, "run", run="mine")
         with monkeypatch.context() as patch:
-            patch.setattr(layout, "claims", lambda _: [1])
+            patch.setattr(records, "claims", lambda _: [1])
             await old.requests.turn()
         assert path.exists() and place.read("duties.json")["queue"] == []
         await new.requests.turn()
@@ -213,7 +214,7 @@ def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pyte
             if moment == "taken":
                 patch.setattr(old.context.duties_file, "write", die)
             elif moment == "remembered":
-                patch.setattr("raylaunch.requests.Request.done", die)
+                patch.setattr("raylaunch.state.requests.Request.done", die)
             else:  # between its look at the fence and its write; it writes all the same
                 write = old.context.duties_file.write
                 patch.setattr(old.context.duties_file, "write", lambda value: (write(value), claim_next()))
@@ -228,7 +229,7 @@ def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pyte
         assert left_over(place) == [] and place.read("duties.json")["strikes"] == {"n3": 1}
 
     def claim_next() -> None:
-        layout.claim(place.directory, 2, "n2")
+        records.claim(place.directory, 2, "n2")
 
     run(story)
 
@@ -238,7 +239,7 @@ def test_what_was_done_is_remembered_though_no_listing_shows_it(place: Place, mo
         old = place.lead(1)
         asked(place, "strike", node="n3", reason="broken")
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr("raylaunch.requests.Request.done", die)
+            patch.setattr("raylaunch.state.requests.Request.done", die)
             await old.requests.turn()
         with monkeypatch.context() as patch:
             hide_listings(patch)
@@ -253,7 +254,7 @@ def test_a_request_that_cannot_be_read_is_said_once(
     place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It is looked for three times a second, and may stay like that."""
-    assert layout.claim(place.directory, 1, "n1")
+    assert records.claim(place.directory, 1, "n1")
     path, answers = asked(place, "run", run="one"), ["stale", "stale", "denied"]
 
     def refuse(_: Path) -> bytes:
@@ -267,9 +268,9 @@ def test_a_request_that_cannot_be_read_is_said_once(
 
 def test_the_next_life_removes_whatever_lies_among_the_requests(place: Place) -> None:
     """A directory, say, that was set aside as no request."""
-    (place.directory / layout.REQUESTS / "a.json" / "deep").mkdir(parents=True)
+    (place.directory / records.REQUESTS / "a.json" / "deep").mkdir(parents=True)
     asked(place, "run", run="one")
-    teardown.clear_life(place.directory)
+    down.clear_life(place.directory)
     assert left_over(place) == []
 
 
@@ -328,8 +329,8 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
         asked(place, "scale", nodes="many")
         asked(place, "scale", nodes=float("inf"))
         asked(place, "dance")
-        (place.directory / layout.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
-        (place.directory / layout.REQUESTS / ".2-half.json").write_text('{"kind": "ru')
+        (place.directory / records.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
+        (place.directory / records.REQUESTS / ".2-half.json").write_text('{"kind": "ru')
         asked(place, "run", run="good")
         await head.requests.turn()
         assert place.read("duties.json")["queue"] == ["good"]
@@ -346,8 +347,8 @@ def test_a_request_that_cannot_be_read_is_tried_again(place: Place, monkeypatch:
         head = place.lead(1)
         asked(place, "run", run="mine")
         with monkeypatch.context() as patch:
-            patch.setattr("raylaunch.requests._read", stale)
-            patch.setattr(layout, "is_fenced", lambda *_: False)
+            patch.setattr("raylaunch.state.requests._read", stale)
+            patch.setattr(records, "is_fenced", lambda *_: False)
             await head.requests.turn()
         assert len(left_over(place)) == 1 and not head.context.memory.queue
         await head.requests.turn()
@@ -378,7 +379,7 @@ def odd(folder: Path, kind: str) -> None:
 async def good_is_done_beside(place: Place, kind: str) -> None:
     """A request is taken though an odd file lies there."""
     head = place.lead(1)
-    odd(place.directory / layout.REQUESTS, kind)
+    odd(place.directory / records.REQUESTS, kind)
     asked(place, "run", run="good")
     await head.requests.turn()
     assert head.context.memory.queue == ["good"]
@@ -419,12 +420,12 @@ def test_down_is_heard_by_the_next_head_too(place: Place) -> None:
 def test_the_end_of_another_allocation_s_time_is_over(place: Place) -> None:
     async def story() -> None:
         head = place.lead(1)
-        path = place.directory / layout.REQUESTS / "walltime.json"
-        state.write_json(path, {"kind": "walltime", "life": "6:0"})
+        path = place.directory / records.REQUESTS / "walltime.json"
+        files.write_json(path, {"kind": "walltime", "life": "6:0"})
         await head.requests.turn()
         assert not head.ending._noticed and left_over(place) == []
         for _ in range(2):  # the batch script's has always the same name
-            state.write_json(path, {"kind": "walltime", "life": head.head.life})
+            files.write_json(path, {"kind": "walltime", "life": head.head.life})
             await head.requests.turn()
         assert head.ending._noticed
         head.context.cancel_all()
@@ -436,12 +437,12 @@ def test_the_end_of_this_allocation_s_time_is_heard_though_a_head_died_behind_th
     """The head had remembered and deleted the other one's request, which has the same name."""
 
     async def story() -> None:
-        path = place.directory / layout.REQUESTS / "walltime.json"
-        state.write_json(path, {"kind": "walltime", "life": "6:0"})
+        path = place.directory / records.REQUESTS / "walltime.json"
+        files.write_json(path, {"kind": "walltime", "life": "6:0"})
         await place.lead(1).requests.turn()
         assert place.read("duties.json")["taken"] == ["walltime"] and left_over(place) == []
         head = place.lead(2)
-        state.write_json(path, {"kind": "walltime", "life": head.head.life})
+        files.write_json(path, {"kind": "walltime", "life": head.head.life})
         await head.requests.turn()
         assert head.ending._noticed
         head.context.cancel_all()
@@ -503,7 +504,7 @@ def test_a_drained_node_that_does_not_hear_its_end_is_told_again(place: Place, m
 
 def test_a_node_that_drains_since_an_older_version(place: Place) -> None:
     place.lead(1)
-    state.write_json(place.directory / layout.DUTIES_FILE, {"canary": "canary", "draining": {"n2": {"reason": "x"}}})
+    files.write_json(place.directory / records.DUTIES_FILE, {"canary": "canary", "draining": {"n2": {"reason": "x"}}})
     assert place.lead(2).context.memory.draining == {"n2": Draining("x")}
 
 
@@ -543,7 +544,7 @@ def test_one_node_of_four_that_is_lost_is_struck_whoever_was_lost_before(place: 
 
 
 def test_who_was_lost_before_an_election_is_not_struck_by_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raylaunch.head.member_table.FOLLOW_LIMIT", 0.0)
+    monkeypatch.setattr("raylaunch.cluster.head.member_table.FOLLOW_LIMIT", 0.0)
 
     async def story() -> None:
         head = place.lead(2)
@@ -561,7 +562,7 @@ def test_who_was_lost_before_an_election_is_not_struck_by_it(place: Place, monke
 
 
 def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raylaunch.head.member_table.KEEP_GONE", 3)
+    monkeypatch.setattr("raylaunch.cluster.head.member_table.KEEP_GONE", 3)
 
     async def story() -> None:
         head = place.lead(1)
@@ -602,8 +603,8 @@ def test_the_node_loop_begins_when_the_storage_answers(place: Place, monkeypatch
         await until(lambda: turned or place.stopped)
         head.context.cancel_all()
 
-    monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop", lambda *rest: answers.pop(0)(*rest))
-    monkeypatch.setattr("raylaunch.head.node_duty.AFTER_FAILURE", 0.0)
+    monkeypatch.setattr("raylaunch.cluster.head.node_duty.NodeLoop", lambda *rest: answers.pop(0)(*rest))
+    monkeypatch.setattr("raylaunch.cluster.head.node_duty.AFTER_FAILURE", 0.0)
     run(story)
     assert not place.stopped
 
@@ -633,9 +634,9 @@ def test_a_mistake_in_the_node_loop_is_told_once_and_shown_until_it_is_over(
             return Turn(pause=0.0)
 
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.turn", lambda _self, *rest: turn(*rest))
-        monkeypatch.setattr("raylaunch.head.node_duty.LEAST", 0.0)
-        monkeypatch.setattr("raylaunch.head.node_duty.AFTER_FAILURE", 0.0)
+        monkeypatch.setattr("raylaunch.cluster.head.node_duty.NodeLoop.turn", lambda _self, *rest: turn(*rest))
+        monkeypatch.setattr("raylaunch.cluster.head.node_duty.LEAST", 0.0)
+        monkeypatch.setattr("raylaunch.cluster.head.node_duty.AFTER_FAILURE", 0.0)
         head.enough.set()
         task = asyncio.create_task(head.nodes.run())
         await over.wait()
@@ -658,7 +659,7 @@ def test_status_shows_a_mistake_of_ours(place: Place, monkeypatch: pytest.Monkey
 
     run(story)
     alive = Job("local", "RUNNING", True)
-    monkeypatch.setattr("raylaunch.backends.LocalBackend.states", lambda *_: {"local": alive})
+    monkeypatch.setattr("raylaunch.scheduler.backends.LocalBackend.states", lambda *_: {"local": alive})
     done = CliRunner().invoke(cli, ["status", "--state-dir", str(place.directory.parents[1])])
     assert "internal error (node loop): KeyError: 'n1'" in " ".join(done.output.split()), done.output
 
@@ -673,7 +674,7 @@ def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkey
     def turn(*_: object) -> Turn:
         submitting.set()
         assert answer.wait(10)
-        replace(place.cluster, jobs=("local", "joiner")).write(place.directory / layout.CLUSTER_FILE)
+        replace(place.cluster, jobs=("local", "joiner")).write(place.directory / records.CLUSTER_FILE)
         return Turn()
 
     async def story() -> None:
@@ -692,8 +693,8 @@ def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkey
         assert now is not None and now.jobs == ("local", "joiner")
 
     stopped = threading.Event()
-    monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.turn", turn)
-    monkeypatch.setattr("raylaunch.head.node_duty.NodeLoop.stop", lambda _: stopped.set())
+    monkeypatch.setattr("raylaunch.cluster.head.node_duty.NodeLoop.turn", turn)
+    monkeypatch.setattr("raylaunch.cluster.head.node_duty.NodeLoop.stop", lambda _: stopped.set())
     run(story)
 
 
@@ -762,14 +763,14 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
         _watched["directory"] = None
 
     config = Config.model_validate({"alerts": {"command": ["true"]}})
-    state.make_dir(place.directory.parents[1] / "runs")
-    with runs.prepared(state.run_dir(place.directory.parents[1], "r"), config, "main"):
-        layout.request(place.directory, "run", run="r")
-        layout.request(place.directory, "strike", node="n9", reason="x")
+    files.make_dir(place.directory.parents[1] / "runs")
+    with runs.prepared(files.run_dir(place.directory.parents[1], "r"), config, "main"):
+        records.request(place.directory, "run", run="r")
+        records.request(place.directory, "strike", node="n9", reason="x")
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
-    monkeypatch.setattr("raylaunch.head.request_loop.LOOK_EVERY", 0.01)
-    monkeypatch.setattr("raylaunch.head.run_queue.BROKEN_PAUSE", 0.0)
-    monkeypatch.setattr("raylaunch.head.metrics_process.keep", lambda *_: asyncio.sleep(1000))
+    monkeypatch.setattr("raylaunch.cluster.head.request_loop.LOOK_EVERY", 0.01)
+    monkeypatch.setattr("raylaunch.cluster.head.run_queue.BROKEN_PAUSE", 0.0)
+    monkeypatch.setattr("raylaunch.cluster.head.metrics_process.keep", lambda *_: asyncio.sleep(1000))
     _watched["found"].clear()
     try:
         run(story)
@@ -781,10 +782,10 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
 
 def test_a_driver_opens_what_it_looks_at(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a client of NFS knows of head.json by its name may be a minute old."""
-    place.head(1).write(place.directory / layout.HEAD_FILE)
+    place.head(1).write(place.directory / records.HEAD_FILE)
     seen = Roster(place.directory, 1)
-    old = (place.directory / layout.HEAD_FILE).stat()
+    old = (place.directory / records.HEAD_FILE).stat()
     assert not seen.fenced()
-    place.head(2).write(place.directory / layout.HEAD_FILE)
+    place.head(2).write(place.directory / records.HEAD_FILE)
     monkeypatch.setattr(Path, "stat", lambda *_, **__: old)
     assert seen.fenced()

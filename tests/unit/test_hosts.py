@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch import hosts
 from raylaunch.errors import BringUpError
+from raylaunch.host import hosts
 
 
 def test_two_leases_never_meet() -> None:

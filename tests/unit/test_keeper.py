@@ -9,13 +9,13 @@ from collections.abc import Iterable
 
 import pytest
 
-from raylaunch import keeper
-from raylaunch.agent import AGAIN
-from raylaunch.keeper import LONG_LIFE, MAX_PAUSE, MAX_TRIES, Keeper
+from raylaunch.cluster.agent import supervisor
+from raylaunch.cluster.agent.agent import AGAIN
+from raylaunch.cluster.agent.supervisor import LONG_LIFE, MAX_PAUSE, MAX_TRIES, Keeper
 
 KEEP = """
 import os, signal, sys
-from raylaunch import agent, keeper
+from raylaunch.cluster.agent import agent, supervisor
 
 def told():
     for pid in {pids}:
@@ -23,7 +23,7 @@ def told():
 
 agent.main = lambda: signal.pause() or 0
 os.register_at_fork({when}=told)
-sys.exit(keeper.Keeper().keep())
+sys.exit(supervisor.Keeper().keep())
 """
 
 
@@ -74,9 +74,9 @@ class Scripted(Keeper):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(keeper, "time", made)
-    monkeypatch.setattr(keeper.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(keeper.processes, "end_tree", lambda *_, **__: 0)
+    monkeypatch.setattr(supervisor, "time", made)
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor.processes, "end_tree", lambda *_, **__: 0)
     return made
 
 
@@ -103,7 +103,7 @@ def test_ends_that_lie_far_apart_are_not_counted_together(clock: Clock) -> None:
 
 
 def test_no_agent_is_started_beside_what_the_last_one_left(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper.processes, "end_tree", lambda *_, **__: 2)
+    monkeypatch.setattr(supervisor.processes, "end_tree", lambda *_, **__: 2)
     assert Scripted(clock, [(-9, 1.0)]).keep() == 128 + 9
 
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch.chaos.plan import KINDS
-from raylaunch.observe import history, ledger, picture
-from raylaunch.observe.exact import verify_steps
+from raylaunch.observe.history import goodput, plot, timeline
+from raylaunch.observe.history.step_audit import verify_steps
+from raylaunch.tools.chaos.schedule import KINDS
 
 Rows = list[dict[str, Any]]
 
@@ -60,8 +60,8 @@ def one_fault() -> tuple[Rows, Rows]:
     return events, [*steps(1, 1, 10, 104), *steps(2, 9, 16, 119)]
 
 
-def compute(events: Rows, metrics: Rows, cluster: Rows | None = None, **options: Any) -> ledger.Ledger:
-    return ledger.compute(history.read(events, metrics, cluster or []), **options)
+def compute(events: Rows, metrics: Rows, cluster: Rows | None = None, **options: Any) -> goodput.Ledger:
+    return goodput.compute(timeline.read(events, metrics, cluster or []), **options)
 
 
 def test_one_fault() -> None:
@@ -190,7 +190,7 @@ def test_what_a_run_ended_with_is_no_recovery(tmp_path: Path) -> None:
     run.mkdir(parents=True)
     for name, rows in (("events.jsonl", events), ("metrics.jsonl", metrics)):
         (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = ledger.summary(run)
+    told = goodput.summary(run)
     assert (told["recoveries"], told["steps_lost"]) == (1, 11) and told["last_recovery"]["total"] == survived.total
     # Before its end was decided, and when it is taken up again, it may yet recover.
     for more in (events[:-1], [*events, event(200, "queued", continued=True)]):
@@ -301,14 +301,14 @@ def test_a_large_file_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     run.mkdir(parents=True)
     for name, rows in (("events.jsonl", events), ("metrics.jsonl", [*first, *second])):
         (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn": ')
-    monkeypatch.setattr(ledger, "PIECE", 8192)
-    monkeypatch.setattr(ledger, "WHOLE", 100_000)
-    pieces = ledger.read_pieces(run / "metrics.jsonl", [108.0 + shift, 122.0 + shift])
+    monkeypatch.setattr(goodput, "PIECE", 8192)
+    monkeypatch.setattr(goodput, "WHOLE", 100_000)
+    pieces = goodput.read_pieces(run / "metrics.jsonl", [108.0 + shift, 122.0 + shift])
     assert 100 < len(pieces) < 1000
     whole, thin = compute(events, [*first, *second]), compute(events, list(pieces))
     assert thin.goodput == pytest.approx(whole.goodput, abs=1e-3)
     assert thin.steps_lost == whole.steps_lost == 2
-    told = ledger.summary(run)
+    told = goodput.summary(run)
     assert told["recoveries"] == 1 and told["last_recovery"]["causes"] == ("node_lost",)
     assert json.loads(json.dumps(told))["goodput"] == pytest.approx(whole.goodput, abs=1e-3)
 
@@ -341,9 +341,9 @@ def test_of_many_attempts_the_older_ones_are_known_by_their_events(
     run.mkdir(parents=True)
     for name, rows in (("events.jsonl", events), ("metrics.jsonl", metrics)):
         (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(ledger, "WHOLE", 100_000)
-    monkeypatch.setattr(ledger, "LAST_TURNS", 20)
-    whole, thin = ledger.of_run(run), ledger.of_run(run, whole=False)
+    monkeypatch.setattr(goodput, "WHOLE", 100_000)
+    monkeypatch.setattr(goodput, "LAST_TURNS", 20)
+    whole, thin = goodput.of_run(run), goodput.of_run(run, whole=False)
     assert thin.goodput == pytest.approx(whole.goodput, abs=0.01) and 0.8 < whole.goodput < 0.9
     assert len(thin.recoveries) == len(whole.recoveries) == 100
     assert thin.steps_lost == whole.steps_lost == 2000
@@ -358,13 +358,13 @@ def test_pictures(tmp_path: Path) -> None:
         run.mkdir(parents=True)
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_run))
-    picture.run(faulted, tmp_path / "run.png")
-    assert picture.curves(smooth, faulted, tmp_path / "curves.png") == pytest.approx(1e-5, rel=1e-3)
+    plot.run(faulted, tmp_path / "run.png")
+    assert plot.curves(smooth, faulted, tmp_path / "curves.png") == pytest.approx(1e-5, rel=1e-3)
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("run.png", "curves.png"))
 
 
 def test_a_fault_has_a_name_and_says_when_chaos_brought_it() -> None:
     (recovery,) = compute(*one_fault()).recoveries
-    assert picture.named(recovery, {}) == "node lost (n2)"
-    assert picture.named(recovery, {5: "node"}) == "node killed (chaos)"
-    assert all(" " in picture.named(recovery, {5: kind}).removesuffix(" (chaos)") for kind in KINDS)
+    assert plot.named(recovery, {}) == "node lost (n2)"
+    assert plot.named(recovery, {5: "node"}) == "node killed (chaos)"
+    assert all(" " in plot.named(recovery, {5: kind}).removesuffix(" (chaos)") for kind in KINDS)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from raylaunch.link import AlreadyHere, Closed, Link, Member, Members, Refused, _proof
+from raylaunch.cluster.membership.control_channel import AlreadyHere, Closed, Link, Member, Members, Refused, _proof
 
 TOKEN = "correct horse"
 

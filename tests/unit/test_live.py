@@ -12,15 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylaunch import configfile, layout, state
-from raylaunch.backends import Job
-from raylaunch.config import Config
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
 from raylaunch.errors import UsageError
-from raylaunch.layout import Cluster
-from raylaunch.live import facts, plot, screen
-from raylaunch.live.facts import Picture, Point
-from raylaunch.memory import Memory
-from raylaunch.runs import Run
+from raylaunch.observe.live import braille_plot, screen, snapshot
+from raylaunch.observe.live.snapshot import Picture, Point
+from raylaunch.scheduler.backends import Job
+from raylaunch.state import files, records
+from raylaunch.state.head_state import Memory
+from raylaunch.state.records import Cluster
+from raylaunch.state.runs import Run
 
 NOW = 1_700_000_000.0
 
@@ -89,43 +90,43 @@ def test_a_cluster_without_a_run_and_one_without_anything() -> None:
 @given(st.lists(st.tuples(st.integers(0, 99), st.floats()), max_size=50), st.integers(0, 40), st.integers(0, 10))
 def test_any_curve_is_drawn(points: list[tuple[int, float]], width: int, height: int) -> None:
     """Also one that goes back, as steps do that are done again."""
-    rows, low, high = plot.curve([float(x) for x, _ in points], [y for _, y in points], width, height)
+    rows, low, high = braille_plot.curve([float(x) for x, _ in points], [y for _, y in points], width, height)
     assert len(rows) == height and all(len(row) == width for row in rows)
     assert low <= high or math.isnan(low)
 
 
 def test_a_line_is_a_line() -> None:
-    rows, low, high = plot.curve([0, 1, 2, 3], [0, 1, 2, 3], 2, 1)
+    rows, low, high = braille_plot.curve([0, 1, 2, 3], [0, 1, 2, 3], 2, 1)
     assert (rows, low, high) == (["⡠⠊"], 0, 3)
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     """A local cluster whose processes are gone, with a run of 40,000 steps."""
-    made = state.make_dir(tmp_path / "clusters" / "c")
-    Cluster("c", "local", 1, "canary", NOW, 1, 2, 1).write(made / layout.CLUSTER_FILE)
-    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(made / layout.DUTIES_FILE)
-    state.write_json(made / layout.MEMBERS_FILE, {"canary": "canary", "nodes": [
+    made = files.make_dir(tmp_path / "clusters" / "c")
+    Cluster("c", "local", 1, "canary", NOW, 1, 2, 1).write(made / records.CLUSTER_FILE)
+    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(made / records.DUTIES_FILE)
+    files.write_json(made / records.MEMBERS_FILE, {"canary": "canary", "nodes": [
         {"name": "n1", "role": "head", "state": "ready"}, {"name": "n2", "role": "worker", "state": "ready"}]})  # fmt: skip
-    run = state.make_dir(tmp_path / "runs" / "r")
-    Run("r", "running", "c", NOW, attempt=1, world_size=2).write(run / layout.RUN_FILE)
-    state.write_text(run / layout.CONFIG_FILE, configfile.dump(Config()))
-    state.append_event(run, "commit", step=5, seconds=1.0)
+    run = files.make_dir(tmp_path / "runs" / "r")
+    Run("r", "running", "c", NOW, attempt=1, world_size=2).write(run / records.RUN_FILE)
+    files.write_text(run / records.CONFIG_FILE, loader.dump(Config()))
+    files.append_event(run, "commit", step=5, seconds=1.0)
     rows = (
         {"step": i, "loss": 1 / i, "attempt": 1, "time": NOW + i, "world_size": 2, "tokens_per_s": 3.0}
         for i in range(1, 40_001)
     )
-    (run / state.METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40001, "lo')
+    (run / files.METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 40001, "lo')
     return made
 
 
 def test_a_long_run_is_read_thinly_and_goes_on(directory: Path) -> None:
-    reader = facts.Reader(directory, None)
+    reader = snapshot.Reader(directory, None)
     first = reader.look()
     assert first.state == "interrupted: its job is gone" and first.nodes == ()
-    assert len(first.points) <= facts.POINTS + 1 and first.points[0].step < 500 and first.points[-1].step > 39_000
+    assert len(first.points) <= snapshot.POINTS + 1 and first.points[0].step < 500 and first.points[-1].step > 39_000
     assert first.next_save == 200 and first.max_steps == 200  # the default's
-    with (directory.parent.parent / "runs/r" / state.METRICS_FILE).open("a") as out:
+    with (directory.parent.parent / "runs/r" / files.METRICS_FILE).open("a") as out:
         out.write('ss": 0.5, "attempt": 1, "time": 1700040003, "world_size": 2}\n')
     assert reader.look().points[-1].step == 40_001
     assert [kind for _, kind, _ in first.events] == ["commit"]
@@ -133,20 +134,20 @@ def test_a_long_run_is_read_thinly_and_goes_on(directory: Path) -> None:
 
 def test_it_is_found_by_the_name_of_the_run_or_of_the_cluster(directory: Path) -> None:
     where = directory.parent.parent
-    assert facts.find(where, "r") == (directory, where / "runs" / "r")
-    assert facts.find(where, "c") == facts.find(where, None) == (directory, None)
+    assert snapshot.find(where, "r") == (directory, where / "runs" / "r")
+    assert snapshot.find(where, "c") == snapshot.find(where, None) == (directory, None)
     with pytest.raises(UsageError, match="no cluster"):
-        facts.find(where, "x")
-    state.write_json(directory / layout.ENDED_FILE, {"reason": "down"})
+        snapshot.find(where, "x")
+    files.write_json(directory / records.ENDED_FILE, {"reason": "down"})
     with pytest.raises(UsageError, match="0 clusters are up"):
-        facts.find(where, None)
-    assert facts.Reader(directory, None).look().state == "down: down"
+        snapshot.find(where, None)
+    assert snapshot.Reader(directory, None).look().state == "down: down"
 
 
 def test_broken_files_leave_the_rest(directory: Path) -> None:
-    (directory / layout.MEMBERS_FILE).write_text("{")
-    (directory.parent.parent / "runs/r" / layout.CONFIG_FILE).write_bytes(b"\x00\xff")
-    found = facts.Reader(directory, None).look()
+    (directory / records.MEMBERS_FILE).write_text("{")
+    (directory.parent.parent / "runs/r" / records.CONFIG_FILE).write_bytes(b"\x00\xff")
+    found = snapshot.Reader(directory, None).look()
     assert found.events and found.time
     assert text(found)
 
@@ -154,16 +155,16 @@ def test_broken_files_leave_the_rest(directory: Path) -> None:
 def test_a_mistake_of_ours_is_shown(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the rest of the picture, too; nothing is written into the cluster's directory."""
 
-    def _run(_self: facts.Reader) -> dict[str, Any]:
+    def _run(_self: snapshot.Reader) -> dict[str, Any]:
         raise AttributeError("no such name")
 
-    monkeypatch.setattr(facts.Reader, "_run", _run)
-    found = facts.Reader(directory, None).look()
+    monkeypatch.setattr(snapshot.Reader, "_run", _run)
+    found = snapshot.Reader(directory, None).look()
     assert found.events and "internal error (run): AttributeError: no such name" in text(found, width=150)
 
 
 def test_a_mistake_in_the_metrics_is_an_event(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raylaunch.metrics.facts import Reader
+    from raylaunch.observe.prometheus.collector import Reader
 
     def _of_nodes(*_: object) -> Iterator[object]:
         raise KeyError("cpu")
@@ -173,5 +174,5 @@ def test_a_mistake_in_the_metrics_is_an_event(directory: Path, monkeypatch: pyte
     reader = Reader(directory)
     for _ in range(3):
         assert "raylaunch_run_step" in {family.name for family in reader.collect()}
-    (told,) = state.read_events(directory, "internal_error")
+    (told,) = files.read_events(directory, "internal_error")
     assert told["work"] == "metrics (_of_nodes)" and "KeyError: 'cpu'" in told["error"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch import locks
+from raylaunch.host import locks
 
 
 def test_one_holds_it_and_others_can_tell(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_one_holds_it_and_others_can_tell(tmp_path: Path) -> None:
 
 def test_it_goes_with_the_process(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    code = f"import pathlib; from raylaunch import locks; locks.take(pathlib.Path({str(path)!r})); print(1, flush=True); input()"
+    code = f"import pathlib; from raylaunch.host import locks; locks.take(pathlib.Path({str(path)!r})); print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         assert locks.is_held(path) and locks.take(path) is None

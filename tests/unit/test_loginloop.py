@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from test_nodeloop import Place
 
-from raylaunch import layout, loginloop, state
-from raylaunch.backends import SlurmBackend
-from raylaunch.loginloop import ASK_AGAIN, LoginLoop
-from raylaunch.slurm.client import Slurm
+from raylaunch.cluster.node_loop import login_node
+from raylaunch.cluster.node_loop.login_node import ASK_AGAIN, LoginLoop
+from raylaunch.scheduler.backends import SlurmBackend
+from raylaunch.scheduler.slurm.client import Slurm
+from raylaunch.state import files, records
 
 
 class Login:
@@ -30,7 +31,7 @@ class Login:
     def write(self, condition: str) -> None:
         """members.json, with n2 in this state."""
         rows = [self.place.rows[0], {**self.place.rows[1], "state": condition}]
-        state.write_json(self.place.directory / layout.MEMBERS_FILE, {"canary": "ab12", "nodes": rows})
+        files.write_json(self.place.directory / records.MEMBERS_FILE, {"canary": "ab12", "nodes": rows})
 
     def turn(self, seconds: float = 2.0) -> str | None:
         self.place.now += seconds
@@ -38,8 +39,8 @@ class Login:
 
     def asked(self) -> list[str]:
         """The nodes that the head is asked to drain; asked is taken."""
-        paths = sorted((self.place.directory / layout.REQUESTS).glob("*.json"))
-        found = [str(state.read_json(path)["node"]) for path in paths]
+        paths = sorted((self.place.directory / records.REQUESTS).glob("*.json"))
+        found = [str(files.read_json(path)["node"]) for path in paths]
         for path in paths:
             path.unlink()
         return found
@@ -74,12 +75,12 @@ def test_a_node_that_comes_anew_is_asked_for_again(login: Login) -> None:
 
 def test_it_ends_with_the_cluster(login: Login) -> None:
     assert login.turn() is None and login.loop.pause > 0
-    state.write_json(login.place.directory / layout.ENDED_FILE, {"reason": "down"})
+    files.write_json(login.place.directory / records.ENDED_FILE, {"reason": "down"})
     assert login.turn() == "down"
 
 
 def test_it_does_not_watch_the_next_life(login: Login) -> None:
-    replace(login.place.cluster, canary="new").write(login.place.directory / layout.CLUSTER_FILE)
+    replace(login.place.cluster, canary="new").write(login.place.directory / records.CLUSTER_FILE)
     assert login.turn() == "it was brought up anew"
 
 
@@ -88,7 +89,7 @@ def test_what_it_does_is_an_event_of_the_cluster(login: Login) -> None:
     login.place.rows[0]["state"] = "lost"
     login.write("lost")
     assert "cancelled" in str(login.turn(100.0))
-    rows = state.read_lines(login.place.directory / state.EVENTS_FILE)
+    rows = files.read_lines(login.place.directory / files.EVENTS_FILE)
     assert [row["by"] for row in rows] == ["watch"] and login.said[0]["decision"] == "give_up"
 
 
@@ -96,7 +97,7 @@ def test_the_command_turns_it_until_then(login: Login, monkeypatch: pytest.Monke
     over = iter([None, None, "down"])
     monkeypatch.setattr(LoginLoop, "turn", lambda _: next(over))
     pauses: list[float] = []
-    monkeypatch.setattr(loginloop, "time", SimpleNamespace(time=lambda: 0.0, sleep=pauses.append))
+    monkeypatch.setattr(login_node, "time", SimpleNamespace(time=lambda: 0.0, sleep=pauses.append))
     place = login.place
-    assert loginloop.watch(place.directory, place.config, SlurmBackend(Slurm(place.slurm)), print) == "down"
+    assert login_node.watch(place.directory, place.config, SlurmBackend(Slurm(place.slurm)), print) == "down"
     assert len(pauses) == 2

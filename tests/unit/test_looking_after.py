@@ -12,15 +12,16 @@ import pytest
 from made_cluster import Clock, FakeGroup, FakeRay, Made
 from waiting import until
 
-from raylaunch import runs, state, watch
-from raylaunch.config import ElasticConfig
-from raylaunch.group import Order, RayNode
-from raylaunch.orders import AT_COMMIT, NOW
-from raylaunch.pulse import Place
-from raylaunch.roster import Roster
-from raylaunch.watch import Watch, Watched
-from raylaunch.watchdog import Beat, Pace
-from raylaunch.worker import Spec
+from raylaunch.config.schema import ElasticConfig
+from raylaunch.state import files, runs
+from raylaunch.training import attempt_monitor
+from raylaunch.training.attempt_monitor import Watch, Watched
+from raylaunch.training.cluster_view import Roster
+from raylaunch.training.hang_detector import Beat, Pace
+from raylaunch.training.pulse import Place
+from raylaunch.training.stop_request import AT_COMMIT, NOW
+from raylaunch.training.worker.main import Spec
+from raylaunch.training.worker_group import Order, RayNode
 
 
 class FakePulse:
@@ -142,7 +143,7 @@ def test_a_run_that_is_asked_to_stop_does_not_grow(bench: Bench) -> None:
 def test_a_hang_is_told_with_the_line_of_the_missing_rank(bench: Bench, tmp_path: Path) -> None:
     stack = tmp_path / "stack.txt"
     stack.write_text('Thread 0x1 (most recent call first):\n  File "/me/train.py", line 7 in stuck\n'
-                     '  File "/x/raylaunch/worker.py", line 9 in work\n')  # fmt: skip
+                     '  File "/x/raylaunch/training/worker/main.py", line 9 in work\n')  # fmt: skip
     bench.beats(3)
     bench.watch.tick()
     bench.pulse.heard = [Beat(0, "a", 1, 3, "sync", 60.0), *(Beat(r, "b", 1, 3, "step", 60.0) for r in (1, 2, 3))]
@@ -159,7 +160,7 @@ def test_stacks_are_not_waited_for_for_ever(bench: Bench) -> None:
     bench.beats(3)
     bench.watch.tick()
     bench.beats(3, age=60)
-    assert bench.watch.tick() and watch.DUMP_LIMIT <= bench.clock.now - 1000 < 2 * watch.DUMP_LIMIT
+    assert bench.watch.tick() and attempt_monitor.DUMP_LIMIT <= bench.clock.now - 1000 < 2 * attempt_monitor.DUMP_LIMIT
     assert "no answer" in bench.events[0][1]["line"]
 
 
@@ -197,7 +198,7 @@ def test_a_newer_head_ends_the_process(bench: Bench, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def started(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(watch, "EVERY", 0.001)
+    monkeypatch.setattr(attempt_monitor, "EVERY", 0.001)
     yield bench
     bench.watch.close()
 
@@ -225,4 +226,4 @@ def test_its_thread_begins_with_start_and_ends_with_close(started: Bench) -> Non
     assert threading.active_count() == before + 1
     started.watch.close()
     assert threading.active_count() == before
-    assert state.read_events(started.made.run_dir, "fault") == []
+    assert files.read_events(started.made.run_dir, "fault") == []

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch import configfile
-from raylaunch.config import Config
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
 from raylaunch.errors import ConfigError
 
 TEXT = """
@@ -57,7 +57,7 @@ slurm:
 def load(directory: Path, text: str) -> tuple[Config, list[str]]:
     path, told = directory / "theirs.yaml", []
     path.write_text(text)
-    return configfile.load(path, user_file=None, tell=told.append), told
+    return loader.load(path, user_file=None, tell=told.append), told
 
 
 def test_what_means_the_same_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

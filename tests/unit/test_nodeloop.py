@@ -12,13 +12,17 @@ from typing import Any
 
 import pytest
 
-from raylaunch import allocation, configfile, jobview, layout, locks, nodeloop, state, submits
-from raylaunch.backends import SlurmBackend
-from raylaunch.config import Config
-from raylaunch.layout import Cluster
-from raylaunch.nodeloop import NodeLoop, Turn
-from raylaunch.slurm.client import Completed, Slurm
-from raylaunch.slurm.parse import SEPARATOR
+from raylaunch.cluster.node_loop import node_loop, scheduler_view, submitter
+from raylaunch.cluster.node_loop.node_loop import NodeLoop, Turn
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
+from raylaunch.host import locks
+from raylaunch.scheduler.backends import SlurmBackend
+from raylaunch.scheduler.slurm import allocation
+from raylaunch.scheduler.slurm.client import Completed, Slurm
+from raylaunch.scheduler.slurm.parse import SEPARATOR
+from raylaunch.state import files, records
+from raylaunch.state.records import Cluster
 
 
 class FakeSlurm:
@@ -66,12 +70,12 @@ class Place:
     def __init__(self, directory: Path) -> None:
         self.directory, self.slurm, self.now = directory, FakeSlurm(), 1000.0
         self.config = Config.model_validate({"slurm": {"nodes": "2"}, "elastic": {"max_nodes": 4}})
-        for part in (layout.NODES, layout.REQUESTS, layout.LOGS):
+        for part in (records.NODES, records.REQUESTS, records.LOGS):
             (directory / part).mkdir(parents=True)
         self.cluster = Cluster("main", "slurm", 1, "ab12", 0.0, 2, 2, 1, jobs=("7",))
-        self.cluster.write(directory / layout.CLUSTER_FILE)
-        state.write_text(directory / layout.CONFIG_FILE, configfile.dump(self.config))
-        state.write_text(directory / layout.SCRIPT_FILE, "#!/bin/bash\n")
+        self.cluster.write(directory / records.CLUSTER_FILE)
+        files.write_text(directory / records.CONFIG_FILE, loader.dump(self.config))
+        files.write_text(directory / records.SCRIPT_FILE, "#!/bin/bash\n")
         self.slurm.add("7", "RUNNING", "n[1-2]")
         self.rows = [self.row("n1", role="head"), self.row("n2")]
         self.loop = self.new_loop()
@@ -108,13 +112,13 @@ def kinds(turn: Turn) -> list[str]:
 def test_two_questions_a_turn_and_silence_when_nothing_changes(place: Place) -> None:
     assert kinds(place.turn()) == ["hold"] and place.turn().events == []
     assert [c[0] for c in place.slurm.commands] == ["squeue", "sinfo"] * 2
-    assert place.turn().pause == nodeloop.QUIET and place.turn().time_left == {"7": 3600}
+    assert place.turn().pause == node_loop.QUIET and place.turn().time_left == {"7": 3600}
 
 
 def test_a_lost_node_costs_one_joiner(place: Place) -> None:
     place.lose("n2")
     turn = place.turn()
-    assert kinds(turn) == ["join", "joiner_submitted"] and turn.pause == nodeloop.BUSY
+    assert kinds(turn) == ["join", "joiner_submitted"] and turn.pause == node_loop.BUSY
     assert place.jobs() == ("7", "101") and "--exclude=n1\n" in place.slurm.scripts[0]
     assert "#SBATCH --job-name=raylaunch-main-join\n" in place.slurm.scripts[0]
     assert kinds(place.turn()) == ["hold"] and place.turn().events == [] and len(place.slurm.scripts) == 1
@@ -138,7 +142,7 @@ def test_nothing_is_submitted_twice_by_two_loops(place: Place) -> None:
     def other_first(command: Sequence[str], timeout: float, stdin: str | None, env: Mapping[str, str]) -> Completed:
         done = raced(command, timeout, stdin, env)
         if command[0] == "sinfo":  # between this loop's facts and its deed
-            replace(place.cluster, jobs=("7", "99")).write(place.directory / layout.CLUSTER_FILE)
+            replace(place.cluster, jobs=("7", "99")).write(place.directory / records.CLUSTER_FILE)
         return done
 
     loop = NodeLoop(place.directory, place.config, SlurmBackend(Slurm(other_first)), False, lambda: place.now)
@@ -150,7 +154,7 @@ def test_a_joiner_whose_submitter_was_killed_is_found(place: Place) -> None:
     place.slurm.add("55", "PENDING", "", "raylaunch-main-join", "raylaunch cluster=main life=ab12 nodes=1")
     place.slurm.add("56", "PENDING", "", "raylaunch-main-join", "raylaunch cluster=main life=OLD nodes=1")
     assert "joiner_found" in kinds(place.turn()) and place.jobs() == ("7", "55") and place.slurm.scripts == []
-    assert jobview.unrecorded(SlurmBackend(Slurm(place.slurm)), place.cluster, place.config) == ("55",)
+    assert scheduler_view.unrecorded(SlurmBackend(Slurm(place.slurm)), place.cluster, place.config) == ("55",)
 
 
 def test_where_nodes_may_not_submit_it_is_said_once_and_a_watcher_does_it(place: Place) -> None:
@@ -160,7 +164,7 @@ def test_where_nodes_may_not_submit_it_is_said_once_and_a_watcher_does_it(place:
     assert place.turn(watcher).events[-1]["kind"] == "joiner_refused"  # of its own accord nobody lives there
     first = place.turn()
     assert kinds(first) == ["join", "joiner_refused"] and "raylaunch watch" in first.events[-1]["hint"]
-    assert "Access denied" in submits.head_refusal(place.directory, place.cluster)
+    assert "Access denied" in submitter.head_refusal(place.directory, place.cluster)
     assert [k for _ in range(5) for k in kinds(place.turn())] == ["hold"]
     place.slurm.refusal = ""
     assert "joiner_submitted" in kinds(place.turn(place.new_loop(watcher=True)))
@@ -168,7 +172,7 @@ def test_where_nodes_may_not_submit_it_is_said_once_and_a_watcher_does_it(place:
 
 def test_a_watcher_leaves_submitting_to_a_head_that_can(place: Place) -> None:
     place.lose("n2")
-    layout.Head("ab12", 1, "n1", "n1", "1.2.3.4", 1, "1.2.3.4:2", 3, 0.0).write(place.directory / layout.HEAD_FILE)
+    records.Head("ab12", 1, "n1", "n1", "1.2.3.4", 1, "1.2.3.4:2", 3, 0.0).write(place.directory / records.HEAD_FILE)
     watcher = place.new_loop(watcher=True)
     turn = place.turn(watcher)
     assert kinds(turn) == ["hold"] and "the head submits itself" in turn.events[0]["reason"]
@@ -178,14 +182,14 @@ def test_a_watcher_leaves_submitting_to_a_head_that_can(place: Place) -> None:
 
 def test_no_sbatch_at_all(place: Place) -> None:
     backend = SlurmBackend(Slurm(place.slurm))
-    assert submits.may_submit(backend, place.directory, place.cluster, place.config) == ""
+    assert submitter.may_submit(backend, place.directory, place.cluster, place.config) == ""
     place.slurm.refusal = "nope"
-    assert "nope" in submits.may_submit(backend, place.directory, place.cluster, place.config)
+    assert "nope" in submitter.may_submit(backend, place.directory, place.cluster, place.config)
     place.slurm.missing = True
-    why = submits.may_submit(backend, place.directory, place.cluster, place.config)
+    why = submitter.may_submit(backend, place.directory, place.cluster, place.config)
     assert why == "there is no sbatch here"
     assert [e["kind"] for e in place.loop.cannot_submit(place.cluster, why)] == ["joiner_refused"]
-    assert submits.head_refusal(place.directory, place.cluster) == why
+    assert submitter.head_refusal(place.directory, place.cluster) == why
     place.lose("n2")
     assert kinds(place.turn()) == ["hold"]
 
@@ -193,7 +197,7 @@ def test_no_sbatch_at_all(place: Place) -> None:
 def test_no_further_node_is_no_refusal(place: Place) -> None:
     place.lose("n2")
     place.slurm.refusal = "Batch job submission failed: Requested node configuration is not available"
-    assert kinds(place.turn()) == ["join"] and submits.head_refusal(place.directory, place.cluster) == ""
+    assert kinds(place.turn()) == ["join"] and submitter.head_refusal(place.directory, place.cluster) == ""
     assert [k for _ in range(20) for k in kinds(place.turn())] == ["hold"]
     place.slurm.refusal = ""
     assert "joiner_submitted" in [k for _ in range(6) for k in kinds(place.turn())]
@@ -218,7 +222,7 @@ def test_joiners_that_fail_come_slower_and_their_nodes_get_strikes(place: Place)
         while "joiner_submitted" not in kinds(place.turn()):
             waited += 1
         assert waited == 5 * number - 1
-    state.write_json(place.directory / layout.NODES / "n3.json", {"node": "n3", "error": "bad disk"})
+    files.write_json(place.directory / records.NODES / "n3.json", {"node": "n3", "error": "bad disk"})
     assert place.turn().strikes == [("n3", "could not start: bad disk")] and place.turn().strikes == []
     assert place.turn(place.new_loop()).strikes == []  # another head does not count it again
     turn = place.turn(strikes={"n3": 3})
@@ -254,8 +258,8 @@ def test_a_successor_when_the_allocation_was_taken(place: Place) -> None:
     place.lose("n1")
     place.lose("n2")
     watcher = place.new_loop(watcher=True)
-    state.write_text(
-        place.directory / layout.SCRIPT_FILE, '#!/bin/bash\n#SBATCH --comment="raylaunch cluster=main life=ab12"\n'
+    files.write_text(
+        place.directory / records.SCRIPT_FILE, '#!/bin/bash\n#SBATCH --comment="raylaunch cluster=main life=ab12"\n'
     )
     assert kinds(place.turn(watcher)) == ["resume", "successor"] and place.jobs() == ("7", "101")
     place.slurm.jobs["7"][1] = "CANCELLED"
@@ -274,12 +278,12 @@ def test_a_requeued_job_brings_its_nodes_itself_and_is_started_at_once(place: Pl
 
 
 def test_one_watcher(place: Place) -> None:
-    assert not submits.is_watched(place.directory)
-    with submits.watching(place.directory) as held:
-        assert held and submits.is_watched(place.directory)
-        with submits.watching(place.directory, patience=0) as second:
+    assert not submitter.is_watched(place.directory)
+    with submitter.watching(place.directory) as held:
+        assert held and submitter.is_watched(place.directory)
+        with submitter.watching(place.directory, patience=0) as second:
             assert not second
-    assert not submits.is_watched(place.directory)
+    assert not submitter.is_watched(place.directory)
 
 
 def test_a_lock_that_a_frozen_watcher_holds_is_not_waited_for_without_end(

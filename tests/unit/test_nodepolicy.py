@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylaunch import nodepolicy
-from raylaunch.config import ElasticConfig, JoinConfig
-from raylaunch.nodepolicy import (
+from raylaunch.cluster.node_loop import policy
+from raylaunch.cluster.node_loop.policy import (
     Amend,
     Base,
     Drain,
@@ -25,6 +24,7 @@ from raylaunch.nodepolicy import (
     Resume,
     decide,
 )
+from raylaunch.config.schema import ElasticConfig, JoinConfig
 
 ELASTIC = ElasticConfig()
 
@@ -77,7 +77,7 @@ def test_a_node_lost_a_moment_ago_may_come_back_by_itself() -> None:
 def test_a_node_that_comes_back_under_a_new_job_is_coming() -> None:
     again = Joiner("2", pending=False, nodes=("c",), age=1.0)
     assert isinstance(decide(facts(members=LOST, joiners=(again,)), ELASTIC)[0], Hold)
-    late = Joiner("2", pending=False, nodes=("d",), age=nodepolicy.BOOT_LIMIT)
+    late = Joiner("2", pending=False, nodes=("d",), age=policy.BOOT_LIMIT)
     assert isinstance(decide(facts(members=LOST, joiners=(late,)), ELASTIC)[0], Join)
 
 
@@ -211,7 +211,7 @@ class World:
         self.since[node] = self.clock
 
     def alive(self) -> list[str]:
-        return [n for n, m in self.table.items() if m.state in nodepolicy.ALIVE]
+        return [n for n, m in self.table.items() if m.state in policy.ALIVE]
 
     def facts(self) -> Facts:
         alive = sorted(self.alive())
@@ -272,7 +272,7 @@ class World:
             if node in self.table and self.table[node].state not in {"ended"}:
                 self._set(node, "lost")
 
-    def turn(self) -> list[nodepolicy.Decision]:
+    def turn(self) -> list[policy.Decision]:
         """Decide, check that the decision rests on facts, and do it; then the world goes on."""
         now = self.facts()
         decisions = decide(now, self.elastic)
@@ -288,12 +288,12 @@ class World:
         self._go_on()
         return decisions
 
-    def _do(self, decision: nodepolicy.Decision, now: Facts) -> None:
+    def _do(self, decision: policy.Decision, now: Facts) -> None:
         match decision:
             case Join():
                 assert not self.refused
                 assert sum(j.pending for j in self.jobs.values()) < self.elastic.join.max_pending
-                struck = nodepolicy.excluded(self.strikes, self.elastic)
+                struck = policy.excluded(self.strikes, self.elastic)
                 assert struck <= set(decision.exclude) and set(self.alive()) <= set(decision.exclude)
                 asked = sum(j.count for j in self.jobs.values() if j.pending)
                 assert len(set(self.alive()) - struck - now.draining) + asked + decision.n <= self.max_nodes
@@ -316,7 +316,7 @@ class World:
                 assert len(self.alive()) < (self.elastic.min_nodes or 1) or not self.base
 
     def _leave(self, node: str) -> None:
-        assert self.table[node].state in nodepolicy.ALIVE
+        assert self.table[node].state in policy.ALIVE
         self._set(node, "ended")
         for job in [j for j in self.jobs.values() if node in j.nodes]:
             if all(self.table.get(n, Node(n, "ended")).state == "ended" for n in job.nodes):
@@ -379,7 +379,7 @@ def test_whatever_happens(
         assert isinstance(world.turn()[0], Resume)
         return
     # Ten machines, some struck out or drained for good: as many as can be had.
-    bad = nodepolicy.excluded(world.strikes, elastic) | {n for n, s in world.machines.items() if s == "drain"}
+    bad = policy.excluded(world.strikes, elastic) | {n for n, s in world.machines.items() if s == "drain"}
     target = min(max(world.wanted, world.ceiling), 10 - len(bad))
     for _ in range(120):
         if isinstance(world.turn()[0], Resume):  # the last job that waited was for too many nodes: a successor follows
@@ -406,7 +406,7 @@ def test_joiners_that_bring_nothing_are_counted_in_a_row() -> None:
     assert known.after([], [], 2.0).failed == 2
     came = known.after([joiner("2", "n2")], [Node("n2", "ready", "2")], 2.0)
     assert came.failed == 0 and came.after([], [], 3.0).failed == 1  # but not for long
-    assert came.after([], [], 2.0 + nodepolicy.SHORT_LIFE).failed == 0
+    assert came.after([], [], 2.0 + policy.SHORT_LIFE).failed == 0
     assert known.after([joiner("2", "n2")], [Node("n2", "ready", "7")], 2.0).failed == 1  # another job's agent
 
 

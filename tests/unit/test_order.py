@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch.data import order
+from raylaunch.data import sample_order
 
 
 def row(start: int, stop: int, n: int, seed: int = 0) -> list[int]:
-    return [int(s) for s in order.samples_at(np.arange(start, stop, dtype=np.int64), n, seed)]
+    return [int(s) for s in sample_order.samples_at(np.arange(start, stop, dtype=np.int64), n, seed)]
 
 
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**40), epoch=st.integers(0, 2**40))
 def test_an_epoch_is_a_permutation(n: int, seed: int, epoch: int) -> None:
-    image = order.permuted(np.arange(n, dtype=np.int64), n, seed, epoch)
+    image = sample_order.permuted(np.arange(n, dtype=np.int64), n, seed, epoch)
     assert np.array_equal(np.sort(image), np.arange(n))
 
 
@@ -45,15 +45,15 @@ def test_the_row_does_not_depend_on_how_it_is_read(n: int, start: int, sizes: li
 @given(weights=st.lists(st.floats(0.01, 10), min_size=2, max_size=6), seed=st.integers(0, 99), block=st.integers(0, 99))
 def test_a_mixture_takes_each_of_its_sources_in_turn(weights: list[float], seed: int, block: int) -> None:
     """Every position of every source once, and the shares exact in every block."""
-    quotas = order.quotas(weights)
-    assert quotas.sum() == order.BLOCK
-    assert np.all(np.abs(quotas - np.array(weights) / sum(weights) * order.BLOCK) <= 1)
-    positions = np.arange(block * order.BLOCK, (block + 1) * order.BLOCK, dtype=np.int64)
-    sources, places = order.mixed(positions, quotas, seed)
+    quotas = sample_order.quotas(weights)
+    assert quotas.sum() == sample_order.BLOCK
+    assert np.all(np.abs(quotas - np.array(weights) / sum(weights) * sample_order.BLOCK) <= 1)
+    positions = np.arange(block * sample_order.BLOCK, (block + 1) * sample_order.BLOCK, dtype=np.int64)
+    sources, places = sample_order.mixed(positions, quotas, seed)
     for number, quota in enumerate(quotas):
         mine = np.sort(places[sources == number])
         assert np.array_equal(mine, np.arange(block * quota, (block + 1) * quota))
-    cut = [order.mixed(part, quotas, seed) for part in np.split(positions, [7, 5000])]
+    cut = [sample_order.mixed(part, quotas, seed) for part in np.split(positions, [7, 5000])]
     assert np.array_equal(np.concatenate([s for s, _ in cut]), sources)
     assert np.array_equal(np.concatenate([p for _, p in cut]), places)
 
@@ -67,7 +67,7 @@ def test_orders_differ_by_seed_and_epoch_and_stay_as_they_are() -> None:
 
 def test_the_order_looks_random() -> None:
     n = 100_000
-    image = order.permuted(np.arange(n, dtype=np.int64), n, 7, 3)
+    image = sample_order.permuted(np.arange(n, dtype=np.int64), n, 7, 3)
     assert abs(np.corrcoef(np.arange(n), image)[0, 1]) < 0.02
     assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 0.02
     fixed = int((image == np.arange(n)).sum())
@@ -75,13 +75,13 @@ def test_the_order_looks_random() -> None:
 
 
 def test_a_step_of_a_billion_samples_costs_as_much_as_its_own_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes, feistel = [], order._feistel
+    sizes, feistel = [], sample_order._feistel
 
     def counted(words: Any, *more: Any) -> Any:
         sizes.append(words.size)
         return feistel(words, *more)
 
-    monkeypatch.setattr(order, "_feistel", counted)
+    monkeypatch.setattr(sample_order, "_feistel", counted)
     samples = row(5 * 10**9, 5 * 10**9 + 4096, 10**9 + 7)
     assert len(set(samples)) == 4096
     assert sum(sizes) < 4 * 4096  # the network permutes a domain of less than four times as many
@@ -89,7 +89,7 @@ def test_a_step_of_a_billion_samples_costs_as_much_as_its_own_samples(monkeypatc
 
 @given(start=st.integers(0, 10**12), count=st.integers(0, 600), world_size=st.integers(1, 70))
 def test_shares_cover_each_position_once_and_are_even(start: int, count: int, world_size: int) -> None:
-    shares = [order.share(start, start + count, rank, world_size) for rank in range(world_size)]
+    shares = [sample_order.share(start, start + count, rank, world_size) for rank in range(world_size)]
     covered = [position for low, high in shares for position in range(low, high)]
     assert covered == list(range(start, start + count))
     sizes = [high - low for low, high in shares]
@@ -98,14 +98,14 @@ def test_shares_cover_each_position_once_and_are_even(start: int, count: int, wo
 
 @given(count=st.integers(1, 600), world_size=st.integers(1, 70), local=st.integers(1, 20))
 def test_passes_hold_the_largest_share_and_no_more(count: int, world_size: int, local: int) -> None:
-    largest = max(high - low for low, high in (order.share(0, count, r, world_size) for r in range(world_size)))
-    passes = order.passes(count, world_size, local)
+    largest = max(high - low for low, high in (sample_order.share(0, count, r, world_size) for r in range(world_size)))
+    passes = sample_order.passes(count, world_size, local)
     assert passes * local >= largest > (passes - 1) * local
 
 
 @given(samples=st.integers(1, 10**6), fraction=st.floats(0, 0.999))
 def test_validation_leaves_something_to_train_on(samples: int, fraction: float) -> None:
-    training, held_out = order.split_validation(samples, fraction)
+    training, held_out = sample_order.split_validation(samples, fraction)
     assert training >= 1 and held_out >= 0 and training + held_out == samples
     if fraction > 0 and samples > 1:
         assert held_out >= 1
@@ -129,12 +129,12 @@ class Recipe:
         """The samples of a step in the order of ranks and passes, each rank as `data.Loader` reads it."""
         size = self.global_batch_size
         ranks = [
-            order.pieces(step * size, (step + 1) * size, rank, world_size, self.local_batch_size)
+            sample_order.pieces(step * size, (step + 1) * size, rank, world_size, self.local_batch_size)
             for rank in range(world_size)
         ]
         assert len({len(passes) for passes in ranks}) == 1  # every pass is a collective
         assert all(len(piece) <= self.local_batch_size for passes in ranks for piece in passes)
-        read = [order.samples_at(piece, self.samples, self.seed) for passes in ranks for piece in passes]
+        read = [sample_order.samples_at(piece, self.samples, self.seed) for passes in ranks for piece in passes]
         return [int(sample) for piece in read for sample in piece]
 
 

@@ -15,11 +15,23 @@ from click.testing import CliRunner, Result
 from test_slurm_client import SINFO, Fake, refused
 
 from raylaunch.cli import cli
-from raylaunch.config import Config
+from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, RunError, UsageError
-from raylaunch.plan import estimate, gpus, like, memory, pace, queue, room, saving, search, shape, shards
-from raylaunch.plan.estimate import Given
-from raylaunch.slurm.client import Completed, Slurm
+from raylaunch.scheduler.slurm.client import Completed, Slurm
+from raylaunch.tools.plan import (
+    alternatives,
+    checkpoints,
+    cpu_memory,
+    estimate,
+    from_run,
+    gpus,
+    memory,
+    model_shape,
+    queue_time,
+    sharding,
+    throughput,
+)
+from raylaunch.tools.plan.estimate import Given
 
 H100 = gpus.find("h100-80gb")
 LLAMA = {"size": "8B", "vocab_size": 128256}
@@ -30,7 +42,7 @@ def config(**sections: Any) -> Config:
 
 
 def peak(made: Config, nodes: int = 1, workers: int = 8, *, on_gpu: bool = True) -> memory.Peak:
-    return memory.peak(made, shape.of(made), shards.place(made, nodes, workers), on_gpu=on_gpu)
+    return memory.peak(made, model_shape.of(made), sharding.place(made, nodes, workers), on_gpu=on_gpu)
 
 
 def steps(rows: int, batch: int, **more: Any) -> dict[str, Any]:
@@ -53,7 +65,7 @@ def test_a_gpu_is_found_by_its_name_or_the_part_that_is_its_own() -> None:
 
 
 def test_llama_3_has_as_many_parameters_as_it_is_said_to_have() -> None:
-    assert shape.of(config(model=LLAMA)).parameters["total"] == 8_030_261_248
+    assert model_shape.of(config(model=LLAMA)).parameters["total"] == 8_030_261_248
 
 
 def test_models_whose_shape_is_not_known() -> None:
@@ -64,7 +76,7 @@ def test_models_whose_shape_is_not_known() -> None:
         ({"model": {"hf": "Qwen/Qwen3-8B"}}, "no directory here"),
     ):
         with pytest.raises(RunError, match=words):
-            shape.of(config(**sections))
+            model_shape.of(config(**sections))
 
 
 QWEN = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32,
@@ -73,7 +85,7 @@ QWEN = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "num_a
 
 def test_a_directory_of_transformers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN | {"tie_word_embeddings": True, "dtype": "bfloat16"}))
-    found = shape.of(config(model={"hf": str(tmp_path), "lora": {"rank": 4}}))
+    found = model_shape.of(config(model={"hf": str(tmp_path), "lora": {"rank": 4}}))
     assert (found.q_dim, found.tied, found.head_norms, found.frozen_width) == (128, True, True, 2)
     assert 0 < found.parameters["trained"] < found.parameters["total"] / 3
 
@@ -86,10 +98,10 @@ def test_a_directory_of_transformers(tmp_path: Path) -> None:
 def test_a_broken_config_of_transformers_is_a_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RunError):
-        shape.of(config(model={"hf": str(tmp_path)}))
+        model_shape.of(config(model={"hf": str(tmp_path)}))
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{")
     with pytest.raises(RunError):
-        shape.of(config(model={"hf": str(tmp_path)}))
+        model_shape.of(config(model={"hf": str(tmp_path)}))
 
 
 # -- where it lies -------------------------------------------------------------------------------------------
@@ -97,23 +109,23 @@ def test_a_broken_config_of_transformers_is_a_line(tmp_path: Path, text: str) ->
 
 def test_nodes_that_the_plan_cannot_share_are_spares() -> None:
     made = config(distributed={"tp_size": 8, "pp_size": 2}, model=LLAMA)
-    assert shards.place(made, 5, 8).spare == 1 and shards.place(made, 5, 8).world == 32
+    assert sharding.place(made, 5, 8).spare == 1 and sharding.place(made, 5, 8).world == 32
     with pytest.raises(UsageError, match="fewer than the 16"):
-        shards.place(made, 1, 8)
+        sharding.place(made, 1, 8)
     with pytest.raises(UsageError, match="hsdp"):
-        shards.place(config(distributed={"strategy": "hsdp", "tp_size": 4, "pp_size": 2}, model=LLAMA), 4, 2)
+        sharding.place(config(distributed={"strategy": "hsdp", "tp_size": 4, "pp_size": 2}, model=LLAMA), 4, 2)
 
 
 def test_passes_are_those_of_the_loader() -> None:
     made = config(step_scheduler=steps(2, 64))
-    assert [shards.place(made, nodes, 8).passes for nodes in (1, 2, 4, 5)] == [4, 2, 1, 1]
-    assert shards.place(config(step_scheduler={"local_batch_size": 2, "grad_acc_steps": 3}), 2, 8).passes == 3
+    assert [sharding.place(made, nodes, 8).passes for nodes in (1, 2, 4, 5)] == [4, 2, 1, 1]
+    assert sharding.place(config(step_scheduler={"local_batch_size": 2, "grad_acc_steps": 3}), 2, 8).passes == 3
 
 
 def test_fsdp_pads_a_few_experts_over_many_shards() -> None:
     """Eight experts over 64 shards: each worker has one, and gathered they are 64."""
     made = config(model={"size": "125M", "n_experts": 8})
-    [stage] = shards.stages(made, shape.of(made), shards.place(made, 8, 8), 2)
+    [stage] = sharding.stages(made, model_shape.of(made), sharding.place(made, 8, 8), 2)
     experts = stage.block[0].of_experts(True)
     assert experts.shard() == 3 * 768 * 2048 and experts.whole() == 8 * experts.own()
 
@@ -129,7 +141,7 @@ def test_experts_are_divided_by_ep_size_alone() -> None:
 
 
 def test_states_are_sixteen_bytes_a_parameter_and_shards_divide_them() -> None:
-    parameters = shape.of(config(model=LLAMA)).parameters["total"]
+    parameters = model_shape.of(config(model=LLAMA)).parameters["total"]
     alone = peak(config(model=LLAMA, step_scheduler=steps(1, 1)), 1, 1).bytes
     many = peak(config(model=LLAMA, step_scheduler=steps(1, 64)), 8, 8).bytes
     assert alone["parameters"] == 4 * parameters and alone["optimizer"] == 8 * parameters
@@ -172,15 +184,15 @@ def test_stages_of_a_pipeline_share_the_blocks_and_the_first_holds_most_micro_ba
 
 def test_the_assumed_pace_is_that_of_torchtitan() -> None:
     made = config(model=LLAMA, data={"seq_len": 8192}, step_scheduler=steps(1, 8))
-    found = pace.assumed(made, shape.of(made), shards.place(made, 1, 8), H100, None)
+    found = throughput.assumed(made, model_shape.of(made), sharding.place(made, 1, 8), H100, None)
     assert found is not None and found.assumed and found.tokens_per_s / 8 == pytest.approx(5762, rel=0.01)
-    assert pace.assumed(made, shape.of(made), shards.place(made, 1, 8), gpus.CPU, None) is None
+    assert throughput.assumed(made, model_shape.of(made), sharding.place(made, 1, 8), gpus.CPU, None) is None
 
 
 def test_recomputing_and_a_pipelines_idle_ends_take_time() -> None:
     def rate(**plan: Any) -> float:
         made = config(model=LLAMA, distributed=plan, step_scheduler=steps(1, 32))
-        found = pace.assumed(made, shape.of(made), shards.place(made, 1, 8), H100, 0.4)
+        found = throughput.assumed(made, model_shape.of(made), sharding.place(made, 1, 8), H100, 0.4)
         assert found is not None
         return found.tokens_per_s
 
@@ -189,23 +201,23 @@ def test_recomputing_and_a_pipelines_idle_ends_take_time() -> None:
 
 
 def test_youngs_and_dalys_interval() -> None:
-    assert saving.young(60, 86400) == pytest.approx(3220, abs=1)
-    assert saving.daly(60, 86400) == pytest.approx(3180, abs=1)  # a little less the save itself
-    assert saving.daly(1, 1e9) == pytest.approx(saving.young(1, 1e9), rel=1e-4)
-    assert saving.daly(500, 200) == 200
-    around = [saving.waste(saving.daly(60, 86400) * part, 60, 86400) for part in (0.5, 1, 2)]
+    assert checkpoints.young(60, 86400) == pytest.approx(3220, abs=1)
+    assert checkpoints.daly(60, 86400) == pytest.approx(3180, abs=1)  # a little less the save itself
+    assert checkpoints.daly(1, 1e9) == pytest.approx(checkpoints.young(1, 1e9), rel=1e-4)
+    assert checkpoints.daly(500, 200) == 200
+    around = [checkpoints.waste(checkpoints.daly(60, 86400) * part, 60, 86400) for part in (0.5, 1, 2)]
     assert around[1] < min(around[0], around[2])
 
 
 def test_a_save_is_as_large_as_what_is_trained() -> None:
-    assert saving.size(config(model=LLAMA), shape.of(config(model=LLAMA))) == 12 * 8_030_261_248
+    assert checkpoints.size(config(model=LLAMA), model_shape.of(config(model=LLAMA))) == 12 * 8_030_261_248
     with_average = config(model=LLAMA, optimizer={"ema": 0.999})
-    assert saving.size(with_average, shape.of(with_average)) == 16 * 8_030_261_248
+    assert checkpoints.size(with_average, model_shape.of(with_average)) == 16 * 8_030_261_248
 
 
-def saves(nodes: int = 64, **checkpoint: Any) -> saving.Saving:
+def saves(nodes: int = 64, **checkpoint: Any) -> checkpoints.Saving:
     made = config(model=LLAMA, checkpoint=checkpoint, step_scheduler={"ckpt_every_steps": 100})
-    return saving.plan(made, shape.of(made), nodes, nodes * 8, 2e9, saving.FAILURES, 2.0, 1e6)
+    return checkpoints.plan(made, model_shape.of(made), nodes, nodes * 8, 2e9, checkpoints.FAILURES, 2.0, 1e6)
 
 
 def test_in_the_background_steps_wait_for_the_copy_alone() -> None:
@@ -217,9 +229,9 @@ def test_in_the_background_steps_wait_for_the_copy_alone() -> None:
 # -- what would fit ------------------------------------------------------------------------------------------
 
 
-def looked_for(made: Config) -> list[search.Fit]:
+def looked_for(made: Config) -> list[alternatives.Fit]:
     assert H100.memory is not None
-    return search.search(made, shape.of(made), shards.place(made, 4, 8), H100.memory, on_gpu=True)
+    return alternatives.search(made, model_shape.of(made), sharding.place(made, 4, 8), H100.memory, on_gpu=True)
 
 
 def test_what_is_proposed_fits_with_the_same_global_batch() -> None:
@@ -234,7 +246,7 @@ def test_what_is_proposed_fits_with_the_same_global_batch() -> None:
         changed = Config.model_validate(values)
         assert changed.step_scheduler.global_batch_size == 64
         again = peak(changed, fit.nodes).total
-        assert again == fit.total <= search.ROOM * (H100.memory or 0)
+        assert again == fit.total <= alternatives.ROOM * (H100.memory or 0)
     kinds = [fit.changes.keys() for fit in found]
     assert not any(a <= b for a, b in itertools.combinations(kinds, 2))  # none only adds to one before it
 
@@ -246,10 +258,10 @@ def test_a_global_batch_that_is_not_written_is_pinned() -> None:
 
 def test_more_nodes_where_no_plan_fits_and_nothing_where_those_do_not_help() -> None:
     made = config(model=LLAMA, data={"seq_len": 512}, step_scheduler=steps(1, 64))
-    alone = shards.place(made, 1, 1)
-    [found] = search.search(made, shape.of(made), alone, 64 << 30, on_gpu=False)
+    alone = sharding.place(made, 1, 1)
+    [found] = alternatives.search(made, model_shape.of(made), alone, 64 << 30, on_gpu=False)
     assert found.nodes > 1 and found.total <= 64 << 30
-    assert not search.search(made, shape.of(made), alone, 1 << 30, on_gpu=False)
+    assert not alternatives.search(made, model_shape.of(made), alone, 1 << 30, on_gpu=False)
 
 
 # -- like an earlier run -------------------------------------------------------------------------------------
@@ -272,29 +284,29 @@ def earlier(tmp_path: Path) -> Path:
 
 
 def test_an_earlier_run_gives_pace_start_and_saves(earlier: Path) -> None:
-    found = like.read(earlier)
+    found = from_run.read(earlier)
     assert (found.tokens_per_s, found.workers) == (2000.0, 2)
     assert found.start == {"workers": 4.0, "model": 1.0, "step": 2.0}
     made = config(model={"size": "125M"}, step_scheduler={"global_batch_size": 16})
-    assert found.bandwidth == saving.size(made, shape.of(made)) / 2
-    same = found.pace(made, shape.of(made), shards.place(made, 1, 2))
+    assert found.bandwidth == checkpoints.size(made, model_shape.of(made)) / 2
+    same = found.pace(made, model_shape.of(made), sharding.place(made, 1, 2))
     assert same.tokens_per_s == pytest.approx(2000) and "by workers" not in same.how
-    twice = found.pace(made, shape.of(made), shards.place(made, 1, 4))
+    twice = found.pace(made, model_shape.of(made), sharding.place(made, 1, 4))
     assert twice.tokens_per_s == pytest.approx(4000) and "by workers" in twice.how
-    assert found.pace(made, None, shards.place(made, 1, 4)).tokens_per_s == pytest.approx(4000)
+    assert found.pace(made, None, sharding.place(made, 1, 4)).tokens_per_s == pytest.approx(4000)
 
 
 def test_an_earlier_run_that_is_damaged(earlier: Path) -> None:
     with (earlier / "metrics.jsonl").open("ab") as out:
         out.write(b'5\nnull\n{"tokens_per_s": NaN, "world_size": 2}\n\xff\xfe\n{"tokens_per_s": 5000, "world_si')
     (earlier / "events.jsonl").write_bytes(b'[]\n{"kind": "commit", "seconds": "x"}\n\0\0\n')
-    found = like.read(earlier)
+    found = from_run.read(earlier)
     assert found.tokens_per_s == 2000.0 and found.start == {} and found.bandwidth is None
     (earlier / "metrics.jsonl").unlink()
     with pytest.raises(RunError, match="no step"):
-        like.read(earlier)
+        from_run.read(earlier)
     with pytest.raises(RunError, match="no such run"):
-        like.read(earlier.with_name("other"))
+        from_run.read(earlier.with_name("other"))
 
 
 # -- the room -------------------------------------------------------------------------------------------------
@@ -323,17 +335,17 @@ SITE = "DefMemPerCPU            = 6026\n"
 )
 def test_a_worker_has_what_slurm_gives_the_job(slurm: dict[str, Any], site: str, mib: int | None, why: str) -> None:
     fake = Fake(sbatch=Completed(0), sinfo=SINFO, scontrol=Completed(0, PARTITIONS + site))
-    found = room.of_worker(gpus.CPU, config(slurm=slurm), Slurm(fake))
-    assert found == room.Room(mib and mib << 20, why)
+    found = cpu_memory.of_worker(gpus.CPU, config(slurm=slurm), Slurm(fake))
+    assert found == cpu_memory.Room(mib and mib << 20, why)
 
 
 def test_where_slurm_does_not_say() -> None:
     """None here: this machine is the node. One that does not answer: nobody knows."""
-    found = room.of_worker(gpus.CPU, config(), Slurm(Fake(sbatch=FileNotFoundError(2, "no"))))
+    found = cpu_memory.of_worker(gpus.CPU, config(), Slurm(Fake(sbatch=FileNotFoundError(2, "no"))))
     assert found.size and found.why == "this machine's"
     silent = Fake(sbatch=Completed(0), scontrol=refused("slurm_load_partitions: Unable to contact slurm controller\n"))
-    assert room.of_worker(gpus.CPU, config(), Slurm(silent)) == room.Room(None)
-    assert room.of_worker(H100, config(), Slurm(silent)) == room.Room(H100.memory)
+    assert cpu_memory.of_worker(gpus.CPU, config(), Slurm(silent)) == cpu_memory.Room(None)
+    assert cpu_memory.of_worker(H100, config(), Slurm(silent)) == cpu_memory.Room(H100.memory)
 
 
 # -- the queue -----------------------------------------------------------------------------------------------
@@ -342,9 +354,9 @@ NOW = datetime(2026, 11, 21, 12, 0).astimezone()
 SAID = "sbatch: Job 7 to start at 2026-11-21T13:30:00 using 4 processors on nodes node[1-4] in partition main\n"
 
 
-def asked(answer: Completed | Exception, **sections: Any) -> tuple[queue.Queue, Fake]:
+def asked(answer: Completed | Exception, **sections: Any) -> tuple[queue_time.Queue, Fake]:
     fake = Fake(sbatch=answer, sinfo=SINFO)
-    return queue.estimate(config(**sections), Slurm(fake), NOW), fake
+    return queue_time.estimate(config(**sections), Slurm(fake), NOW), fake
 
 
 def test_the_queue() -> None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raylaunch import policy
-from raylaunch.config import ElasticConfig
-from raylaunch.orders import AT_COMMIT, NOW
-from raylaunch.policy import (
+from raylaunch.config.schema import ElasticConfig
+from raylaunch.training import policy
+from raylaunch.training.hang_detector import Hang
+from raylaunch.training.policy import (
     MAX_BACKOFF,
     Abort,
     Ending,
@@ -36,7 +36,7 @@ from raylaunch.policy import (
     progressed,
     usable,
 )
-from raylaunch.watchdog import Hang
+from raylaunch.training.stop_request import AT_COMMIT, NOW
 
 FAULT = Ending("fault", "lost rank 3", "lost rank 3: SIGKILL", 3)
 ERROR = Ending("error", "ValueError: #", "rank 0: ValueError: 7", 0)
@@ -468,4 +468,4 @@ def test_the_policy_is_pure() -> None:
     ours = {
         n.module for n in ast.walk(source) if isinstance(n, ast.ImportFrom) and str(n.module).startswith("raylaunch")
     }
-    assert ours == {"raylaunch.config", "raylaunch.orders", "raylaunch.watchdog"}
+    assert ours == {"raylaunch.config.schema", "raylaunch.training.stop_request", "raylaunch.training.hang_detector"}

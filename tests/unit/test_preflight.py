@@ -14,18 +14,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch import hosts
 from raylaunch.cli.doctor import report
-from raylaunch.config import SlurmConfig
+from raylaunch.cluster.agent import self_check
+from raylaunch.config.schema import SlurmConfig
 from raylaunch.errors import BringUpError
-from raylaunch.preflight import exchange, facts, fleet, gpus, machine, pairs, peers, quick, site, storage
-from raylaunch.preflight.exchange import Checked, GpuCheck, Hello, PairResult, Pairs, Place, Reached
-from raylaunch.preflight.facts import Facts, Interface, Port
-from raylaunch.preflight.finding import Finding, failed, ok, problem, unknown, warning
-from raylaunch.preflight.gpus import Gpu, Smi
-from raylaunch.slurm import parse
-from raylaunch.slurm import site as slurm_site
-from raylaunch.words import size
+from raylaunch.host import hosts
+from raylaunch.scheduler.slurm import parse, site
+from raylaunch.text import size
+from raylaunch.tools.doctor import (
+    clock_server,
+    compare_nodes,
+    gpus,
+    machine_checks,
+    machine_facts,
+    mailbox,
+    pairwise,
+    slurm_checks,
+    storage,
+)
+from raylaunch.tools.doctor.finding import Finding, failed, ok, problem, unknown, warning
+from raylaunch.tools.doctor.gpus import Gpu, Smi
+from raylaunch.tools.doctor.machine_facts import Facts, Interface, Port
+from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult, Pairs, Place, Reached
 
 DATA = Path(__file__).parent / "data"
 GIB = 1 << 30
@@ -42,7 +52,7 @@ def by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
 
 @given(st.integers(0, 70), st.integers(1, 12))
 def test_rounds_are_disjoint_and_no_pair_meets_twice(nodes: int, most: int) -> None:
-    schedule = pairs.rounds(nodes, most)
+    schedule = pairwise.rounds(nodes, most)
     assert len(schedule) <= most
     for one in schedule:
         seen = [node for pair in one for node in pair]
@@ -51,7 +61,7 @@ def test_rounds_are_disjoint_and_no_pair_meets_twice(nodes: int, most: int) -> N
     assert len(met) == len(set(met))
     if most >= 4:  # an odd one out pauses once
         for node in range(nodes):
-            assert sum(p is not None for p in pairs.partners(node, schedule)) >= min(3, nodes - 1)
+            assert sum(p is not None for p in pairwise.partners(node, schedule)) >= min(3, nodes - 1)
 
 
 def matrix(nodes: int, speeds: dict[int, float], noise: float = 0.1) -> dict[tuple[str, str], float | None]:
@@ -59,38 +69,38 @@ def matrix(nodes: int, speeds: dict[int, float], noise: float = 0.1) -> dict[tup
     dice = random.Random(nodes)
     return {
         (f"n{a}", f"n{b}"): min(speeds.get(a, 10e9), speeds.get(b, 10e9)) * dice.uniform(1 - noise, 1)
-        for one in pairs.rounds(nodes)
+        for one in pairwise.rounds(nodes)
         for a, b in one
     }
 
 
 @pytest.mark.parametrize("nodes", [3, 4, 5, 8, 33, 512])
 def test_the_slow_node_is_named_and_nobody_else(nodes: int) -> None:
-    seen = pairs.analyse(matrix(nodes, {2: 4e9}))
+    seen = pairwise.analyse(matrix(nodes, {2: 4e9}))
     assert list(seen.slow) == ["n2"] and seen.slow["n2"] <= 4e9
     assert seen.usual > 8e9 and not seen.dead and not seen.paths
 
 
 def test_several_slow_ones_and_none() -> None:
-    assert set(pairs.analyse(matrix(4, {0: 3e9, 3: 5e9})).slow) == {"n0", "n3"}
-    assert set(pairs.analyse(matrix(64, dict.fromkeys(range(0, 64, 9), 2e9))).slow) == {
+    assert set(pairwise.analyse(matrix(4, {0: 3e9, 3: 5e9})).slow) == {"n0", "n3"}
+    assert set(pairwise.analyse(matrix(64, dict.fromkeys(range(0, 64, 9), 2e9))).slow) == {
         f"n{i}" for i in range(0, 64, 9)
     }
     for nodes in (2, 3, 7, 64):
-        assert not pairs.analyse(matrix(nodes, {}, noise=0.2)).slow
+        assert not pairwise.analyse(matrix(nodes, {}, noise=0.2)).slow
 
 
 def test_of_two_nodes_nobody_is_slow() -> None:
-    assert pairs.analyse({("a", "b"): 1.0}).slow == {}
+    assert pairwise.analyse({("a", "b"): 1.0}).slow == {}
 
 
 def test_a_path_and_a_dead_node() -> None:
     found = matrix(8, {})
     found["n0", "n4"] = 1e9
     found |= {pair: None for pair in found if "n7" in pair}
-    seen = pairs.analyse(found)
+    seen = pairwise.analyse(found)
     assert seen.dead == ("n7",) and not seen.slow and list(seen.paths) == [("n0", "n4")]
-    nothing = pairs.analyse({("a", "b"): None})
+    nothing = pairwise.analyse({("a", "b"): None})
     assert not nothing.own and not nothing.dead and not nothing.paths
 
 
@@ -203,8 +213,8 @@ def test_nvidia_smi() -> None:
     )
     assert (sick.ecc, sick.slowed, sick.link) == (3, ("hw_thermal_slowdown",), "8x of 16x")
     assert sick.sick == ("remapped_row_pending", "recovery action: Reset")
-    assert not list(machine.gpus([well]))
-    said = by_check(machine.gpus([sick]))
+    assert not list(machine_checks.gpus([well]))
+    said = by_check(machine_checks.gpus([sick]))
     assert said["gpu.health"].status == "problem" and "3 uncorrectable" in said["gpu.health"].text
     assert {"gpu.throttling", "gpu.link"} <= said.keys()
     assert gpus.ours(found.gpus, ["1"]) == [sick] and gpus.ours(found.gpus, ["GPU-aa"]) == [well]
@@ -227,17 +237,17 @@ def smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_asking_a_driver_that_works_fails_and_hangs(smi_says: Path) -> None:
     smi_says.write_text(f"#!/bin/sh\ncat <<'E'\n{SMI}\nE\n")
-    assert len(gpus.ask().gpus) == 2 and asyncio.run(quick.gpu_trouble()) == ""
+    assert len(gpus.ask().gpus) == 2 and asyncio.run(self_check.gpu_trouble()) == ""
     smi_says.write_text("#!/bin/sh\necho 'Unable to determine the device handle for GPU0: Unknown Error'; exit 255\n")
-    assert "Unknown Error" in gpus.ask().error and "Unknown Error" in asyncio.run(quick.gpu_trouble())
+    assert "Unknown Error" in gpus.ask().error and "Unknown Error" in asyncio.run(self_check.gpu_trouble())
     smi_says.write_text("#!/bin/sh\nexec sleep 60\n")
     assert "did not answer within 0.05 s" in gpus.ask(0.05).error
-    assert "did not end within 0.05 s" in asyncio.run(quick.gpu_trouble(0.05))
+    assert "did not end within 0.05 s" in asyncio.run(self_check.gpu_trouble(0.05))
 
 
 def test_no_nvidia_smi_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert asyncio.run(quick.gpu_trouble()) == "" and gpus.ask() == Smi()
+    assert asyncio.run(self_check.gpu_trouble()) == "" and gpus.ask() == Smi()
 
 
 # --- one machine ---------------------------------------------------------------------------------
@@ -257,8 +267,8 @@ def a_machine(**changes: object) -> Facts:
 
 
 def test_a_machine_as_it_should_be() -> None:
-    found = [*machine.judge(a_machine()), *machine.network(a_machine(), None)]
-    found += machine.software(a_machine(), gpus.parse(SMI), wants_gpus=True, shared=True)
+    found = [*machine_checks.judge(a_machine()), *machine_checks.network(a_machine(), None)]
+    found += machine_checks.software(a_machine(), gpus.parse(SMI), wants_gpus=True, shared=True)
     assert {one.status for one in found} == {"ok"}
 
 
@@ -279,7 +289,7 @@ def test_a_machine_as_it_should_be() -> None:
     ],
 )  # fmt: skip
 def test_a_machine_that_is_not_well(changes: dict[str, object], check: str, status: str) -> None:
-    found = by_check(machine.judge(a_machine(**changes), modules_wanted=True))[check]
+    found = by_check(machine_checks.judge(a_machine(**changes), modules_wanted=True))[check]
     assert found.status == status and found.hint
 
 
@@ -287,19 +297,19 @@ def test_infiniband() -> None:
     dark = IB.model_copy(update={"device": "mlx5_1", "active": False, "state": "DOWN"})
     roce = IB.model_copy(update={"device": "mlx5_2", "ethernet": True, "rate": "100 Gb/sec (4X EDR)"})
     unused = roce.model_copy(update={"active": False})
-    found = list(machine.infiniband([IB, dark, roce, unused]))
+    found = list(machine_checks.infiniband([IB, dark, roce, unused]))
     assert [one.status for one in found] == ["warning", "ok"] and "mlx5_1 (DOWN)" in found[0].text
     assert "NCCL uses mlx5_0 (InfiniBand, 400 Gb/s)" in found[1].text
-    assert "mlx5_2 (RoCE" in next(machine.infiniband([roce, unused])).text
+    assert "mlx5_2 (RoCE" in next(machine_checks.infiniband([roce, unused])).text
     ib0 = Interface(name="ib0", address="10.1.0.1", infiniband=True)
-    text = machine.network(a_machine(interfaces=(*a_machine().interfaces, ib0)), None)[0].text
+    text = machine_checks.network(a_machine(interfaces=(*a_machine().interfaces, ib0)), None)[0].text
     assert "eth0 10.0.0.1 (25 Gb/s), ib0 10.1.0.1 (IPoIB)" in text and "cluster.interface=ib0" in text
-    assert machine.network(a_machine(), "ib9")[0].status == "warning"
+    assert machine_checks.network(a_machine(), "ib9")[0].status == "warning"
 
 
 def test_software_that_does_not_fit() -> None:
     def judged(smi: Smi = gpus.parse(SMI), **changes: object) -> dict[str, Finding]:  # noqa: B008
-        return by_check(machine.software(a_machine(**changes), smi, wants_gpus=True, shared=True))
+        return by_check(machine_checks.software(a_machine(**changes), smi, wants_gpus=True, shared=True))
 
     assert judged(versions={"raylaunch": "1"})["software.torch"].status == "problem"
     assert judged(versions={"torch": "2.9.0+cpu", "ray": "2"})["software.cuda"].status == "warning"
@@ -310,20 +320,20 @@ def test_software_that_does_not_fit() -> None:
 
 
 def test_facts_of_this_machine() -> None:
-    found = facts.gather("/tmp", "/state/clusters/x", {"LMOD_CMD": "/lmod"})
+    found = machine_facts.gather("/tmp", "/state/clusters/x", {"LMOD_CMD": "/lmod"})
     assert found == Facts.model_validate_json(found.model_dump_json())
     assert found.temp.startswith("/tmp/rl-") and found.modules and found.versions["ray"].startswith("2.")
-    assert "too long" in facts.gather("/tmp/" + "x" * 90, "k", {}).temp_error
-    assert "may not be written" in facts.gather("/nowhere", "k", {}).temp_error
+    assert "too long" in machine_facts.gather("/tmp/" + "x" * 90, "k", {}).temp_error
+    assert "may not be written" in machine_facts.gather("/nowhere", "k", {}).temp_error
 
 
 # --- Slurm ---------------------------------------------------------------------------------------
 
 
 def test_settings_of_a_real_slurm() -> None:
-    found = slurm_site.parse_settings((DATA / "scontrol-config.txt").read_text())
+    found = site.parse_settings((DATA / "scontrol-config.txt").read_text())
     assert (found["SLURM_VERSION"], found["SlurmdTimeout"], found["JobRequeue"]) == ("22.05.8", "10 sec", "1")
-    said = list(site.settings(found, 20000))
+    said = list(slurm_checks.settings(found, 20000))
     assert {one.status for one in said} == {"ok"} and said[0].text == "Slurm 22.05.8, cluster doc"
 
 
@@ -331,7 +341,7 @@ def test_settings_that_matter() -> None:
     usual = {"SLURM_VERSION": "22.05.8", "SlurmdTimeout": "300 sec", "MinJobAge": "300 sec", "JobRequeue": "1",
              "PreemptMode": "REQUEUE", "PreemptType": "preempt/partition_prio", "ProctrackType": "proctrack/cgroup",
              "MaxJobCount": "10000", "KillWait": "30 sec"}  # fmt: skip
-    found = list(site.settings(usual, 1024))
+    found = list(slurm_checks.settings(usual, 1024))
     assert {one.status for one in found} == {"ok"} and "preemption REQUEUE (partition_prio)" in found[2].text
     bad = {
         "SLURM_VERSION": "20.11.9",
@@ -339,43 +349,46 @@ def test_settings_that_matter() -> None:
         "MinJobAge": "2 sec",
         "ProctrackType": "proctrack/linuxproc",
     }
-    wrong = [one.check for one in site.settings(usual | bad, 256) if one.status == "warning"]
+    wrong = [one.check for one in slurm_checks.settings(usual | bad, 256) if one.status == "warning"]
     assert wrong == ["slurm.version", "slurm.limits", "slurm.limits", "slurm.processes", "slurm.propagation"]
-    assert not any(one.status == "problem" for one in site.settings({}, None))
+    assert not any(one.status == "problem" for one in slurm_checks.settings({}, None))
 
 
 def test_partitions() -> None:
     rows = parse.parse_partitions((DATA / "sinfo.txt").read_text())
-    found = list(site.partitions(rows, None))
+    found = list(slurm_checks.partitions(rows, None))
     assert found[0].text.startswith("main (default): ") and "GPUs on them" in found[0].text and not failed(found)
     assert next(one for one in found if one.text.startswith("down")).text.endswith("it takes no jobs (down)")
-    assert failed(site.partitions(rows, "down")) and "nope" in next(site.partitions(rows, "main,nope")).text
-    assert failed(site.partitions([], None))
+    assert (
+        failed(slurm_checks.partitions(rows, "down"))
+        and "nope" in next(slurm_checks.partitions(rows, "main,nope")).text
+    )
+    assert failed(slurm_checks.partitions([], None))
 
 
 def test_accounts() -> None:
-    rows = slurm_site.parse_associations("phys||normal,high|normal\nBio|gpu|normal|\nshort|line\n")
-    shares = slurm_site.parse_shares("  phys|0.250000\n bio|\n|1.0\nroot|0.000000\n")
+    rows = site.parse_associations("phys||normal,high|normal\nBio|gpu|normal|\nshort|line\n")
+    shares = site.parse_shares("  phys|0.250000\n bio|\n|1.0\nroot|0.000000\n")
     assert [row.account for row in rows] == ["phys", "Bio"] and shares == {"phys": 0.25}
-    found = list(site.accounts(rows, shares, SlurmConfig()))
+    found = list(slurm_checks.accounts(rows, shares, SlurmConfig()))
     assert "phys (fair share 0.25), Bio" in found[0].text and not failed(found)
-    assert [one.text for one in site.accounts(rows, {}, SlurmConfig(account="PHYS"))][
+    assert [one.text for one in slurm_checks.accounts(rows, {}, SlurmConfig(account="PHYS"))][
         1
     ] == "QOS: normal, high; default normal"
-    assert failed(site.accounts(rows, {}, SlurmConfig(account="chem")))
-    assert failed(site.accounts(rows, {}, SlurmConfig(account="Bio", qos="high")))
-    assert [one.status for one in site.accounts(None, {}, SlurmConfig())] == ["ok"]
-    assert [one.status for one in site.accounts([], {}, SlurmConfig())] == ["warning"]
+    assert failed(slurm_checks.accounts(rows, {}, SlurmConfig(account="chem")))
+    assert failed(slurm_checks.accounts(rows, {}, SlurmConfig(account="Bio", qos="high")))
+    assert [one.status for one in slurm_checks.accounts(None, {}, SlurmConfig())] == ["ok"]
+    assert [one.status for one in slurm_checks.accounts([], {}, SlurmConfig())] == ["warning"]
 
 
 def test_estimate() -> None:
     words = "sbatch: Job 7 to start at 2026-11-22T03:00:00 using 8 processors on nodes node[1-2] in partition main"
-    when, where = slurm_site.parse_estimate(words)
+    when, where = site.parse_estimate(words)
     assert when is not None and where == "node[1-2]"
-    assert "start: at once, on node[1-2]" in site.estimate("2", when, where, when).text
-    assert "(in 5.0 h)" in site.estimate("2", when, where, when - timedelta(hours=5)).text
-    assert slurm_site.parse_estimate("?") == (None, "")
-    assert "does not say" in site.estimate("1", None, "", datetime.now()).text
+    assert "start: at once, on node[1-2]" in slurm_checks.estimate("2", when, where, when).text
+    assert "(in 5.0 h)" in slurm_checks.estimate("2", when, where, when - timedelta(hours=5)).text
+    assert site.parse_estimate("?") == (None, "")
+    assert "does not say" in slurm_checks.estimate("1", None, "", datetime.now()).text
 
 
 # --- many machines -------------------------------------------------------------------------------
@@ -393,7 +406,7 @@ def names(count: int) -> dict[int, str]:
 
 def test_who_said_hello() -> None:
     found = {0: a_hello(0), 1: a_hello(1, error="no address")}
-    said = list(fleet.arrived(found, ["n0", "n1", "n2", "n3"], {"n2": "the state directory is not shared: x"}))
+    said = list(compare_nodes.arrived(found, ["n0", "n1", "n2", "n3"], {"n2": "the state directory is not shared: x"}))
     assert {(one.check, one.status, one.node) for one in said} == {
         ("nodes.shared", "ok", None), ("nodes.start", "problem", "n1"), ("nodes.shared", "problem", "n2"),
         ("nodes.start", "problem", "n3"),
@@ -402,25 +415,28 @@ def test_who_said_hello() -> None:
 
 def test_one_node_sees_and_two_see() -> None:
     for count, words in ((1, "1 node sees what"), (2, "2 nodes see what")):
-        (said,) = fleet.arrived({i: a_hello(i) for i in range(count)}, [f"n{i}" for i in range(count)], {})
+        (said,) = compare_nodes.arrived({i: a_hello(i) for i in range(count)}, [f"n{i}" for i in range(count)], {})
         assert said.text.startswith(words)
 
 
 def test_what_the_nodes_have_proved_is_no_doubt_any_more() -> None:
     doubts = [warning("storage.type", "ext4: it looks node-local", "?"), warning("storage.free", "1 GiB free", "?")]
     shared = ok("nodes.shared", "2 nodes see it")
-    assert fleet.proved([*doubts, shared]) == [doubts[1], shared]
+    assert compare_nodes.proved([*doubts, shared]) == [doubts[1], shared]
     apart = problem("nodes.shared", "not shared", "?", "n2")
-    assert fleet.proved([*doubts, shared, apart]) == [*doubts, shared, apart] and fleet.proved(doubts) == doubts
+    assert (
+        compare_nodes.proved([*doubts, shared, apart]) == [*doubts, shared, apart]
+        and compare_nodes.proved(doubts) == doubts
+    )
 
 
 def test_nodes_that_are_alike_and_one_that_is_not() -> None:
     found = {index: a_hello(index) for index in range(5)}
-    assert {one.status for one in fleet.alike(found, False, 0)} == {"ok"}
+    assert {one.status for one in compare_nodes.alike(found, False, 0)} == {"ok"}
     odd = a_machine(interfaces=(Interface(name="eth0", address="10.0.0.9", speed=1000),), shm_free=1,
                     versions={**a_machine().versions, "torch": "2.8.0"}, adapters=(IB,))  # fmt: skip
     found[3] = a_hello(3, facts=odd, gpus=("0",), submit="Access/permission denied")
-    said = list(fleet.alike(found, False, 2))
+    said = list(compare_nodes.alike(found, False, 2))
     wrong = {(one.check, one.status) for one in said if one.node == "n3" and one.status != "ok"}
     assert wrong == {
         ("nodes.shm", "problem"), ("network.speed", "warning"), ("software.versions", "warning"), ("gpu.count", "problem"),
@@ -428,7 +444,7 @@ def test_nodes_that_are_alike_and_one_that_is_not() -> None:
     }  # fmt: skip
     assert "torch 2.8.0; most have 2.9.0" in {one.text for one in said}
     assert "well on 4 nodes" in by_check(said)["nodes.ground"].text
-    assert not list(fleet.alike({}, False, 0))
+    assert not list(compare_nodes.alike({}, False, 0))
 
 
 def checks(ahead: dict[int, float]) -> dict[int, Checked]:
@@ -440,34 +456,34 @@ def checks(ahead: dict[int, float]) -> dict[int, Checked]:
 
 
 def test_clocks() -> None:
-    assert [one.status for one in fleet.clocks(checks({1: 0.001, 2: -0.002}), names(3))] == ["ok"]
-    late = list(fleet.clocks(checks({1: 0.0, 2: 7.0, 3: 0.01}), names(4)))
+    assert [one.status for one in compare_nodes.clocks(checks({1: 0.001, 2: -0.002}), names(3))] == ["ok"]
+    late = list(compare_nodes.clocks(checks({1: 0.0, 2: 7.0, 3: 0.01}), names(4)))
     assert [(one.node, one.status) for one in late] == [("n2", "problem")] and "7.0 s behind" in late[0].text
-    first = list(fleet.clocks(checks({1: 2.0, 2: 2.0, 3: 2.0}), names(4)))  # the first node is the wrong one
+    first = list(compare_nodes.clocks(checks({1: 2.0, 2: 2.0, 3: 2.0}), names(4)))  # the first node is the wrong one
     assert [(one.node, one.status) for one in first] == [("n0", "warning")] and "ahead of" in first[0].text
-    assert not list(fleet.clocks({}, {}))
+    assert not list(compare_nodes.clocks({}, {}))
 
 
 def test_the_login_nodes_clock() -> None:
-    assert fleet.login_clock(100.0, [100.2], {99.0: 99.4}).status == "ok"
-    assert "behind" in fleet.login_clock(100.0, [130.2], {129.0: 99.4}).text
-    assert "ahead of" in fleet.login_clock(100.0, [70.2], {69.0: 99.4}).text
+    assert compare_nodes.login_clock(100.0, [100.2], {99.0: 99.4}).status == "ok"
+    assert "behind" in compare_nodes.login_clock(100.0, [130.2], {129.0: 99.4}).text
+    assert "ahead of" in compare_nodes.login_clock(100.0, [70.2], {69.0: 99.4}).text
 
 
 def test_who_is_cut_off() -> None:
     edges = {(a, b): "" for a in range(5) for b in range(5) if a != b}
-    assert fleet.cut_off(edges) == ({}, {})
+    assert compare_nodes.cut_off(edges) == ({}, {})
     cut = edges | {edge: "timed out" for edge in edges if 3 in edge}
-    assert fleet.cut_off(cut) == ({3: "timed out"}, {})
-    assert fleet.cut_off(edges | {(1, 2): "refused"}) == ({}, {(1, 2): "refused"})
-    assert fleet.cut_off({(0, 1): "x", (1, 0): "x"})[0] == {}  # of two, who?
+    assert compare_nodes.cut_off(cut) == ({3: "timed out"}, {})
+    assert compare_nodes.cut_off(edges | {(1, 2): "refused"}) == ({}, {(1, 2): "refused"})
+    assert compare_nodes.cut_off({(0, 1): "x", (1, 0): "x"})[0] == {}  # of two, who?
     found = {
         i: Checked(index=i, time=0, reached={j: Reached(error=cut[i, j]) for j in range(5) if j != i}) for i in range(5)
     }
-    said, bad, apart = fleet.reachable(found, names(5))
+    said, bad, apart = compare_nodes.reachable(found, names(5))
     assert [(one.node, one.status) for one in said] == [("n3", "problem")] and bad == {3} and not apart
     found[2] = Checked(index=2, time=0, reached={1: Reached(error="refused")})
-    assert fleet.reachable(found, names(5))[2] == {(1, 2)}
+    assert compare_nodes.reachable(found, names(5))[2] == {(1, 2)}
 
 
 def gpu_node(index: int, flops: float = 700e12, smi: str = SMI, **changes: object) -> tuple[Hello, Checked]:
@@ -479,7 +495,7 @@ def gpu_node(index: int, flops: float = 700e12, smi: str = SMI, **changes: objec
 
 
 def judged_gpus(*nodes: tuple[Hello, Checked]) -> list[Finding]:
-    return fleet.gpu_checks({c.index: c for _, c in nodes}, {h.index: h for h, _ in nodes})
+    return compare_nodes.gpu_checks({c.index: c for _, c in nodes}, {h.index: h for h, _ in nodes})
 
 
 def test_gpus_of_nodes() -> None:
@@ -506,17 +522,17 @@ def test_bandwidth() -> None:
         results = [PairResult(a=int(a[1:]), b=int(b[1:]), rate=rate, error="" if rate else "timed out")
                    for (a, b), rate in found.items()]  # fmt: skip
         rows = {i: Pairs(index=i, results=tuple(r for r in results if i in (r.a, r.b))) for i in range(9)}
-        return list(fleet.bandwidth(rows, names(9), "nccl"))
+        return list(compare_nodes.bandwidth(rows, names(9), "nccl"))
 
     assert [one.status for one in told(matrix(8, {}))] == ["ok"]
     slow = told(matrix(8, {5: 2e9}))
     assert [(one.check, one.status, one.node) for one in slow[1:]] == [("bandwidth.slow", "problem", "n5")]
     assert told(matrix(8, {5: 6e9}))[1].status == "warning"
-    assert not pairs.analyse(matrix(8, {5: 6e9}), "gloo").slow  # a processor's doing, it may be
+    assert not pairwise.analyse(matrix(8, {5: 6e9}), "gloo").slow  # a processor's doing, it may be
     assert [one.status for one in told({("n0", "n1"): None})] == ["problem"]
     broken = matrix(8, {}) | {("n0", "n4"): None}
     assert told(broken)[1].check == "bandwidth.paths" and "n0-n4 (timed out)" in told(broken)[1].text
-    assert [one.status for one in fleet.bandwidth({}, {}, "gloo")] == ["problem"]
+    assert [one.status for one in compare_nodes.bandwidth({}, {}, "gloo")] == ["problem"]
 
 
 # --- between nodes ---------------------------------------------------------------------------------
@@ -524,13 +540,13 @@ def test_bandwidth() -> None:
 
 def test_asking_a_peer_for_the_time() -> None:
     lease = hosts.lease_ports()
-    server = peers.serve("127.0.0.3", lease.ports.control, "secret")
+    server = clock_server.serve("127.0.0.3", lease.ports.control, "secret")
     place = Place(index=3, node="n3", address="127.0.0.3", port=lease.ports.control, store=1)
     try:
-        found = peers.ask_all([place, place.model_copy(update={"index": 4, "port": lease.ports.gcs})], "secret")
+        found = clock_server.ask_all([place, place.model_copy(update={"index": 4, "port": lease.ports.gcs})], "secret")
         assert not found[3].error and abs(found[3].ahead) <= found[3].seconds  # the same clock, read on the way
         assert "refused" in found[4].error
-        assert peers.ask(place, "wrong").error
+        assert clock_server.ask(place, "wrong").error
     finally:
         server.shutdown()
         server.server_close()
@@ -540,11 +556,11 @@ def test_asking_a_peer_for_the_time() -> None:
 def test_files_that_are_no_answers(tmp_path: Path) -> None:
     for content in (b"", b"\x00\xff", b"{", b"[]", b'{"index": "x"}', b"NaN"):
         (tmp_path / "x").write_bytes(content)
-        assert exchange.read(tmp_path / "x", Checked) is None
-    assert exchange.read(tmp_path / "absent", Checked) is None
-    exchange.write(tmp_path / "x", Pairs(index=1))
+        assert mailbox.read(tmp_path / "x", Checked) is None
+    assert mailbox.read(tmp_path / "absent", Checked) is None
+    mailbox.write(tmp_path / "x", Pairs(index=1))
     heard: list[object] = []
-    found = exchange.collect({1: tmp_path / "x", 2: tmp_path / "absent"}, Pairs, heard.append, lambda _: True)
+    found = mailbox.collect({1: tmp_path / "x", 2: tmp_path / "absent"}, Pairs, heard.append, lambda _: True)
     assert found == {1: Pairs(index=1)} and heard == [Pairs(index=1)]
 
 
@@ -552,13 +568,13 @@ def test_files_that_are_no_answers(tmp_path: Path) -> None:
 
 
 def test_the_quick_part() -> None:
-    quick.ground("here")  # this machine is well
-    quick.enough("n1", quick.SHM_LEAST, quick.FILES_LEAST)
+    self_check.ground("here")  # this machine is well
+    self_check.enough("n1", self_check.SHM_LEAST, self_check.FILES_LEAST)
     with pytest.raises(BringUpError, match=r"/dev/shm on n1 has only 1\.0 MiB"):
-        quick.enough("n1", 1 << 20, 9999)
+        self_check.enough("n1", 1 << 20, 9999)
     with pytest.raises(BringUpError, match="may open only 256 files"):
-        quick.enough("n1", GIB, 256)
-    assert quick.clock(4.9) == "" and "12 s behind" in quick.clock(-12.2) and "ahead" in quick.clock(6)
+        self_check.enough("n1", GIB, 256)
+    assert self_check.clock(4.9) == "" and "12 s behind" in self_check.clock(-12.2) and "ahead" in self_check.clock(6)
 
 
 # --- the report ------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ import psutil
 import pytest
 from waiting import until
 
-from raylaunch import processes
-from raylaunch.sandbox.procs import Proc
+from raylaunch.host import processes
+from raylaunch.tools.sandbox.procs import Proc
 
 
 def test_a_tree_that_ends_while_it_is_looked_at_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from raylaunch.config import ElasticConfig
-from raylaunch.pulse import Pulse, Server
-from raylaunch.session import AT_COMMIT, NOW, Session
-from raylaunch.stacks import where_it_stands
-from raylaunch.watchdog import LONG_LIMIT, START_FACTOR, Beat, Pace, judge
+from raylaunch.config.schema import ElasticConfig
+from raylaunch.training.hang_detector import LONG_LIMIT, START_FACTOR, Beat, Pace, judge
+from raylaunch.training.pulse import Pulse, Server
+from raylaunch.training.stack_dump import where_it_stands
+from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 
 pytestmark = pytest.mark.filterwarnings("error")  # a thread that dies is one
 ELASTIC = ElasticConfig(hang_timeout=5, hang_factor=20)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from stalling import StallingFile
 
-from raylaunch import hosts, raynode
-from raylaunch.raynode import STARTED, RayNode, RayProcess
+from raylaunch.cluster.agent import ray_process
+from raylaunch.cluster.agent.ray_process import STARTED, RayNode, RayProcess
+from raylaunch.host import hosts
 
 
 class Stdin:
@@ -146,4 +147,4 @@ def test_the_arguments_go_to_a_process_that_may_have_ended(tmp_path: Path) -> No
 
 
 def test_an_exit_status_for_people() -> None:
-    assert (raynode.described(-9), raynode.described(1)) == ("SIGKILL", "exit code 1")
+    assert (ray_process.described(-9), ray_process.described(1)) == ("SIGKILL", "exit code 1")

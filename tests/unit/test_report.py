@@ -24,15 +24,16 @@ from hypothesis import strategies as st
 from made_runs import NOW, Made
 
 from raylaunch.cli import cli
-from raylaunch.config import CostConfig
+from raylaunch.config.schema import CostConfig
 from raylaunch.errors import SlurmUnavailable, UsageError
-from raylaunch.observe import ledger
-from raylaunch.observe.report import cost, curves, data, markdown, page, paper, settings, svg, words
+from raylaunch.observe.history import goodput
+from raylaunch.observe.report import as_json, cost, curves, formatting, markdown, page, settings, svg
+from raylaunch.observe.report import paragraph as paper
 from raylaunch.observe.report.axis import WIDTH, Axis
-from raylaunch.observe.report.facts import Facts, gather
-from raylaunch.observe.report.text import cost_rows
-from raylaunch.slurm.client import Completed, Slurm
-from raylaunch.words import plural
+from raylaunch.observe.report.gather import Facts, gather
+from raylaunch.observe.report.summary import cost_rows
+from raylaunch.scheduler.slurm.client import Completed, Slurm
+from raylaunch.text import plural
 
 SEP = "\x1f"
 SACCT = [
@@ -68,7 +69,7 @@ def facts(made: Path) -> Facts:
 
 
 def test_the_facts_are_the_ledgers(made: Path, facts: Facts) -> None:
-    book = ledger.of_run(made)
+    book = goodput.of_run(made)
     assert facts.book.goodput == pytest.approx(book.goodput) and facts.book.recoveries == book.recoveries
     assert facts.state == "finished" and not facts.live
     assert len(facts.survived) >= 4 and facts.book.steps_lost > 0
@@ -186,7 +187,7 @@ def test_the_page_needs_nothing_and_hides_what_is_secret(facts: Facts) -> None:
     for recovery in facts.book.recoveries:
         assert facts.named(recovery) in text
     for name, seconds in facts.book.parts.items():
-        assert (words.PARTS[name][0] in text) or seconds < 1e-3
+        assert (formatting.PARTS[name][0] in text) or seconds < 1e-3
     assert len(text) < 300_000
 
 
@@ -213,11 +214,11 @@ def test_a_huge_run_has_a_small_page(tmp_path: Path) -> None:
 
 
 def test_json_has_the_documented_keys(facts: Facts) -> None:
-    value = json.loads(json.dumps(data.as_dict(facts), allow_nan=False))
+    value = json.loads(json.dumps(as_json.as_dict(facts), allow_nan=False))
     documented = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
     for key in [*value, *value["training"], *value["cost"], *value["ledger"], *value["nodes"][0]]:
         assert f"`{key}`" in documented, key
-    assert value["ledger"]["parts"].keys() == set(ledger.PARTS)
+    assert value["ledger"]["parts"].keys() == set(goodput.PARTS)
     assert "very-secret-value" not in json.dumps(value)
 
 
@@ -254,7 +255,7 @@ def test_nearly_nothing_is_known(tmp_path: Path) -> None:
     assert found.state == "unknown" and found.book.steps == 3 and any("run.json" in line for line in found.unknown)
     Page(page.render(found))
     assert "steps" in markdown.markdown(found)
-    json.dumps(data.as_dict(found), allow_nan=False)
+    json.dumps(as_json.as_dict(found), allow_nan=False)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -279,7 +280,7 @@ def test_whatever_the_files_hold(made: Path, tmp_path: Path, seed: int) -> None:
     found = gather(tmp_path / "state" / "runs" / "made", NO_ACCOUNTING, NOW + 100)
     Page(page.render(found))
     markdown.markdown(found)
-    json.dumps(data.as_dict(found), allow_nan=False, default=str)
+    json.dumps(as_json.as_dict(found), allow_nan=False, default=str)
 
 
 def test_a_run_that_goes_on_and_one_whose_cluster_is_gone(tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_a_run_that_goes_on_and_one_whose_cluster_is_gone(tmp_path: Path) -> Non
 
 def test_the_command(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setattr("raylaunch.slurm.client.run", NO_ACCOUNTING._runner)
+    monkeypatch.setattr("raylaunch.scheduler.slurm.client.run", NO_ACCOUNTING._runner)
     shutil.copytree(made.parents[1], tmp_path / "state")
     where = ["--state-dir", str(tmp_path / "state")]
     done = CliRunner().invoke(cli, ["report", "made", *where])
@@ -347,20 +348,25 @@ def test_pictures_are_sound_xml() -> None:
 
 
 def test_what_is_shorter_than_a_clock_can_tell_took_no_time() -> None:
-    assert [words.duration(seconds) for seconds in (0, 1.1e-05, 0.001, 0.25)] == ["0 s", "0 s", "0.001 s", "0.25 s"]
+    assert [formatting.duration(seconds) for seconds in (0, 1.1e-05, 0.001, 0.25)] == [
+        "0 s",
+        "0 s",
+        "0.001 s",
+        "0.25 s",
+    ]
 
 
 @given(st.floats(0, 1e12))
 def test_numbers_for_people(value: float) -> None:
     for text in (
-        words.duration(value),
-        words.amount(value),
-        words.hours(value),
-        words.memory(value),
-        words.energy(value),
+        formatting.duration(value),
+        formatting.amount(value),
+        formatting.hours(value),
+        formatting.memory(value),
+        formatting.energy(value),
     ):
         assert text and "e+" not in text
-    assert words.percent(min(1.0, value)).endswith("%")
+    assert formatting.percent(min(1.0, value)).endswith("%")
 
 
 def test_numbers_as_they_should_look() -> None:
@@ -373,9 +379,15 @@ def test_numbers_as_they_should_look() -> None:
         864000: "10 d",
         86340: "23 h 59 min",
     }
-    assert {value: words.duration(value) for value in seconds} == seconds
-    assert words.percent(0.9966) == "99.66 %" and words.percent(0.00001) == "< 0.01 %" and words.percent(1.0) == "100 %"
-    assert words.amount(1234567) == "1.23 M" and words.amount(8716) == "8,716" and plural(1, "loss") == "1 loss"
+    assert {value: formatting.duration(value) for value in seconds} == seconds
+    assert (
+        formatting.percent(0.9966) == "99.66 %"
+        and formatting.percent(0.00001) == "< 0.01 %"
+        and formatting.percent(1.0) == "100 %"
+    )
+    assert (
+        formatting.amount(1234567) == "1.23 M" and formatting.amount(8716) == "8,716" and plural(1, "loss") == "1 loss"
+    )
     assert [text for _, text in svg.time_ticks(10 * 86400.0)][:3] == ["0", "1 d", "2 d"]
     assert len(svg.time_ticks(1e12)) < 30
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_heads import Place
 
-from raylaunch import layout
-from raylaunch.head import HeadDuties
+from raylaunch.cluster.head import HeadDuties
+from raylaunch.state import records
 
 
 class Killed(BaseException):
@@ -80,8 +80,8 @@ def test_each_request_is_done_once(lives: list[list[str]]) -> None:
         history = History(Path(directory), [])
         asked = []
         for number, moments in enumerate(lives):
-            layout.request(history.place.directory, "run", run=f"r{number}")
-            layout.request(history.place.directory, "strike", node=f"n{number}", reason="x")
+            records.request(history.place.directory, "run", run=f"r{number}")
+            records.request(history.place.directory, "strike", node=f"n{number}", reason="x")
             asked.append(number)
             history.moments = list(moments)
             with contextlib.suppress(Killed):
@@ -91,4 +91,4 @@ def test_each_request_is_done_once(lives: list[list[str]]) -> None:
         duties = history.place.read("duties.json")
         assert duties["queue"] == [f"r{number}" for number in asked]
         assert duties["strikes"] == {f"n{number}": 1 for number in asked}
-        assert not list((history.place.directory / layout.REQUESTS).iterdir())
+        assert not list((history.place.directory / records.REQUESTS).iterdir())

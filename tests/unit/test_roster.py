@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from made_cluster import Clock, Made
 
-from raylaunch import layout, state
-from raylaunch.policy import Node
-from raylaunch.roster import Roster
+from raylaunch.state import files, records
+from raylaunch.training.cluster_view import Roster
+from raylaunch.training.policy import Node
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_the_table_of_an_older_head_says_nothing(made: Made) -> None:
 
 def test_a_file_is_read_again_only_when_it_has_changed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made.members(a="ready")
-    roster, reads, real = Roster(made.directory, 1, Clock()), list[Path](), state.read_json
-    monkeypatch.setattr(state, "read_json", lambda path: [reads.append(path), real(path)][1])
+    roster, reads, real = Roster(made.directory, 1, Clock()), list[Path](), files.read_json
+    monkeypatch.setattr(files, "read_json", lambda path: [reads.append(path), real(path)][1])
     for _ in range(3):
         roster.look()
     assert len(reads) == 1
@@ -62,5 +62,5 @@ def test_a_newer_head_fences_this_driver(made: Made) -> None:
 def test_excluded_nodes(made: Made) -> None:
     roster = Roster(made.directory, 1, Clock())
     assert roster.excluded() == frozenset()
-    state.write_json(made.directory / layout.DUTIES_FILE, {"excluded": ["b"]})
+    files.write_json(made.directory / records.DUTIES_FILE, {"excluded": ["b"]})
     assert roster.excluded() == {"b"}

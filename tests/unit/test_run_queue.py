@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from made_heads import Place, run
 
-from raylaunch import layout, runs, state
+from raylaunch.cluster.head import HeadDuties, context, run_queue
+from raylaunch.cluster.head.drivers import NOT_STARTED, Drivers
+from raylaunch.cluster.head.run_queue import LONG, TRIES, Losses
 from raylaunch.errors import StateError
-from raylaunch.head import HeadDuties, context, run_queue
-from raylaunch.head.drivers import NOT_STARTED, Drivers
-from raylaunch.head.run_queue import LONG, TRIES, Losses
-from raylaunch.runs import Run
+from raylaunch.state import files, records, runs
+from raylaunch.state.runs import Run
 
 
 class FakeDrivers:
@@ -118,7 +118,7 @@ def test_a_driver_that_breaks_is_started_again(
 @pytest.mark.parametrize(
     ("owner", "question"),
     [(Run, "read"), (runs, "stop_continues"), (runs, "clear_stop"), (runs, "last_metrics"), (runs, "settle"),
-     (layout, "is_fenced")],
+     (records, "is_fenced")],
 )  # fmt: skip
 def test_storage_that_fails_ends_no_run(
     place: Place, monkeypatch: pytest.MonkeyPatch, owner: Any, question: str
@@ -145,7 +145,7 @@ def test_storage_that_fails_for_long_is_told_once(place: Place, monkeypatch: pyt
                 patch.setattr(Run, "read", failing(Run.read, lambda number, fails=fails: number < fails))
                 assert await head.queue.drive("r") == "finished"
             await head.context.off_loop(lambda: None)
-            (place.directory / layout.INCARNATIONS / "00000001").unlink()
+            (place.directory / records.INCARNATIONS / "00000001").unlink()
 
     run(story)
     assert [row["error"] for row in place.events("waiting_for_storage")] == ["[Errno 5] Input/output error"]
@@ -178,7 +178,7 @@ def test_a_run_is_not_forgotten_by_a_head_that_ends_while_the_storage_fails(
         head.context.spawn(head.queue.run())
         await until(lambda: len(asked) > 1)
         if replaced:
-            assert layout.claim(place.directory, 2, "n2")
+            assert records.claim(place.directory, 2, "n2")
             await until(lambda: bool(place.resigned))
         head.context.cancel_all()
         await asyncio.sleep(0)
@@ -209,7 +209,9 @@ def test_a_driver_waits_for_its_log(place: Place, monkeypatch: pytest.MonkeyPatc
 
     async def story() -> None:
         opened = failing(Path.open, lambda number: number < 2)
-        monkeypatch.setattr("raylaunch.head.drivers._open_log", lambda run: opened(run / "logs" / "driver.log", "ab"))
+        monkeypatch.setattr(
+            "raylaunch.cluster.head.drivers._open_log", lambda run: opened(run / "logs" / "driver.log", "ab")
+        )
         monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
         head = lead(place, FakeDrivers())
         assert await Drivers(head.context, {}).run(directory) == NOT_STARTED and head.context.waits == 2
@@ -232,7 +234,7 @@ def test_a_run_that_is_over_is_not_driven_again(place: Place) -> None:
     """Its head went while the driver wrote the weights; the next one finds it among what it has to do, and says how to
     write them."""
     directory = place.run("r", "finished")
-    state.append_event(directory, "exporting")
+    files.append_event(directory, "exporting")
 
     async def story() -> None:
         drivers = FakeDrivers()
@@ -245,7 +247,7 @@ def test_a_run_that_is_over_is_not_driven_again(place: Place) -> None:
         assert not drivers.driven
 
     run(story)
-    assert "driver was lost" in state.read_events(directory, "export_failed")[0]["reason"]
+    assert "driver was lost" in files.read_events(directory, "export_failed")[0]["reason"]
 
 
 def test_one_run_after_the_other(place: Place) -> None:
@@ -391,7 +393,7 @@ def test_a_run_is_finished_whatever_becomes_of_its_weights(
     async def story() -> None:
         head = lead(place, FakeDrivers((0, "finished")))
         head.context.elected = True
-        monkeypatch.setattr("raylaunch.export_files.tell_cut_off", fails)
+        monkeypatch.setattr("raylaunch.state.export_files.tell_cut_off", fails)
         head.context.spawn(head.queue.run())
         await until(lambda: bool(place.stopped))
         head.context.cancel_all()
@@ -446,4 +448,4 @@ def test_a_driver_that_outlives_its_run_makes_way_for_the_next(
 
     run(story)
     assert runs.stop_reason(directory) == ("another run waits" if condition == "finished" else None)
-    assert bool(state.read_events(place.directory, "driver_cut_short")) == (condition == "finished")
+    assert bool(files.read_events(place.directory, "driver_cut_short")) == (condition == "finished")

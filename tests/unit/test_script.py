@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.config import Config, ElasticConfig, JoinConfig, SlurmConfig
+from raylaunch.config.schema import Config, ElasticConfig, JoinConfig, SlurmConfig
 from raylaunch.errors import UsageError
-from raylaunch.slurm import script
+from raylaunch.scheduler.slurm import batch_script
 
 GOLDEN = Path(__file__).parent / "data" / "scripts"
 
@@ -39,10 +39,10 @@ def rendered(name: str) -> str:
     where, python = Path("/shared/state/clusters/main"), "/opt/venv/bin/python"
     if name in JOINERS:
         config, nodes, exclude = JOINERS[name]
-        return script.render_joiner(config, "main", where, "0123abcd", nodes, exclude, python)
+        return batch_script.render_joiner(config, "main", where, "0123abcd", nodes, exclude, python)
     if name == DOCTOR:
-        return script.render_doctor(BASES["gpu"], Path("/shared/state/doctor/0123"), "0123abcd", python)
-    return script.render(BASES[name], "main", where, "0123abcd", python, requeue=name == "plain")
+        return batch_script.render_doctor(BASES["gpu"], Path("/shared/state/doctor/0123"), "0123abcd", python)
+    return batch_script.render(BASES[name], "main", where, "0123abcd", python, requeue=name == "plain")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,7 +62,7 @@ def test_is_bash_and_survives_a_dead_node(name: str) -> None:
 
 def test_requeued_unless_told_otherwise() -> None:
     def flags(requeue: bool, *extra: str) -> set[str]:
-        lines = script.options(SlurmConfig(extra=list(extra)), "m", Path("/s"), "c", requeue)
+        lines = batch_script.options(SlurmConfig(extra=list(extra)), "m", Path("/s"), "c", requeue)
         return {line for line in lines if "requeue" in line}
 
     assert flags(True) == {"--requeue"} and flags(False) == {"--no-requeue"}
@@ -85,7 +85,7 @@ def test_a_joiner_leaves_out_what_is_the_bases_alone() -> None:
     slurm = SlurmConfig(
         extra=extra, nodelist="node[1-4]", mail_user="me", mail_type="END", job_name="mine", comment="it's mine"
     )
-    lines = script.joiner_options(Config(slurm=slurm), "m", Path("/s"), "c", 3, [])
+    lines = batch_script.joiner_options(Config(slurm=slurm), "m", Path("/s"), "c", 3, [])
     assert lines[-4:] == ["--no-kill", "--no-requeue", "--switches=1", "--nice 5"]
     assert not any(line.startswith(("--nodelist", "--mail", "--exclude")) for line in lines)
     assert "--job-name=raylaunch-m-join" in lines and "--nodes=1-3" in lines
@@ -93,14 +93,17 @@ def test_a_joiner_leaves_out_what_is_the_bases_alone() -> None:
 
 
 def test_excluded(tmp_path: Path) -> None:
-    assert script.excluded(SlurmConfig(), []) is None
-    assert script.excluded(SlurmConfig(exclude="a[1-2]"), ["b2", "b1"]) == "a[1-2],b[1-2]"
+    assert batch_script.excluded(SlurmConfig(), []) is None
+    assert batch_script.excluded(SlurmConfig(exclude="a[1-2]"), ["b2", "b1"]) == "a[1-2],b[1-2]"
     listed = tmp_path / "bad"
     listed.write_text("x1\nx2\n")
-    assert script.excluded(SlurmConfig(exclude=str(listed)), ["b"]) == "x1,x2,b"
-    assert script.excluded(SlurmConfig(exclude=str(listed)), []) == str(listed)
-    assert script.barred(SlurmConfig(exclude=str(listed))) == {"x1", "x2"}
-    assert script.barred(SlurmConfig(exclude="a[1-2]")) == {"a1", "a2"} and script.barred(SlurmConfig()) == frozenset()
+    assert batch_script.excluded(SlurmConfig(exclude=str(listed)), ["b"]) == "x1,x2,b"
+    assert batch_script.excluded(SlurmConfig(exclude=str(listed)), []) == str(listed)
+    assert batch_script.barred(SlurmConfig(exclude=str(listed))) == {"x1", "x2"}
+    assert (
+        batch_script.barred(SlurmConfig(exclude="a[1-2]")) == {"a1", "a2"}
+        and batch_script.barred(SlurmConfig()) == frozenset()
+    )
 
 
 def test_secrets_stay_references(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +116,7 @@ def test_env_values_reach_the_shell_as_written(monkeypatch: pytest.MonkeyPatch) 
     values = {"A": 'it\'s $HOME `x` "q"', "B": "pre ${TOKEN} post", "C": ""}
     lines = [
         line
-        for line in script.render(SlurmConfig(env=values), "m", Path("/s"), "c").splitlines()
+        for line in batch_script.render(SlurmConfig(env=values), "m", Path("/s"), "c").splitlines()
         if line.startswith("export ")
     ]
     shown = subprocess.run(
@@ -131,11 +134,11 @@ def test_env_values_reach_the_shell_as_written(monkeypatch: pytest.MonkeyPatch) 
 )  # fmt: skip
 def test_options_that_raylaunch_owns_are_refused_by_name(option: str, named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        script.check_extra([option])
+        batch_script.check_extra([option])
 
 
 def test_other_options_pass_through() -> None:
-    script.check_extra(["--dependency", "afterok:12", "--switches=2@10", "--nice=5", "--hold"])
+    batch_script.check_extra(["--dependency", "afterok:12", "--switches=2@10", "--nice=5", "--hold"])
 
 
 @pytest.mark.parametrize(
@@ -145,4 +148,4 @@ def test_other_options_pass_through() -> None:
      ({"gpus_per_node": 0}, 1)],
 )  # fmt: skip
 def test_workers_per_node(given: dict[str, object], workers: int) -> None:
-    assert script.workers_per_node(SlurmConfig(**given)) == workers  # type: ignore[arg-type]
+    assert batch_script.workers_per_node(SlurmConfig(**given)) == workers  # type: ignore[arg-type]

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import virtual
 
-from raylaunch import layout, seek, state, timing
+from raylaunch import timing
+from raylaunch.cluster.membership import head_search
+from raylaunch.cluster.membership.control_channel import AlreadyHere, Link, NotHead
+from raylaunch.cluster.membership.head_search import Seeker
 from raylaunch.errors import BringUpError
-from raylaunch.layout import Head
-from raylaunch.link import AlreadyHere, Link, NotHead
-from raylaunch.seek import Seeker
+from raylaunch.state import files, records
+from raylaunch.state.records import Head
 
 LOST = Head(canary="c", incarnation=3, node="n1", hostname="n1", address="a1", control_port=1, gcs="", dashboard_port=1,
             time=0.0)  # fmt: skip
@@ -40,7 +42,7 @@ class Network:
         self.answers: dict[str, Any] = {}
         self.led: list[tuple[int, str]] = []
         monkeypatch.setattr(Link, "connect", self._connect)
-        monkeypatch.setattr(seek.link, "ask", self._ask)
+        monkeypatch.setattr(head_search.control_channel, "ask", self._ask)
 
     async def _connect(self, address: str, *_: Any) -> Any:
         found = self.heads.get(address, OSError)()
@@ -71,7 +73,7 @@ class Network:
             }
             for i, n in enumerate(nodes)
         ]
-        state.write_json(self.directory / layout.MEMBERS_FILE, {"canary": "c", "incarnation": 3, "nodes": rows})
+        files.write_json(self.directory / records.MEMBERS_FILE, {"canary": "c", "incarnation": 3, "nodes": rows})
 
     async def seek(self, gone: bool = True) -> tuple[Any, Head]:
         return await Seeker(self.directory, "c", "n2", "token", dict, self.lead, frozenset, lost=LOST, gone=gone).seek()
@@ -92,14 +94,14 @@ def test_a_hiccup_of_the_network_is_no_end(monkeypatch: pytest.MonkeyPatch, netw
         assert head == LOST and time.monotonic() < began + 2.0
 
     virtual.run(monkeypatch, main)
-    assert not network.led and layout.claims(network.directory) == []
+    assert not network.led and records.claims(network.directory) == []
 
 
 def test_a_newer_head_is_followed(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     async def main() -> None:
         network.table("n1", "n2", "n3")
         network.heads["a3"] = Connection
-        NEWER.write(network.directory / layout.HEAD_FILE)
+        NEWER.write(network.directory / records.HEAD_FILE)
         assert (await network.seek())[1] == NEWER
 
     virtual.run(monkeypatch, main)
@@ -114,12 +116,12 @@ def test_a_majority_that_has_lost_it_elects(monkeypatch: pytest.MonkeyPatch, net
 
     virtual.run(monkeypatch, main)
     ((incarnation, why),) = network.led
-    assert incarnation == 4 and "n2, n3" in why and layout.claims(network.directory) == [4]
+    assert incarnation == 4 and "n2, n3" in why and records.claims(network.directory) == [4]
 
 
 def test_no_majority_waits_and_gives_up(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     for name in ("LOOK_EVERY", "ASK_EVERY", "FILES_EVERY", "RECONNECT_EVERY"):  # ten minutes are many looks
-        monkeypatch.setattr(seek, name, 5.0)
+        monkeypatch.setattr(head_search, name, 5.0)
 
     async def main() -> None:
         network.table("n1", "n2", "n3", "n4", "n5")
@@ -168,8 +170,8 @@ def test_a_winner_that_dies_before_it_is_reached_is_replaced(monkeypatch: pytest
     async def main() -> None:
         network.table("n1", "n2")
         network.answers["a1"] = ConnectionRefusedError()  # its agent is dead
-        assert layout.claim(network.directory, 4, "n3")
-        NEWER.write(network.directory / layout.HEAD_FILE)
+        assert records.claim(network.directory, 4, "n3")
+        NEWER.write(network.directory / records.HEAD_FILE)
         began = time.monotonic()
         _, head = await network.seek()
         assert head.incarnation == 5 and time.monotonic() - began > timing.PUBLISH_LIMIT
@@ -179,7 +181,7 @@ def test_a_winner_that_dies_before_it_is_reached_is_replaced(monkeypatch: pytest
 
 def test_storage_that_fails_does_not_end_the_search(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     async def main() -> None:
-        (network.directory / layout.MEMBERS_FILE).mkdir()  # it cannot be read
+        (network.directory / records.MEMBERS_FILE).mkdir()  # it cannot be read
         began = time.monotonic()
         network.heads["a1"] = lambda: Connection() if time.monotonic() > began + 30.0 else OSError()
         assert (await network.seek())[1] == LOST
@@ -191,7 +193,7 @@ def test_a_claim_that_was_made_though_it_failed_is_passed_over(
     monkeypatch: pytest.MonkeyPatch, network: Network
 ) -> None:
     """As that of a winner who died."""
-    claim, errors = layout.claim, [OSError(errno.EIO, "the answer got lost")]
+    claim, errors = records.claim, [OSError(errno.EIO, "the answer got lost")]
 
     def failing(*arguments: Any) -> bool:
         made = claim(*arguments)
@@ -204,9 +206,9 @@ def test_a_claim_that_was_made_though_it_failed_is_passed_over(
         network.answers["a3"] = "lost"
         assert (await network.seek())[1].incarnation == 5
 
-    monkeypatch.setattr(layout, "claim", failing)
+    monkeypatch.setattr(records, "claim", failing)
     virtual.run(monkeypatch, main)
-    assert layout.claims(network.directory) == [4, 5]
+    assert records.claims(network.directory) == [4, 5]
 
 
 def test_a_search_that_is_given_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from raylaunch import lines, runs, session, state, thread_deaths, threads
-from raylaunch.lines import Lines
-from raylaunch.orders import NOW
-from raylaunch.session import Session
+from raylaunch.host import threads
+from raylaunch.state import files, lines, runs, thread_deaths
+from raylaunch.state.lines import Lines
+from raylaunch.training.stop_request import NOW
+from raylaunch.training.worker import session
+from raylaunch.training.worker.session import Session
 
 pytestmark = pytest.mark.filterwarnings("error")  # a thread that dies is one
 
@@ -50,7 +52,7 @@ def test_reports_are_lines_in_their_order(rank_0: Session, tmp_path: Path) -> No
     for step in range(200):
         rank_0.report(step=step, loss=math.nan)
     rank_0.close()
-    rows = state.read_lines(tmp_path / "metrics.jsonl")
+    rows = files.read_lines(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(200))
     assert rows[0]["loss"] == "nan" and rows[0]["attempt"] == 1 and rows[0]["world_size"] == 2
 
@@ -77,7 +79,7 @@ def test_a_value_that_is_no_json_is_an_error_of_the_trainer_s_own_call(
     runs.request_stop(tmp_path, "test")
     until(lambda: rank_0.stop_requested() == NOW)
     rank_0.close()
-    assert [row["step"] for row in state.read_lines(tmp_path / "metrics.jsonl")] == [2, 3]
+    assert [row["step"] for row in files.read_lines(tmp_path / "metrics.jsonl")] == [2, 3]
 
 
 def test_a_stop_is_heard_where_the_metrics_file_cannot_be_opened(
@@ -104,22 +106,22 @@ def test_the_step_record_has_no_hole_when_the_file_is_back(
     until(lambda: "is kept, and tried again" in capsys.readouterr().err)
     path.rmdir()
     rank_0.report(step=5)
-    until(lambda: len(state.read_lines(path)) == 6 if path.is_file() else False)
+    until(lambda: len(files.read_lines(path)) == 6 if path.is_file() else False)
     rank_0.close()
-    assert [row["step"] for row in state.read_lines(path)] == list(range(6))
+    assert [row["step"] for row in files.read_lines(path)] == list(range(6))
 
 
 def test_a_stop_is_heard_while_a_write_does_not_return(
     rank_0: Session, tmp_path: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stalls, back, real = threading.Event(), threading.Event(), state.append
+    stalls, back, real = threading.Event(), threading.Event(), files.append
 
     def stalled(path: Path, data: bytes) -> int:
         stalls.set()
         assert back.wait(30)
         return real(path, data)
 
-    monkeypatch.setattr(state, "append", stalled)
+    monkeypatch.setattr(files, "append", stalled)
     rank_0.start()
     rank_0.report(step=1)
     until(stalls.is_set)
@@ -134,7 +136,7 @@ def test_a_stop_is_heard_while_a_write_does_not_return(
 def test_a_stop_is_heard_once_its_file_can_be_read(
     rank_0: Session, tmp_path: Path, dead: list[str], capsys: pytest.CaptureFixture[str], trouble: str
 ) -> None:
-    stop = tmp_path / state.STOP_FILE
+    stop = tmp_path / files.STOP_FILE
     if trouble == "unreadable":
         stop.mkdir()
     else:
@@ -150,13 +152,13 @@ def test_a_stop_is_heard_once_its_file_can_be_read(
 
 def test_a_write_that_is_cut_off_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, left = tmp_path / "m.jsonl", [3, 0]
-    monkeypatch.setattr(state, "append", lambda path, data: _first(path, data[: left.pop(0)] if left else data))
+    monkeypatch.setattr(files, "append", lambda path, data: _first(path, data[: left.pop(0)] if left else data))
     made = Lines(path)
     made.start()
     for step in range(3):
         made.put(f'{{"step": {step}}}')
     assert made.close(30) == 0
-    assert state.read_lines(path) == [{"step": 0}, {"step": 1}, {"step": 2}]
+    assert files.read_lines(path) == [{"step": 0}, {"step": 1}, {"step": 2}]
 
 
 def _first(path: Path, data: bytes) -> int:
@@ -175,7 +177,7 @@ def test_of_too_many_lines_the_oldest_are_lost(tmp_path: Path, monkeypatch: pyte
     until(lambda: made._lost == 3)
     path.rmdir()
     assert made.close(30) == 3
-    assert state.read_lines(path) == [{"step": 3}, {"step": 4}]
+    assert files.read_lines(path) == [{"step": 3}, {"step": 4}]
 
 
 def test_a_thread_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,5 +201,5 @@ def test_a_thread_that_dies_is_an_event(tmp_path: Path, monkeypatch: pytest.Monk
     thread = threading.Thread(target=lambda: [][0], name="pulse")
     thread.start()
     thread.join()
-    (event,) = state.read_events(tmp_path, "thread_died")
+    (event,) = files.read_events(tmp_path, "thread_died")
     assert (event["attempt"], event["rank"], event["thread"]) == (4, 3, "pulse") and "IndexError" in event["error"]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from raylaunch.errors import SlurmError, SlurmUnavailable
-from raylaunch.slurm import client, parse
-from raylaunch.slurm.client import Completed, Slurm, clean_env
-from raylaunch.slurm.parse import JobState
+from raylaunch.scheduler.slurm import client, parse
+from raylaunch.scheduler.slurm.client import Completed, Slurm, clean_env
+from raylaunch.scheduler.slurm.parse import JobState
 
 DATA = Path(__file__).parent / "data"
 SEP = parse.SEPARATOR

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from raylaunch.errors import SlurmError
-from raylaunch.slurm import parse
-from raylaunch.slurm.parse import ENDING, TERMINAL, WAITING, JobDetail, JobState
+from raylaunch.scheduler.slurm import parse
+from raylaunch.scheduler.slurm.parse import ENDING, TERMINAL, WAITING, JobDetail, JobState
 
 DATA = Path(__file__).parent / "data"
 SEP = parse.SEPARATOR

@@ -8,45 +8,45 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch import layout, runs, state
-from raylaunch.config import Config, continuation_differences, default_run_name
+from raylaunch.config.schema import Config, continuation_differences, default_run_name
 from raylaunch.errors import RunError, StateError, UsageError
+from raylaunch.state import files, records, runs
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    state.write_json(path, {"n": 1})
+    files.write_json(path, {"n": 1})
     before = path.stat().st_ino
-    state.write_json(path, {"n": 2})
-    assert state.read_json(path) == {"n": 2}
+    files.write_json(path, {"n": 2})
+    assert files.read_json(path) == {"n": 2}
     assert path.stat().st_ino != before and path.stat().st_mode & 0o777 == 0o600
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    state.write_json(path, {"n": 1})
+    files.write_json(path, {"n": 1})
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StateError, match="No space left") as caught:
-        state.write_json(path, {"n": 2})
+        files.write_json(path, {"n": 2})
     assert "free some space" in caught.value.hint
-    assert state.read_json(path) == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    assert files.read_json(path) == {"n": 1} and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_missing_is_none_and_broken_is_an_error(tmp_path: Path) -> None:
-    assert state.read_json(tmp_path / "none.json") is None
+    assert files.read_json(tmp_path / "none.json") is None
     (tmp_path / "torn.json").write_text('{"n":')
     with pytest.raises(StateError, match=r"torn\.json"):
-        state.read_json(tmp_path / "torn.json")
+        files.read_json(tmp_path / "torn.json")
 
 
 def test_a_growing_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    reader = state.LineReader(path)
+    reader = files.LineReader(path)
     assert reader.read() == []
     with path.open("a") as out:
         out.write('{"step": 1}\n{"st')
@@ -55,13 +55,13 @@ def test_a_growing_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
         out.write('ep": 2}\n')
         out.flush()
         assert reader.read() == [{"step": 2}]
-    assert state.read_lines(path) == [{"step": 1}, {"step": 2}]
+    assert files.read_lines(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_events_are_one_line_each(tmp_path: Path) -> None:
-    state.append_event(tmp_path, "a", reason="two\nlines")
-    state.append_event(tmp_path, "b")
-    assert [row["kind"] for row in state.read_lines(tmp_path / "events.jsonl")] == ["a", "b"]
+    files.append_event(tmp_path, "a", reason="two\nlines")
+    files.append_event(tmp_path, "b")
+    assert [row["kind"] for row in files.read_lines(tmp_path / "events.jsonl")] == ["a", "b"]
 
 
 def test_last_metrics_passes_over_validation_and_torn_lines(tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_run_names(path: str, name: str) -> None:
 
 
 def test_records_pass_over_keys_of_a_newer_version(tmp_path: Path) -> None:
-    state.write_json(
-        tmp_path / layout.RUN_FILE, {"name": "r", "state": "queued", "cluster": "c", "created": 0, "new": 1}
+    files.write_json(
+        tmp_path / records.RUN_FILE, {"name": "r", "state": "queued", "cluster": "c", "created": 0, "new": 1}
     )
     record = runs.Run.read(tmp_path)
     assert record is not None and record.name == "r"

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 from made_runs import Made
 
-from raylaunch.backends import SlurmBackend
 from raylaunch.cli import cli
+from raylaunch.scheduler.backends import SlurmBackend
 
 REASON = "the same error 2 times: rank 1: KeyError: [red]\n" + "far " * 100
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from raylaunch.checkpoint import digests, store
+from raylaunch.checkpoint import checksums, store
 from raylaunch.errors import StateError
 
 DATA = "__0_0.distcp"
@@ -27,7 +27,7 @@ def write(directory: Path, step: int, attempt: int = 1, incarnation: int = 1) ->
 
 
 def commit(pending: Path, step: int, attempt: int = 1, incarnation: int = 1) -> store.Commit:
-    files = {DATA: digests.digest(pending / DATA)} if pending.exists() else {}
+    files = {DATA: checksums.digest(pending / DATA)} if pending.exists() else {}
     return store.commit(
         pending,
         step=step,
@@ -57,7 +57,7 @@ def test_a_commit_is_found_again_with_all_it_says(tmp_path: Path) -> None:
     assert made.path == tmp_path / "step-00000100"
     assert store.committed(tmp_path) == [made] and store.latest(tmp_path) == made
     assert (made.world_size, made.attempt, made.run, made.facts) == (2, 1, "r", {"seed": 0})
-    assert made.incarnation == 1 and made.files == {DATA: digests.digest(made.path / DATA)}
+    assert made.incarnation == 1 and made.files == {DATA: checksums.digest(made.path / DATA)}
     assert names(made.path) == [DATA, "commit.json"]
 
 
@@ -289,7 +289,7 @@ def test_a_commit_made_by_an_older_version_still_counts(tmp_path: Path) -> None:
     (made.path / "commit.json").write_text(json.dumps({**record, "from_a_newer_one": 1}))
     found = store.latest(tmp_path)
     assert found is not None and (found.incarnation, found.files, found.step) == (1, {}, 3)
-    assert digests.check(found, digests.share(found, 0, 1)) is None
+    assert checksums.check(found, checksums.share(found, 0, 1)) is None
 
 
 # Digests.
@@ -298,22 +298,22 @@ def test_a_commit_made_by_an_older_version_still_counts(tmp_path: Path) -> None:
 def test_every_file_is_checked_by_exactly_one_rank(tmp_path: Path) -> None:
     made = dataclasses.replace(save(tmp_path, 1), files={f"__{i}_0.distcp": (1, "") for i in range(7)})
     for world_size in (1, 2, 3, 9):
-        shares = [digests.share(made, rank, world_size) for rank in range(world_size)]
+        shares = [checksums.share(made, rank, world_size) for rank in range(world_size)]
         assert sorted(name for one in shares for name in one) == sorted(made.files)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_flipped_bit_is_found_and_named(tmp_path: Path) -> None:
     made = save(tmp_path, 1)
-    assert digests.check(made, made.files) is None
+    assert checksums.check(made, made.files) is None
     data = bytearray((made.path / DATA).read_bytes())
     data[5] ^= 1
     (made.path / DATA).write_bytes(data)
     assert store.latest(tmp_path) == made  # sizes do not tell
-    bad = digests.check(made, made.files)
+    bad = checksums.check(made, made.files)
     assert bad is not None and (bad.file, bad.damaged) == (DATA, True) and "sha256" in bad.why
     lose(made)
-    bad = digests.check(made, made.files)
+    bad = checksums.check(made, made.files)
     assert bad is not None and bad.why == "missing"
 
 

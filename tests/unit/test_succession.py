@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch import election, layout, runs, seek, state
 from raylaunch.checkpoint import store
-from raylaunch.config import Config
-from raylaunch.layout import Head
-from raylaunch.seek import Seeker
+from raylaunch.cluster.membership import election, head_search
+from raylaunch.cluster.membership.head_search import Seeker
+from raylaunch.config.schema import Config
+from raylaunch.state import files, records, runs
+from raylaunch.state.records import Head
 
 
 def head(incarnation: int) -> Head:
@@ -23,7 +24,7 @@ def head(incarnation: int) -> Head:
 
 def test_a_run_goes_on_where_incarnations_begin_anew(tmp_path: Path) -> None:
     """On a cluster of another name: what is fenced there is fenced by the same run's past."""
-    run = state.run_dir(tmp_path, "r")
+    run = files.run_dir(tmp_path, "r")
     with runs.prepared(run, Config(), "old") as first:
         assert first.base == 0
     checkpoints = runs.checkpoint_dir(run, Config())
@@ -46,7 +47,7 @@ def test_a_claim_has_a_while_to_be_published(tmp_path: Path, monkeypatch: pytest
     """Whoever claimed may write slowly; a second head beside it would not be kept out by its number."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    assert layout.claim(tmp_path, 3, "n1") and layout.claim(tmp_path, 4, "n3")
+    assert records.claim(tmp_path, 3, "n1") and records.claim(tmp_path, 4, "n3")
     made = seeker(tmp_path)
 
     async def look() -> int:
@@ -57,7 +58,7 @@ def test_a_claim_has_a_while_to_be_published(tmp_path: Path, monkeypatch: pytest
     assert asyncio.run(look()) == 0 and made._began == 100.0
     now[0] += 0.2  # it died
     assert asyncio.run(look()) == 5
-    assert layout.claims(tmp_path) == [3, 4, 5]
+    assert records.claims(tmp_path) == [3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -96,8 +97,8 @@ def test_a_claim_on_a_full_disk_is_tried_again(tmp_path: Path, monkeypatch: pyte
         tries.append(1)
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(layout, "claim", full)
-    monkeypatch.setattr(seek, "STORAGE_PAUSE", 0.0)
+    monkeypatch.setattr(records, "claim", full)
+    monkeypatch.setattr(head_search, "STORAGE_PAUSE", 0.0)
     for _ in range(2):
         asyncio.run(made._judge())
     assert len(tries) == 2

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raylaunch.data import dataset, looking, prepare
+from raylaunch.data import dataset, inspect, prepare
 from raylaunch.data.prepare import Request
 from raylaunch.data.table import ROWS, Table
 from raylaunch.errors import DataError
@@ -65,7 +65,7 @@ def test_files_with_other_columns_are_no_table(tmp_path: Path) -> None:
 
 
 def test_it_is_shown_and_is_no_text(made: Path, tmp_path: Path) -> None:
-    shown = looking.samples(made, dataset.read(made), 2, 0)
+    shown = inspect.samples(made, dataset.read(made), 2, 0)
     assert all("number: " in sample.text and "pixels: [" in sample.text for sample in shown)
     assert not dataset.verify(made, dataset.read(made))
     (tmp_path / "a.txt").write_text("text")

@@ -7,8 +7,8 @@ import ast
 import pytest
 
 from raylaunch import timing
-from raylaunch.config import Config
-from raylaunch.head import allocation_policy, node_duty
+from raylaunch.cluster.head import allocation_policy, node_duty
+from raylaunch.config.schema import Config
 
 LIMITS = {name: value for name, value in vars(timing).items() if isinstance(value, float)}
 

@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from made_cluster import Clock, FakeRay, Made, Work
 
-from raylaunch import consolidate, runs, state, watch
 from raylaunch.checkpoint import store
-from raylaunch.config import CheckpointConfig, Config, ElasticConfig
+from raylaunch.config.schema import CheckpointConfig, Config, ElasticConfig
 from raylaunch.errors import StateError
-from raylaunch.group import Order
-from raylaunch.policy import Ending
-from raylaunch.runs import Run
-from raylaunch.trainloop import Driver, NewerHead
+from raylaunch.state import files, runs
+from raylaunch.state.runs import Run
+from raylaunch.training import attempt_monitor, consolidate
+from raylaunch.training.policy import Ending
+from raylaunch.training.training_loop import Driver, NewerHead
+from raylaunch.training.worker_group import Order
 
 LOST = Ending("fault", "lost rank 1", "lost rank 1: SIGKILL", 1, "worker_lost")
 ERROR = Ending("error", "ValueError", "rank 0: ValueError", 0, "error")
@@ -60,7 +61,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
-    monkeypatch.setattr(watch, "EVERY", 1e6)  # the loop's own looks are enough
+    monkeypatch.setattr(attempt_monitor, "EVERY", 1e6)  # the loop's own looks are enough
 
     def make(**sections: Any) -> Bench:
         return Bench(tmp_path, Config(**sections))
@@ -184,7 +185,7 @@ def test_a_node_that_is_drained_is_left_and_the_head_is_told_once(bench: Callabl
 
 def test_losses_on_one_node_are_a_strike(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     one = bench()
-    monkeypatch.setattr("raylaunch.pulse.Server.node", lambda self, rank: "b")
+    monkeypatch.setattr("raylaunch.training.pulse.Server.node", lambda self, rank: "b")
     one.does(ends(LOST), ends(LOST), ends(LOST), one.says("finished"))
     assert one.driver().drive() == "finished"
     assert [(r["kind"], r["node"]) for r in one.made.requests()] == [("strike", "b")]
@@ -216,7 +217,7 @@ def test_a_newer_head_ends_the_driver_with_nothing_written(bench: Callable[..., 
 def test_a_newer_fence_ends_the_driver(bench: Callable[..., Bench]) -> None:
     one = bench()
     driver = one.driver()
-    checkpoints = state.make_dir(one.made.run_dir / "checkpoints")
+    checkpoints = files.make_dir(one.made.run_dir / "checkpoints")
     store.fence(checkpoints, 5, 1)
     with pytest.raises(NewerHead):
         driver.drive()

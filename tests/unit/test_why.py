@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from raylaunch import state
-from raylaunch.why import reading, run, verdict
-from raylaunch.why.reading import Line
-from raylaunch.why.verdict import judge
+from raylaunch.observe.why import log_lines, run, verdict
+from raylaunch.observe.why.log_lines import Line
+from raylaunch.observe.why.verdict import judge
+from raylaunch.state import files
 
 DATA = Path(__file__).with_name("data")
 CORPUS, REAL = DATA / "why", DATA / "why-real"
@@ -33,7 +33,7 @@ def expectations(folder: Path) -> dict[str, dict[str, Any]]:
 )
 def test_the_first_answer_is_right(folder: Path, name: str) -> None:
     expected, path = expectations(folder)[name], folder / f"{name}.log"
-    found = judge(reading.lines(path))
+    found = judge(log_lines.lines(path))
     assert found.kind == expected["kind"], found
     if expected["rank"] is not None and name not in RANK_MISSED:
         assert found.rank == expected["rank"], found
@@ -48,20 +48,20 @@ def test_the_first_answer_is_right(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("folder", ASIDE, ids=lambda folder: folder.name)
 def test_on_logs_that_were_kept_aside_nine_of_ten_first_answers_are_right(folder: Path) -> None:
     expected = expectations(folder)
-    found = {name: judge(reading.lines(folder / f"{name}.log")).kind for name in expected}
+    found = {name: judge(log_lines.lines(folder / f"{name}.log")).kind for name in expected}
     wrong = {name: kind for name, kind in found.items() if kind != expected[name]["kind"]}
     assert len(expected) >= 26 and len(wrong) <= len(expected) / 10, wrong
 
 
 def test_no_line_that_means_something_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [line for path in sorted(CORPUS.glob("*.log")) for line in reading.lines(path)]
+    lines = [line for path in sorted(CORPUS.glob("*.log")) for line in log_lines.lines(path)]
     quick = [finding.line for finding in verdict._findings(lines, verdict.Hosts())]
     monkeypatch.setattr(verdict, "HINTS", ("",))
     assert quick == [finding.line for finding in verdict._findings(lines, verdict.Hosts())] and len(quick) > 50
 
 
 def test_what_followed_is_no_cause() -> None:
-    found = judge(reading.lines(CORPUS / "cuda_oom_rank3.log"))
+    found = judge(log_lines.lines(CORPUS / "cuda_oom_rank3.log"))
     assert any("Watchdog" in text and text.startswith("rank 0") for text in found.cascade)
     assert found.evidence[0].text.endswith("line 61, in main")  # the user's own line, not torch's
 
@@ -86,12 +86,12 @@ def test_a_traceback_that_breaks_off_still_has_its_place() -> None:
 
 
 def test_a_long_log_is_read_at_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "HEAD_BYTES", 1000)
-    monkeypatch.setattr(reading, "TAIL_BYTES", 2000)
+    monkeypatch.setattr(log_lines, "HEAD_BYTES", 1000)
+    monkeypatch.setattr(log_lines, "TAIL_BYTES", 2000)
     path = tmp_path / "long.log"
     rows = [f"row {number}" for number in range(1, 100_001)]
     path.write_text("\n".join(rows) + "\n")
-    read = list(reading.lines(path))
+    read = list(log_lines.lines(path))
     assert read[0].text == "row 1" and read[-1].text == "row 100000" and len(read) < 500
     assert all(line.text == f"row {line.number}" for line in read)
 
@@ -99,7 +99,7 @@ def test_a_long_log_is_read_at_both_ends(tmp_path: Path, monkeypatch: pytest.Mon
 def test_progress_bars_and_colours_are_read_as_they_look(tmp_path: Path) -> None:
     path = tmp_path / "a.log"
     path.write_bytes(b"\x1b[31m[rank2]: 10%\r[rank2]: 20%\x1b[0m\r\n\xff\xfe\x00 binary\n")
-    first, second = reading.lines(path)
+    first, second = log_lines.lines(path)
     assert (first.text, first.rank) == ("[rank2]: 20%", 2)
     assert "binary" in second.text and second.number == 2
 
@@ -108,7 +108,7 @@ def test_progress_bars_and_colours_are_read_as_they_look(tmp_path: Path) -> None
 @given(st.binary(max_size=3000))
 def test_nothing_makes_it_stumble(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x").write_bytes(data)
-    judge(reading.lines(tmp_path / "x"))
+    judge(log_lines.lines(tmp_path / "x"))
 
 
 @given(
@@ -122,15 +122,15 @@ def test_no_line_makes_it_stumble(parts: list[str]) -> None:
 
 
 def a_run(directory: Path, ended: dict[str, Any], logs: dict[int, str], errors: dict[int, float] | None = None) -> Path:
-    attempt = state.make_dir(state.attempt_dir(directory, 1))
+    attempt = files.make_dir(files.attempt_dir(directory, 1))
     for rank, text in logs.items():
         (attempt / f"rank-{rank}.log").write_text(text)
     for rank, when in (errors or {}).items():
-        state.write_json(attempt / f"rank-{rank}.error.json", {"rank": rank, "node": f"n{rank}", "time": when})
-    state.append_event(directory, "attempt_started", attempt=1)
+        files.write_json(attempt / f"rank-{rank}.error.json", {"rank": rank, "node": f"n{rank}", "time": when})
+    files.append_event(directory, "attempt_started", attempt=1)
     for event in ended.pop("before", []):
-        state.append_event(directory, attempt=1, **event)
-    state.append_event(directory, "attempt_ended", attempt=1, **ended)
+        files.append_event(directory, attempt=1, **event)
+    files.append_event(directory, "attempt_ended", attempt=1, **ended)
     return directory
 
 
@@ -164,7 +164,7 @@ def test_of_a_run_that_hung_the_line_is_named(tmp_path: Path) -> None:
 
 
 RAY_SAYS = """Traceback (most recent call last):
-  File "/w/raylaunch/driver.py", line 221, in _fit
+  File "/w/raylaunch/training/driver.py", line 221, in _fit
     group.fit()
   File "/v/site-packages/ray/train/v2/api/data_parallel_trainer.py", line 195, in fit
     raise result.error

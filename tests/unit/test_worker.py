@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from made_cluster import Made
 
-from raylaunch import state, worker
-from raylaunch.config import Config
+from raylaunch.config.schema import Config
 from raylaunch.errors import StateError
-from raylaunch.group import Newest
-from raylaunch.pulse import Place, Pulse, Server
-from raylaunch.session import Session
-from raylaunch.worker import Seat, Spec
+from raylaunch.state import files
+from raylaunch.training.pulse import Place, Pulse, Server
+from raylaunch.training.worker import main
+from raylaunch.training.worker.main import Seat, Spec
+from raylaunch.training.worker.session import Session
+from raylaunch.training.worker_group import Newest
 
 Trainer = Callable[[Config, Session], object]
 
@@ -33,13 +34,13 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         pulses.append(Pulse(*given))
         return pulses[-1]
 
-    monkeypatch.setattr(worker, "Pulse", connected)
+    monkeypatch.setattr(main, "Pulse", connected)
     made = Made(tmp_path, Config.model_validate({"trainer": {"function": "a_trainer:train"}}))
-    state.make_dir(state.attempt_dir(made.run_dir, 1))
+    files.make_dir(files.attempt_dir(made.run_dir, 1))
 
     def work(train: Trainer, rank: int = 0) -> Made:
         module.train = train  # type: ignore[attr-defined]
-        worker.work(Spec(made.run_dir, 1, 3, 8, server.place()), Seat(rank, 2, 0, 1, "a", "cpu"))
+        main.work(Spec(made.run_dir, 1, 3, 8, server.place()), Seat(rank, 2, 0, 1, "a", "cpu"))
         return made
 
     work.made = made  # type: ignore[attr-defined]
@@ -59,8 +60,8 @@ def test_the_trainer_gets_its_session(trained: Callable[..., Made]) -> None:
 
     made = trained(train)
     assert got == [("r", 1, 3, 2, 8)] and made.events("connected")[0]["workers"] == 2
-    assert state.read_lines(made.run_dir / "metrics.jsonl")[0]["loss"] == 2.0
-    assert state.read_json(state.attempt_dir(made.run_dir, 1) / "outcome.json") == {"outcome": "finished", "step": 1}
+    assert files.read_lines(made.run_dir / "metrics.jsonl")[0]["loss"] == 2.0
+    assert files.read_json(files.attempt_dir(made.run_dir, 1) / "outcome.json") == {"outcome": "finished", "step": 1}
 
 
 def test_an_error_is_left_as_a_file_and_raised(
@@ -73,7 +74,7 @@ def test_an_error_is_left_as_a_file_and_raised(
 
     with pytest.raises(ValueError, match="my own mistake"):
         trained(train, rank=1)
-    record = state.read_json(state.attempt_dir(trained.made.run_dir, 1) / "rank-1.error.json")  # type: ignore[attr-defined]
+    record = files.read_json(files.attempt_dir(trained.made.run_dir, 1) / "rank-1.error.json")  # type: ignore[attr-defined]
     assert (record["exception"], record["message"], record["step"], record["node"]) == (
         "ValueError", "my own mistake", 7, "a",
     )  # fmt: skip
@@ -85,7 +86,7 @@ def test_a_full_disk_does_not_hide_the_error(trained: Callable[..., Made], monke
         raise StateError("the disk is full")
 
     def train(config: Config, session: Session) -> None:
-        monkeypatch.setattr(state, "write_json", full)
+        monkeypatch.setattr(files, "write_json", full)
         raise ValueError("my own mistake")
 
     with pytest.raises(ValueError, match="my own mistake"):

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from raylaunch.config import CostConfig
+from raylaunch.config.schema import CostConfig
 from raylaunch.errors import SlurmError, SlurmUnavailable
-from raylaunch.observe.history import Attempt
-from raylaunch.observe.usage import Hold, Interval, gpu_seconds, node_seconds
-from raylaunch.slurm.client import Slurm
-from raylaunch.slurm.parse import TERMINAL, UsageRow
+from raylaunch.observe.history.node_hours import Hold, Interval, gpu_seconds, node_seconds
+from raylaunch.observe.history.timeline import Attempt
+from raylaunch.scheduler.slurm.client import Slurm
+from raylaunch.scheduler.slurm.parse import TERMINAL, UsageRow
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raylaunch.observe.history import is_step
+from raylaunch.observe.history.timeline import is_step
 from raylaunch.observe.report.axis import WIDTH, Axis
 
 BUCKETS = 400

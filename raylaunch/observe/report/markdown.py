@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from raylaunch.observe.report import words
-from raylaunch.observe.report.facts import Facts
-from raylaunch.observe.report.paper import appendix
-from raylaunch.observe.report.text import cards, code_rows, cost_rows, sentence
+from raylaunch.observe.report import formatting
+from raylaunch.observe.report.gather import Facts
+from raylaunch.observe.report.paragraph import appendix
+from raylaunch.observe.report.summary import cards, code_rows, cost_rows, sentence
 from raylaunch.observe.report.timeline import took
 
 MOST = 200
@@ -17,19 +17,19 @@ def markdown(facts: Facts) -> str:
     book = facts.book
     out = [f"# {facts.name}", "", sentence(facts), ""]
     if facts.reason:
-        out += [f"> {_cell(words.clip(facts.reason, 300))}", ""]
+        out += [f"> {_cell(formatting.clip(facts.reason, 300))}", ""]
     out += _table(["figure", "", ""], [[*row] for row in cards(facts)])
     out += ["## Where the time went", ""]
     out += _table(
         ["part", "time", "share", ""],
         [
             [
-                words.PARTS[name][0],
-                words.duration(seconds),
-                words.percent(seconds / (book.wall or 1.0)),
-                words.PARTS[name][2],
+                formatting.PARTS[name][0],
+                formatting.duration(seconds),
+                formatting.percent(seconds / (book.wall or 1.0)),
+                formatting.PARTS[name][2],
             ]
-            for name in words.PARTS
+            for name in formatting.PARTS
             if (seconds := book.parts.get(name, 0.0)) > 1e-3
         ],
     )
@@ -37,7 +37,7 @@ def markdown(facts: Facts) -> str:
         out += ["## Faults and changes of size", ""]
         rows = [
             [
-                str(number), words.when(r.began, seconds=True), facts.named(r), f"{r.workers[0]} → {r.workers[1]}",
+                str(number), formatting.when(r.began, seconds=True), facts.named(r), f"{r.workers[0]} → {r.workers[1]}",
                 str(r.steps_lost), took(r),
             ]
             for number, r in enumerate(book.recoveries, 1)
@@ -55,7 +55,7 @@ def markdown(facts: Facts) -> str:
                     str(n.lost),
                     f"{n.strikes}{' (excluded)' * n.excluded}",
                     str(n.drained),
-                    words.clip(n.reason, 80),
+                    formatting.clip(n.reason, 80),
                 ]
                 for n in told[:MOST]
             ],

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raylaunch.observe import records
-from raylaunch.observe.history import History, Row
+from raylaunch.observe.history import safe_read
+from raylaunch.observe.history.timeline import History, Row
 
 
 @dataclass
@@ -77,7 +77,7 @@ def of_events(
     for name, one in found.items():
         row = table.get(name, {})
         one.seconds = seconds.get(name)
-        one.cpus, one.memory = records.resource(row, "cpus"), records.resource(row, "memory")
+        one.cpus, one.memory = safe_read.resource(row, "cpus"), safe_read.resource(row, "memory")
         one.gpus, one.job = gpus.get(name), str(row.get("job") or "")
         one.state = one.state or str(row.get("state") or "")
     return sorted(found.values(), key=lambda n: (tuple(-t for t in n.trouble), n.name))

@@ -11,9 +11,9 @@ from typing import Any
 
 import jinja2
 
-from raylaunch.observe.recoveries import Recovery
-from raylaunch.observe.report import paper, settings, svg, text, timeline, words
-from raylaunch.observe.report.facts import Facts
+from raylaunch.observe.history.recoveries import Recovery
+from raylaunch.observe.report import formatting, paragraph, settings, summary, svg, timeline
+from raylaunch.observe.report.gather import Facts
 
 RECOVERIES, NODES = 120, 100
 """Rows of the tables; the worst of more."""
@@ -26,8 +26,8 @@ def render(facts: Facts) -> str:
     shown = {} if facts.config is None else settings.without_secrets(facts.config)
     return _template().render(
         f=facts,
-        sentence=text.sentence(facts),
-        cards=text.cards(facts),
+        sentence=summary.sentence(facts),
+        cards=summary.cards(facts),
         timeline=timeline.over_time(facts),
         ledger=_ledger(facts),
         recoveries=_recoveries(facts),
@@ -35,11 +35,11 @@ def render(facts: Facts) -> str:
         nodes=facts.nodes[:NODES],
         more_nodes=max(0, len(facts.nodes) - NODES),
         load=timeline.utilisation(facts),
-        cost=text.cost_rows(facts),
-        code=text.code_rows(facts),
+        cost=summary.cost_rows(facts),
+        code=summary.code_rows(facts),
         differences=[(key, _value(value)) for key, value in sorted(settings.differences(shown).items())],
         config=settings.text(shown)[:CONFIG] if shown else "",
-        appendix=paper.appendix(facts),
+        appendix=paragraph.appendix(facts),
     )
 
 
@@ -49,13 +49,13 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "duration": words.duration, "percent": words.percent, "when": words.when, "clip": words.clip,
+        "duration": formatting.duration, "percent": formatting.percent, "when": formatting.when, "clip": formatting.clip,
     }  # fmt: skip
     return environment.from_string(resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8"))
 
 
 def _value(value: Any) -> str:
-    return words.clip(str(value), 160)
+    return formatting.clip(str(value), 160)
 
 
 # -- the rest -------------------------------------------------------------------------------------------------
@@ -63,14 +63,14 @@ def _value(value: Any) -> str:
 
 def _ledger(facts: Facts) -> dict[str, Any]:
     """Bars and legend; parts under a thousandth of a second are left out."""
-    parts = [(name, facts.book.parts.get(name, 0.0)) for name in words.PARTS]
+    parts = [(name, facts.book.parts.get(name, 0.0)) for name in formatting.PARTS]
     shown = [(name, seconds) for name, seconds in parts if seconds > 1e-3]
     wall = facts.book.wall or 1.0
     rows = [
-        {"part": name, "name": words.PARTS[name][0], "what": words.PARTS[name][2], "seconds": seconds, "share": seconds / wall}
+        {"part": name, "name": formatting.PARTS[name][0], "what": formatting.PARTS[name][2], "seconds": seconds, "share": seconds / wall}
         for name, seconds in shown
     ]  # fmt: skip
-    told = ", ".join(f"{row['name']} {words.percent(float(str(row['share'])))}" for row in rows)
+    told = ", ".join(f"{row['name']} {formatting.percent(float(str(row['share'])))}" for row in rows)
     other = [(name, seconds) for name, seconds in shown if name != "productive"]
     lost = sum(seconds for _, seconds in other)
     return {
@@ -85,7 +85,11 @@ def _ledger(facts: Facts) -> dict[str, Any]:
 
 
 def _piece(name: str, seconds: float, wall: float) -> tuple[float, str, str]:
-    return seconds, name, f"{words.PARTS[name][0]}: {words.duration(seconds)}, {words.percent(seconds / wall)}"
+    return (
+        seconds,
+        name,
+        f"{formatting.PARTS[name][0]}: {formatting.duration(seconds)}, {formatting.percent(seconds / wall)}",
+    )
 
 
 def _recoveries(facts: Facts) -> list[dict[str, Any]]:
@@ -98,17 +102,18 @@ def _recoveries(facts: Facts) -> list[dict[str, Any]]:
     for number, one in numbered:
         phases = [(name, seconds) for name, seconds in one.phases.items() if seconds > 0]
         pieces = [
-            (seconds, _phase_class(name), f"{_phase_name(name)}: {words.duration(seconds)}") for name, seconds in phases
+            (seconds, _phase_class(name), f"{_phase_name(name)}: {formatting.duration(seconds)}")
+            for name, seconds in phases
         ]
         told = ", ".join(
-            f"{_phase_name(name)} {words.duration(seconds)}".replace(" ", "\u00a0")
+            f"{_phase_name(name)} {formatting.duration(seconds)}".replace(" ", "\u00a0")
             for name, seconds in phases
             if seconds >= 0.05
         )
         rows.append(
             {
                 "number": number, "kind": "resize" if one.kind == "resize" else "fault", "name": facts.named(one),
-                "when": words.when(one.began, seconds=True), "after": words.duration(facts.axis.elapsed(one.began)),
+                "when": formatting.when(one.began, seconds=True), "after": formatting.duration(facts.axis.elapsed(one.began)),
                 "workers": f"{one.workers[0]} → {one.workers[1]}", "lost": one.steps_lost, "took": timeline.took(one),
                 "share": round(100 * (one.total or 0.0) / longest, 1), "bar": svg.bar(pieces, 10, told), "phases": told,
             }
@@ -125,4 +130,4 @@ def _phase_class(name: str) -> str:
 
 
 def _phase_name(name: str) -> str:
-    return words.PARTS[name][0] if name in words.PARTS else name
+    return formatting.PARTS[name][0] if name in formatting.PARTS else name

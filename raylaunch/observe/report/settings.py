@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from raylaunch.config import Config, CostConfig
+from raylaunch.config.schema import Config, CostConfig
 
 HIDDEN = "(hidden)"
 LARGEST = 1 << 20

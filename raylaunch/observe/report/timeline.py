@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from raylaunch.observe import usage
-from raylaunch.observe.recoveries import Recovery
-from raylaunch.observe.report import svg, words
+from raylaunch.observe.history import node_hours
+from raylaunch.observe.history.recoveries import Recovery
+from raylaunch.observe.report import formatting, svg
 from raylaunch.observe.report.axis import WIDTH
 from raylaunch.observe.report.curves import Bucket
-from raylaunch.observe.report.facts import Facts
+from raylaunch.observe.report.gather import Facts
 from raylaunch.observe.report.svg import Mark, Panel
-from raylaunch.words import plural
+from raylaunch.text import plural
 
 COLUMNS = 500
 """Of the ribbon."""
@@ -38,7 +38,7 @@ def over_time(facts: Facts) -> Markup:
     if rate is not None:
         own = series[f"{rate[0]}_per_s"].in_order()
         to = svg.scale([b.high for b in own], 90, from_zero=True)
-        note = f"{words.amount(rate[1])} in the mean"
+        note = f"{formatting.amount(rate[1])} in the mean"
         panels.append(
             Panel(f"{rate[0]} per second", 90, svg.curve(own, to, "c-rate", area=True), _ticks(to), "c-rate", note)
         )
@@ -56,12 +56,12 @@ def over_time(facts: Facts) -> Markup:
 
 
 def _ticks(to: svg.Scale) -> list[tuple[float, str]]:
-    return [(to.y(value), words.amount(round(value, 12))) for value in to.ticks() if to.y(value) > 12]
+    return [(to.y(value), formatting.amount(round(value, 12))) for value in to.ticks() if to.y(value) > 12]
 
 
 def _levels(facts: Facts) -> list[tuple[float, float, float]]:
     """(from x, to x, workers)."""
-    times = usage.spans(facts.history.attempts, facts.until)
+    times = node_hours.spans(facts.history.attempts, facts.until)
     return [(facts.axis.x(start), facts.axis.x(end), float(a.workers)) for a, (start, end) in times]
 
 
@@ -121,7 +121,7 @@ def _joined(before: str, text: str) -> str:
 
 def took(one: Recovery) -> str:
     if one.total is not None:
-        return words.duration(one.total)
+        return formatting.duration(one.total)
     return "the run ended" if one.final else "no step since"
 
 
@@ -142,9 +142,11 @@ def _hits(facts: Facts, loss: Sequence[Bucket]) -> list[tuple[float, float, str]
             said += [f"({least:.4g} to {most:.4g})"] if f"{least:.4g}" != f"{most:.4g}" else []
             passed = [b for b in rates if low <= b.x < high]
             if passed and rate:
-                said.append(f"{words.amount(sum(b.total for b in passed) / sum(b.count for b in passed))} {rate[0]}/s")
-            after = words.duration(facts.axis.elapsed(moment))
-            found.append((low, high, f"{words.when(moment, seconds=True)}, after {after}\n{'  '.join(said)}"))
+                said.append(
+                    f"{formatting.amount(sum(b.total for b in passed) / sum(b.count for b in passed))} {rate[0]}/s"
+                )
+            after = formatting.duration(facts.axis.elapsed(moment))
+            found.append((low, high, f"{formatting.when(moment, seconds=True)}, after {after}\n{'  '.join(said)}"))
     return found
 
 
@@ -161,15 +163,15 @@ def utilisation(facts: Facts) -> Markup | None:
         own = series.in_order()
         if unit == "%":
             to = svg.Scale(0.0, 1.0, 44)
-            ticks, note = [(to.y(0.5), "50 %")], f"{words.percent(series.mean)} in the mean"
+            ticks, note = [(to.y(0.5), "50 %")], f"{formatting.percent(series.mean)} in the mean"
         else:
             to = svg.scale([b.high for b in own], 44, from_zero=True)
-            ticks = [(to.y(value), words.amount(value, unit)) for value in to.ticks()[1:2]]
-            what = words.amount(series.most, unit)
+            ticks = [(to.y(value), formatting.amount(value, unit)) for value in to.ticks()[1:2]]
+            what = formatting.amount(series.most, unit)
             note = (
                 f"at most {what}"
                 if name == "temperature"
-                else f"{words.amount(series.mean, unit)} in the mean, at most {what}"
+                else f"{formatting.amount(series.mean, unit)} in the mean, at most {what}"
             )
         panels.append(Panel(title, 44, svg.curve(own, to, f"c-{name}", area=True), ticks, f"c-{name}", note))
     if not panels:

@@ -4,6 +4,6 @@ import os
 import sys
 
 sys.path.insert(0, os.environ["CHECKOUT"])
-from raylaunch.sandbox import Sandbox
+from raylaunch.tools.sandbox import Sandbox
 
 getattr(Sandbox.load(os.environ["SANDBOX"]), sys.argv[1])(sys.argv[2])

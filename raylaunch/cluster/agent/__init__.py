@@ -1,0 +1,1 @@
+"""The process on each node: it starts Ray there, keeps it alive, and follows the head or becomes it."""

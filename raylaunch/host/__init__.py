@@ -1,0 +1,1 @@
+"""This machine: CPUs, ports, addresses, processes, locks."""

@@ -1,0 +1,269 @@
+"""The process beside a run's driver that turns its files into alerts, as they grow, and sends them.
+
+    rows → rules → details → limits → outbox → one task a sink: send, try again, give up → an event "alert"
+
+    python -m raylaunch.observe.alerts.sidecar RUN_DIR [WHY]     ends when its stdin does, soon after; WHY the run ends then
+
+What is read, held back and still to be sent is remembered in RUN_DIR/alerts.json before anything is sent: the next
+process, after a fault or in another allocation, goes on from there. An alert comes at least once (with the same id), in
+order at each sink; a sink that hangs keeps neither the others nor the run's end waiting. No address leaves this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
+from raylaunch.errors import StateError, first_line
+from raylaunch.host import processes
+from raylaunch.observe.alerts import details, outbox, sinks
+from raylaunch.observe.alerts.alert import Alert, message
+from raylaunch.observe.alerts.outbox import Outbox, Parcel
+from raylaunch.observe.alerts.rate_limit import Limiter
+from raylaunch.observe.alerts.rules import Memory, Rules
+from raylaunch.state import files, records, runs
+from raylaunch.state.runs import Run
+from raylaunch.timing import LAST_LIMIT
+from raylaunch.training.cluster_view import Roster
+
+MEMORY = "alerts.json"
+PAUSE = 1.0
+"""Seconds between two looks."""
+REMEMBER_EVERY = 60.0
+"""Seconds between two writings of what is read, where nothing is to be sent."""
+DETAILS_LIMIT = 5.0
+"""Seconds for the details of all that one look has found."""
+HANDOVER_LIMIT = 3.0
+"""Seconds that the end of one driver waits for sinks. (LAST_LIMIT: the end of the run, after which nobody tries again.)"""
+
+
+class Follower:
+    """One run's, for the life of one driver."""
+
+    def __init__(self, run_dir: Path, config: Config, run: Run) -> None:
+        self._run_dir, self._config, self._run = run_dir, config, run
+        self._cluster_dir = files.cluster_dir(run_dir.parents[1], run.cluster)
+        incarnation = os.environ.get("RAYLAUNCH_INCARNATION")
+        self._roster = Roster(self._cluster_dir, int(incarnation)) if incarnation else None
+        self._sinks = config.alerts.sinks
+        self._events = files.LineReader(run_dir / files.EVENTS_FILE, at_end=True)
+        self._metrics = files.LineReader(run_dir / files.METRICS_FILE, at_end=True)
+        self._cluster = files.LineReader(self._cluster_dir / files.EVENTS_FILE, at_end=True)
+        self._outbox, self._limiter = Outbox(), Limiter(config.alerts.min_interval, config.alerts.max_per_hour)
+        self._rules = Rules(config, self._recall(), time.monotonic())
+        self._known = self._snapshot()
+        self._news = {name: asyncio.Event() for name in self._sinks}
+        self._ending = asyncio.Event()
+        self._writing = asyncio.Lock()
+        self._remembered = 0.0
+        self._complaint = ""
+
+    # -- what is remembered ----------------------------------------------------------------------
+
+    def _recall(self) -> Memory:
+        """Go on where the process before this one was; else from the beginning of this handing over."""
+        readers, losses = self._readers(), list[float]()
+        try:
+            known = files.read_json(self._run_dir / MEMORY) or {}
+            if known:
+                self._limiter.recall(known["limits"])
+                self._outbox = Outbox(known["outbox"])
+            if known.get("run") == self._run.id:
+                for name, reader in readers.items():
+                    reader.offset = int(known["offsets"][name])
+                return Memory.parse(known["memory"])
+            if known:  # handed over anew: what its loss usually is has not changed
+                losses = Memory.parse(known["memory"]).losses
+        except (StateError, KeyError, TypeError, ValueError, AttributeError) as error:
+            _say(f"{MEMORY} is of no use: {first_line(error)}")
+        handed = _last_line(self._events.path, "queued")
+        begun = _last_line(self._cluster.path, "run_started", lambda row: row.get("run") == self._run.name)
+        self._events.offset = self._events.offset if handed is None else handed
+        self._cluster.offset = self._cluster.offset if begun is None else begun
+        return Memory(losses=losses)
+
+    def _readers(self) -> dict[str, files.LineReader]:
+        return {"events": self._events, "metrics": self._metrics, "cluster": self._cluster}
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Between two looks: what is read, and all that followed from it."""
+        offsets = {name: reader.offset for name, reader in self._readers().items()}
+        memory, limits = dict(vars(self._rules.memory)), self._limiter.memory()
+        return {"run": self._run.id, "offsets": offsets, "memory": memory, "limits": limits}
+
+    async def _remember(self) -> None:
+        text = json.dumps({**self._known, "outbox": self._outbox.memory()}, indent=1) + "\n"
+        self._remembered = time.monotonic()
+        async with self._writing:  # in the order of the calls
+            try:
+                await asyncio.to_thread(files.write_text, self._run_dir / MEMORY, text)
+            except StateError as error:  # a full disk may be what an alert is about: it is sent all the same
+                _say(error.message)
+
+    # -- looking -----------------------------------------------------------------------------------
+
+    async def live(self, ended: asyncio.Event, why: str) -> None:
+        """Until `ended`, and what is left after it. `why`: the run's end, where nobody is left to write it down."""
+        tasks = [asyncio.create_task(self._serve(name)) for name in self._sinks]
+        for parcel in list(self._outbox.parcels):
+            for name in set(parcel.due) - set(self._sinks):
+                parcel.settle(name, "given up: no longer in the config", time.time())
+            await self._tell_if_settled(parcel)
+        while not ended.is_set():
+            await self._look()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), PAUSE)
+        await self._look(why)
+        self._ending.set()
+        limit = LAST_LIMIT if self._rules.memory.over else HANDOVER_LIMIT
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                while self._outbox.parcels:
+                    await asyncio.sleep(0.05)
+        for task in tasks:
+            task.cancel()
+        if self._rules.memory.over:
+            for parcel in list(self._outbox.parcels):
+                for name, due in list(parcel.due.items()):
+                    parcel.settle(name, f"given up at the run's end: {due.error or 'no time was left'}", time.time())
+                await self._tell_if_settled(parcel)
+        await self._remember()
+
+    async def _look(self, why: str = "") -> None:
+        """New rows, and what follows from them."""
+        try:
+            rows, end = await asyncio.to_thread(self._read)
+            now, wall = time.monotonic(), time.time()
+            found = self._rules.take(rows["events"], rows["metrics"], rows["cluster"], now)
+            found += self._rules.tick(now, wall, end) + (self._rules.close(wall, why) if why else [])
+            found = [await self._completed(alert, now + DETAILS_LIMIT) for alert in found]
+        except Exception as error:  # noqa: BLE001  whatever is wrong with a file: the next look may see again
+            complaint, self._complaint = self._complaint, f"cannot look: {type(error).__name__}: {first_line(error)}"
+            return _say(self._complaint) if complaint != self._complaint else None
+        out = [one for alert in found for one in self._limiter.offer(alert, wall)] + self._limiter.release(wall)
+        for alert in out:
+            named = replace(alert, id=f"{self._run.id[:8]}-{alert.id}")
+            self._outbox.add(message(named, self._run.name, self._cluster_dir.name), self._sinks)
+        self._known = self._snapshot()
+        if found or out or time.monotonic() - self._remembered > REMEMBER_EVERY:
+            await self._remember()
+        for news in self._news.values() if out else ():
+            news.set()
+        return None
+
+    def _read(self) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
+        """New rows, and the end of the allocation. Off the loop: storage that stalls does not stop the sending."""
+        if self._roster is not None and self._roster.fenced():
+            _say("a newer head was elected: its process goes on with this")
+            os._exit(runs.DRIVER_FENCED)
+        found: dict[str, list[dict[str, Any]]] = {}
+        for name, reader in self._readers().items():
+            found[name] = []
+            with contextlib.suppress(OSError):  # a stale handle: the next look
+                found[name] = reader.read()
+        return found, self._roster.end() if self._roster is not None else None
+
+    async def _completed(self, alert: Alert, deadline: float) -> Alert:
+        if not alert.ask:
+            return alert
+        try:
+            work = asyncio.to_thread(details.complete, alert, self._run_dir)
+            return await asyncio.wait_for(work, deadline - time.monotonic())
+        except Exception as error:  # noqa: BLE001  the alert matters more than its details
+            _say(f"{alert.kind}: no details: {type(error).__name__}: {first_line(error)}")
+            return alert
+
+    # -- sending -----------------------------------------------------------------------------------
+
+    async def _serve(self, name: str) -> None:
+        """Send what one sink is to get, in order."""
+        while True:
+            parcel = self._outbox.next(name)
+            if parcel is None:
+                self._news[name].clear()
+                await self._news[name].wait()
+                continue
+            due = parcel.due[name]
+            due.first = due.first or time.time()
+            result = await sinks.send(name, self._config.alerts, parcel.message)
+            due.tries, due.refusals = due.tries + 1, due.refusals + result.refused
+            pause = None if result.ok else outbox.pause(due, result, time.time())
+            if not result.ok and result.said != due.error:
+                _say(f"{name}: {result.said}")
+            due.error = result.said
+            if pause is not None:
+                await self._rest(pause, result.after)
+                continue
+            parcel.settle(name, "sent" if result.ok else f"given up: {result.said}", time.time())
+            await self._tell_if_settled(parcel)
+
+    async def _rest(self, pause: float, asked: float) -> None:
+        """Until the next try; at the end there is not so much time, unless the server has asked for it."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ending.wait(), pause)
+            await asyncio.sleep(asked or min(pause, 1.0))
+
+    async def _tell_if_settled(self, parcel: Parcel) -> None:
+        """Of an alert that no sink has still to get, the run's events tell; only then it is gone."""
+        if not parcel.due:
+            sent = parcel.message
+            fields = {"alert": sent["kind"], "at": sent["time"], "text": sent["text"], "id": sent["id"],
+                      "count": sent["count"]}  # fmt: skip
+            try:
+                await asyncio.to_thread(files.append_event, self._run_dir, "alert", **fields, sinks=parcel.done)
+            except StateError as error:
+                _say(error.message)
+            self._outbox.parcels.remove(parcel)
+        await self._remember()
+
+
+def _last_line(path: Path, kind: str, matches: Callable[[dict[str, Any]], bool] = lambda _: True) -> int | None:
+    """Where the last row of that kind begins. (Ten days of events are many: only those are parsed.)"""
+    mark, found, offset = f'"{kind}"'.encode(), None, 0
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        for line in file:
+            if mark in line:
+                with contextlib.suppress(ValueError):
+                    row = json.loads(line)
+                    if isinstance(row, dict) and row.get("kind") == kind and matches(row):
+                        found = offset
+            offset += len(line)
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"alerts: {text}", file=sys.stderr, flush=True)
+
+
+async def _follow(follower: Follower, why: str) -> None:
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+    def end() -> None:
+        loop.remove_reader(sys.stdin)
+        ended.set()
+
+    loop.add_reader(sys.stdin, end)
+    await follower.live(ended, why)
+    os._exit(0)  # a thread that looks a name up, or reads a log, is not waited for
+
+
+def main() -> None:
+    processes.die_with_parent()
+    run_dir = Path(sys.argv[1])
+    config, run = loader.load_resolved(run_dir / records.CONFIG_FILE), Run.read(run_dir)
+    if run is not None and config.alerts.sinks:
+        asyncio.run(_follow(Follower(run_dir, config, run), "".join(sys.argv[2:3])))
+
+
+if __name__ == "__main__":
+    main()

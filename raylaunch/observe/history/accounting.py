@@ -1,0 +1,329 @@
+"""What there was: every run and every life of a cluster in a state directory, with its hours, and sums by account.
+
+    runs/*/run.json, the telling lines of events.jsonl, the end of metrics.jsonl → runs
+    clusters/*/events.jsonl, members.json, config.yaml's slurm.account          → lives, and who held which node when
+
+Made for a thousand runs in a second or two: no file is read twice, of the events only the lines that matter are parsed,
+and Slurm is asked once, for what has no last word. What cannot be read is a row that says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raylaunch.errors import RaylaunchError
+from raylaunch.observe.history import node_hours as usage
+from raylaunch.observe.history import safe_read
+from raylaunch.observe.history.node_hours import Hold, Interval
+from raylaunch.observe.history.timeline import FINAL, Attempt, Row, is_number, read, settled
+from raylaunch.scheduler import backends
+from raylaunch.state import files, records
+from raylaunch.state.records import Cluster
+
+_OF_RUN = re.compile(rb'"kind": ?"(?:queued|attempt_started|attempt_ended|finished|failed|stopped)"')
+_OF_CLUSTER = re.compile(
+    rb'"kind": ?"(?:submitted|successor|joiner_submitted|joiner_found|node_joined|node_lost|node_ended|node_failed|'
+    rb'requeued|ended|down)"'
+)
+_ACCOUNT = re.compile(r"^slurm:\n(?:[ \t]+.*\n)*?[ \t]+account: *(.*)$", re.MULTILINE)
+
+
+@dataclass
+class RunRow:
+    """One run. Times in seconds since the epoch; None: not known."""
+
+    run: str
+    state: str = "unreadable"
+    reason: str = ""
+    cluster: str = ""
+    account: str | None = None
+    began: float | None = None
+    ended: float | None = None
+    """Its last end, or the last sign of it; None: it goes on."""
+    took: float = 0.0
+    """Seconds, without the time between an end and the next hand-over."""
+    nodes: int = 0
+    """The most that one of its attempts had."""
+    steps: int | None = None
+    node_hours: float | None = None
+    gpu_hours: float | None = None
+    """Held, as in the report."""
+    attempts: int = 0
+
+
+@dataclass
+class LifeRow:
+    """One life of a cluster: what one `up` or `submit` began."""
+
+    cluster: str
+    state: str = "unreadable"
+    """up, down, lost (no last word, and nothing lives), unknown (Slurm does not answer)."""
+    reason: str = ""
+    jobs: list[str] = field(default_factory=list)
+    account: str | None = None
+    began: float | None = None
+    ended: float | None = None
+    took: float = 0.0
+    nodes: int = 0
+    node_hours: float | None = None
+    gpu_hours: float | None = None
+
+
+@dataclass
+class Account:
+    """What was held in one account's name."""
+
+    account: str | None
+    clusters: int = 0
+    runs: int = 0
+    node_hours: float = 0.0
+    gpu_hours: float = 0.0
+    run_node_hours: float = 0.0
+    """Of these, in the time of runs."""
+
+
+@dataclass
+class Accounts:
+    """All of it, oldest first. `trouble`: what could not be asked."""
+
+    runs: list[RunRow]
+    clusters: list[LifeRow]
+    accounts: list[Account]
+    trouble: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class _Cluster:
+    """A cluster directory, read once."""
+
+    name: str
+    events: list[Row]
+    gpus: dict[str, int]
+    account: str | None
+    record: Cluster | None
+    signs: float
+    """The last that was heard of it."""
+    trouble: str = ""
+    alive: bool | None = None
+    """None: Slurm does not answer."""
+    lives: list[usage.Life] = field(default_factory=list)
+    holds: list[Hold] = field(default_factory=list)
+
+
+def gather(state_dir: Path, now: float, since: float = 0.0) -> Accounts:
+    """Everything in a state directory that was there after `since`."""
+    clusters = {path.name: _cluster(path) for path in _folders(state_dir / "clusters")}
+    trouble = _ask_who_lives(state_dir, clusters.values())
+    rows = []
+    for path in _folders(state_dir / "runs"):
+        row, active, attempts = _run(path, clusters, now)
+        rows.append((row, active, attempts))
+        own = clusters.get(row.cluster)
+        if own is not None and active:
+            own.signs = max(own.signs, min(now, active[-1][1]))
+    for one in clusters.values():
+        one.lives, one.holds = usage.lives(one.events, now if one.alive else one.signs)
+    for row, active, attempts in rows:
+        _add_hours(row, active, attempts, clusters.get(row.cluster))
+    lives = [life for one in clusters.values() for life in _lives(one, now)]
+    kept_runs = [row for row, _, _ in rows if _is_after(row, since)]
+    kept_lives = [row for row in lives if _is_after(row, since)]
+    for kept in (kept_runs, kept_lives):
+        kept.sort(key=lambda r: r.began or 0.0)
+    return Accounts(kept_runs, kept_lives, _sums(kept_runs, kept_lives), trouble)
+
+
+def _is_after(row: RunRow | LifeRow, since: float) -> bool:
+    return not since or row.began is None or row.ended is None or row.ended >= since
+
+
+def _folders(where: Path) -> list[Path]:
+    try:
+        return sorted(path for path in where.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+# -- runs ------------------------------------------------------------------------------------------------
+
+
+def _run(path: Path, clusters: dict[str, _Cluster], now: float) -> tuple[RunRow, list[Interval], list[Attempt]]:
+    row = RunRow(path.name)
+    record, row.reason = safe_read.run(path)
+    events = settled(_telling(path / files.EVENTS_FILE, _OF_RUN))
+    history = read(events, [])
+    last = safe_read.last_metrics(path)
+    moment, step = last.get("time"), last.get("step")
+    signs = [e["time"] for e in events[-1:]]
+    if isinstance(moment, (int, float)) and is_number(moment):
+        signs.append(float(moment))
+    if record is not None:
+        row.state, row.reason, row.cluster, row.began = record.state, record.reason, record.cluster, record.created
+        signs.append(record.updated)
+    own = clusters.get(row.cluster)
+    goes_on = record is not None and record.state not in FINAL
+    lives = goes_on and own is not None and own.alive is not False
+    if goes_on and not lives:
+        row.state = "interrupted"
+    until = now if lives else min(now, max(signs, default=now))
+    active = usage.active(events, until)
+    row.began = active[0][0] if active else row.began
+    row.ended = None if lives else active[-1][1] if active else until if record is not None else None
+    row.took = sum(end - start for start, end in active)
+    row.steps = step if isinstance(step, int) else None
+    row.nodes = max((len(a.nodes) for a in history.attempts), default=0)
+    row.attempts = len(history.attempts)
+    row.account = own.account if own is not None and own.account is not None else _account(path)
+    return row, active, history.attempts
+
+
+def _add_hours(row: RunRow, active: list[Interval], attempts: Sequence[Attempt], own: _Cluster | None) -> None:
+    """As the report counts them; by the attempts alone where the cluster's events are gone."""
+    seconds = usage.node_seconds(own.holds, active) if own is not None else {}
+    gpus = own.gpus if own is not None else {}
+    if not seconds and active:
+        for one, (start, end) in usage.spans(attempts, active[-1][1]):
+            for node in one.nodes:
+                seconds[node] = seconds.get(node, 0.0) + end - start
+    if seconds:
+        row.node_hours = sum(seconds.values()) / 3600
+        row.gpu_hours = _gpu_hours(seconds, gpus)
+
+
+def _gpu_hours(seconds: dict[str, float], gpus: dict[str, int]) -> float | None:
+    if not gpus:
+        return None
+    most = max(gpus.values())
+    return sum(amount * gpus.get(node, most) for node, amount in seconds.items()) / 3600
+
+
+# -- clusters ----------------------------------------------------------------------------------------------
+
+
+def _cluster(path: Path) -> _Cluster:
+    record, trouble = safe_read.cluster(path)
+    events = settled(_telling(path / files.EVENTS_FILE, _OF_CLUSTER))
+    signs = [e["time"] for e in events[-1:]]
+    with contextlib.suppress(OSError):
+        signs.append((path / records.MEMBERS_FILE).stat().st_mtime)
+    return _Cluster(path.name, events, safe_read.gpus(path), _account(path), record, max(signs, default=0.0), trouble)
+
+
+def _ask_who_lives(state_dir: Path, clusters: Iterable[_Cluster]) -> list[str]:
+    """Which clusters live: one question a backend, and only about those without a last word."""
+    trouble: list[str] = []
+    open_: dict[str, list[_Cluster]] = {}
+    for one in clusters:
+        one.alive = False
+        if one.record is not None and not (files.cluster_dir(state_dir, one.name) / records.ENDED_FILE).exists():
+            open_.setdefault(one.record.backend, []).append(one)
+    for name, asked in open_.items():
+        try:
+            backend = backends.of(name)
+            if name == "local":  # its jobs are known by their directories
+                for one in asked:
+                    one.alive = _any_lives(backend, state_dir, [one])
+            else:
+                jobs = backend.states(state_dir, [job for one in asked for job in _jobs(one)])
+                for one in asked:
+                    one.alive = any(job in jobs and jobs[job].alive for job in _jobs(one))
+        except (RaylaunchError, OSError, TypeError, ValueError, KeyError) as error:
+            trouble.append(f"{name}: whether {len(asked)} clusters live is not known: {str(error).splitlines()[0]}")
+            for one in asked:
+                one.alive = None
+    return trouble
+
+
+def _any_lives(backend: backends.Backend, state_dir: Path, asked: Sequence[_Cluster]) -> bool:
+    return any(
+        job.alive
+        for one in asked
+        for job in backend.states(files.cluster_dir(state_dir, one.name), _jobs(one)).values()
+    )
+
+
+def _jobs(one: _Cluster) -> tuple[str, ...]:
+    return one.record.jobs if one.record is not None else ()
+
+
+def _lives(one: _Cluster, now: float) -> list[LifeRow]:
+    if one.trouble and not one.lives:
+        return [LifeRow(one.name, reason=one.trouble, account=one.account)]
+    rows = []
+    for index, life in enumerate(one.lives):
+        is_last = life is one.lives[-1]
+        after = one.lives[index + 1].began if not is_last else now
+        end = life.ended if life.ended is not None else after if is_last and one.alive else None
+        if life.ended is not None:
+            said = "down"
+        elif is_last and one.alive is not False:
+            said = "up" if one.alive else "unknown"
+        else:
+            said = "lost"
+        until = end if end is not None else min(after, max(life.last, one.signs if is_last else 0.0))
+        seconds = usage.node_seconds(one.holds, [(life.began, until)])
+        rows.append(
+            LifeRow(
+                one.name, said, life.reason or (one.trouble if is_last else ""), list(dict.fromkeys(life.jobs)), one.account,
+                life.began, None if said in {"up", "unknown"} else until, max(0.0, until - life.began), life.nodes,
+                sum(seconds.values()) / 3600, _gpu_hours(seconds, one.gpus),
+            )
+        )  # fmt: skip
+    return rows
+
+
+# -- files ---------------------------------------------------------------------------------------------------
+
+
+def _telling(path: Path, kinds: re.Pattern[bytes]) -> list[Row]:
+    """The lines of these kinds, and the last one, which says when there was a last one."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return []
+    wanted = [line for line in lines if kinds.search(line)]
+    if lines and (not wanted or wanted[-1] is not lines[-1]):
+        wanted.append(lines[-1])
+    found: list[Row] = []
+    for line in wanted:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = safe_read.sound(json.loads(line))
+            if row is not None:
+                found.append(row)
+    return found
+
+
+def _account(directory: Path) -> str | None:
+    """slurm.account of a resolved config.yaml, which has a line a key: loading the YAML of a thousand takes too long."""
+    try:
+        match = _ACCOUNT.search((directory / records.CONFIG_FILE).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+    value = match[1].strip() if match is not None else ""
+    return None if value in {"", "null", "~"} else value.strip("'\"")
+
+
+# -- sums ----------------------------------------------------------------------------------------------------
+
+
+def _sums(run_rows: Sequence[RunRow], lives: Sequence[LifeRow]) -> list[Account]:
+    found: dict[str | None, Account] = {}
+    for life in lives:
+        one = found.setdefault(life.account, Account(life.account))
+        one.clusters += 1
+        one.node_hours += life.node_hours or 0.0
+        one.gpu_hours += life.gpu_hours or 0.0
+    for row in run_rows:
+        one = found.setdefault(row.account, Account(row.account))
+        one.runs += 1
+        one.run_node_hours += row.node_hours or 0.0
+    return sorted(found.values(), key=lambda a: (-a.gpu_hours, -a.node_hours, a.account or ""))

@@ -1,0 +1,97 @@
+"""What a Prometheus and a Grafana of one's own need: targets, scrape configuration, dashboards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raylaunch.cluster import up
+from raylaunch.errors import RaylaunchError
+from raylaunch.host.hosts import Ports
+from raylaunch.observe.prometheus import exporter
+from raylaunch.state import files as state
+from raylaunch.state import records
+from raylaunch.state.records import Cluster
+
+TARGETS, RAY_TARGETS, SCRAPE, DASHBOARD, RAY_DASHBOARD = (
+    "raylaunch-targets.json", "ray-targets.json", "prometheus.yml", "grafana-raylaunch.json", "grafana-ray.json",
+)  # fmt: skip
+_RAY = (
+    "from ray.dashboard.modules.metrics.grafana_dashboard_factory import generate_default_grafana_dashboard as make;"
+    "print(make()[0])"
+)
+
+
+def targets(state_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Prometheus's file_sd of the clusters that are up: our own servers, and Ray's exporters on every node."""
+    own, rays = [], []
+    for name in up.names(state_dir):
+        directory = state.cluster_dir(state_dir, name)
+        try:
+            record, served = Cluster.read(directory), state.read_json(directory / exporter.ADDRESS_FILE)
+            if record is None or served is None or (directory / records.ENDED_FILE).exists():
+                continue
+            labels = {"cluster": record.name}
+            own.append({"targets": [f"{served['address']}:{served['port']}"], "labels": labels})
+            nodes = up.living_nodes(directory, record)
+            at = [f"{n['address']}:{Ports(n['ports'][0]).metrics_export}" for n in nodes if n["state"] == "ready"]
+            rays.append({"targets": sorted(at), "labels": labels})
+        except (RaylaunchError, KeyError, TypeError):
+            continue  # one that cannot be read does not hide the others
+    return own, rays
+
+
+def write(state_dir: Path, out: Path) -> list[str]:
+    """All five files; their names. One that Ray cannot make is left out."""
+    own, rays = targets(state_dir)
+    state.make_dir(out, 0o755)
+    exporter.token(state_dir)
+    files = {
+        TARGETS: json.dumps(own, indent=1),
+        RAY_TARGETS: json.dumps(rays, indent=1),
+        SCRAPE: yaml.safe_dump(_scrape(state_dir, out), sort_keys=False),
+        DASHBOARD: resources.files("raylaunch.observe.prometheus").joinpath("grafana.json").read_text(),
+    }
+    rays_own = _rays_dashboard()
+    if rays_own:
+        files[RAY_DASHBOARD] = rays_own
+    for name, text in files.items():
+        state.write_text(out / name, text, 0o644)
+    return list(files)
+
+
+def write_targets(state_dir: Path, out: Path) -> None:
+    """The two files that change as clusters come and go; Prometheus sees that by itself."""
+    for name, value in zip((TARGETS, RAY_TARGETS), targets(state_dir), strict=True):
+        state.write_text(out / name, json.dumps(value, indent=1), 0o644)
+
+
+def _scrape(state_dir: Path, out: Path) -> dict[str, Any]:
+    token = str((state_dir / exporter.TOKEN_FILE).absolute())
+
+    def job(name: str, file: str) -> dict[str, Any]:
+        return {"job_name": name, "file_sd_configs": [{"files": [str((out / file).absolute())]}]}
+
+    raylaunch = {
+        **job("raylaunch", TARGETS),
+        "authorization": {"type": "Bearer", "credentials_file": token},
+        "honor_labels": True,  # its own `cluster` is the target's
+    }
+    return {"global": {"scrape_interval": "15s"}, "scrape_configs": [raylaunch, job("ray", RAY_TARGETS)]}
+
+
+def _rays_dashboard() -> str:
+    """Ray's own default dashboard, made by Ray in a process of its own; "" when it cannot."""
+    try:
+        made = subprocess.run(
+            [sys.executable, "-P", "-c", _RAY], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return made.stdout

@@ -1,9 +1,0 @@
-"""A real Slurm cluster on one machine: the ground that raylaunch is tried and tested on.
-
-`Sandbox` is all of it; `raylaunch sandbox …` is the same by hand. Standard library only.
-"""
-
-from raylaunch.sandbox.layout import DEFAULT_NAME
-from raylaunch.sandbox.sandbox import NodeStatus, Sandbox, Status, missing, take_down
-
-__all__ = ["DEFAULT_NAME", "NodeStatus", "Sandbox", "Status", "missing", "take_down"]

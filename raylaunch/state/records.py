@@ -1,0 +1,183 @@
+"""What lies in a cluster directory and in a run directory, by name.
+
+    CLUSTER/  cluster.json  who it is (written by `up`)      RUN/  config.yaml   resolved
+              config.yaml   resolved                               run.json      state, by the driver
+              script.sbatch as submitted                           events.jsonl  metrics.jsonl
+              token         0600                                   stop          present: save and end
+              canary        proves that the directory is shared    attempts/NNNN/outcome.json
+              head.json     who the head is, where to reach it     checkpoints/step-NNNNNNNN/
+              incarnations/ a claim per election: NNNNNNNN         logs/         driver.log, rank logs
+              members.json  the nodes, by the head                 code.json     commit, versions
+              duties.json   what the next head must know, by the head
+              nodes/N.json  a node that could not start
+              requests/     what is asked of the head (see `requests`)
+              events.jsonl  logs/  ended.json  exit_code
+
+Plain path arithmetic and the two records that travel between processes; no decisions.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from raylaunch.checkpoint.fence import is_there
+from raylaunch.state import files
+
+CLUSTER_FILE, CONFIG_FILE, SCRIPT_FILE = "cluster.json", "config.yaml", "script.sbatch"
+TOKEN_FILE, CANARY_FILE = "token", "canary"
+HEAD_FILE, MEMBERS_FILE, ENDED_FILE, EXIT_CODE_FILE = "head.json", "members.json", "ended.json", "exit_code"
+DUTIES_FILE = "duties.json"
+RUN_FILE = "run.json"
+NODES, REQUESTS, LOGS, INCARNATIONS = "nodes", "requests", "logs", "incarnations"
+WORKER_RESOURCE = "raylaunch_worker"
+"""A custom Ray resource: agents start Ray with one unit per training worker, attempts take one per worker."""
+FAILED_LINE = "RAYLAUNCH_FAILED"
+"""Begins a line in a job's output that names a node which could not use the cluster directory."""
+
+
+class Record:
+    """A dataclass that is one JSON file; unknown keys of a newer version are passed over."""
+
+    @classmethod
+    def parse(cls, value: dict[str, Any]) -> Self:
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        return cls(**{k: v for k, v in value.items() if k in known})
+
+    def write(self, path: Path) -> None:
+        files.write_json(path, asdict(self))  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True)
+class Cluster(Record):
+    """cluster.json: written by `up`, read by everybody."""
+
+    name: str
+    backend: str
+    incarnation: int
+    canary: str
+    created: float
+    min_nodes: int
+    max_nodes: int
+    workers_per_node: int
+    jobs: tuple[str, ...] = ()
+    run: str | None = None
+    """For `submit`: the one run of this cluster, which ends with it."""
+
+    @classmethod
+    def read(cls, directory: Path) -> Cluster | None:
+        value = files.read_json(directory / CLUSTER_FILE)
+        return None if value is None else cls.parse({**value, "jobs": tuple(value.get("jobs", ()))})
+
+
+@dataclass(frozen=True)
+class Head(Record):
+    """head.json: where the head of this incarnation is."""
+
+    canary: str
+    incarnation: int
+    node: str
+    hostname: str
+    address: str
+    control_port: int
+    gcs: str
+    dashboard_port: int
+    time: float
+    life: str = ""
+    """Of the allocation: job and restart count. A requeued job finds a head.json that is over."""
+
+    @property
+    def job(self) -> str:
+        """The base job of this allocation."""
+        return self.life.partition(":")[0]
+
+    @property
+    def restarts(self) -> int:
+        """How often Slurm had requeued it by then."""
+        return int(self.life.partition(":")[2] or 0)
+
+    @classmethod
+    def read(cls, directory: Path) -> Head | None:
+        value = files.read_json(directory / HEAD_FILE)
+        return None if value is None else cls.parse(value)
+
+
+def claims(cluster: Path) -> list[int]:
+    """The incarnations that were claimed in this life of the cluster, the newest last."""
+    return sorted(int(path.name) for path in listed(cluster / INCARNATIONS) if path.name.isdecimal())
+
+
+def listed(folder: Path) -> list[Path]:
+    """What lies in a directory, nothing where there is none. OSError when it cannot be listed: `Path.glob` calls that
+    empty, since Python 3.13."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def is_fenced(cluster: Path, incarnation: int) -> bool:
+    """Whether the head of this incarnation was replaced (see `fence`). Claims are made one above the other, so the next
+    number is there if any is. A client of NFS may remember for a while that it was not; then head.json tells, which
+    is replaced and never removed. Our own claim goes when the cluster is brought up anew, and only then: where the
+    directory is gone, too, the storage is, and nobody knows anything."""
+    folder = cluster / INCARNATIONS
+    if is_there(folder / f"{incarnation + 1:08d}"):
+        return True
+    if not is_there(folder / f"{incarnation:08d}") and is_there(folder):
+        return True
+    head = Head.read(cluster)
+    return head is not None and head.incarnation > incarnation
+
+
+def began(cluster: Path, life: str) -> int | None:
+    """The incarnation with which this allocation began as the cluster's, None when it has not."""
+    made = (
+        n for n in claims(cluster) if (files.read_json(cluster / INCARNATIONS / f"{n:08d}") or {}).get("life") == life
+    )
+    return max(made, default=None)
+
+
+def claim(cluster: Path, incarnation: int, node: str, life: str = "") -> bool:
+    """Claim to be the head of this incarnation; False when somebody else has. Exclusive on NFS, too. `life`: of an
+    allocation that begins."""
+    folder = files.make_dir(cluster / INCARNATIONS)
+    mine = folder / f".{node}-{uuid.uuid4().hex[:8]}"
+    files.write_json(mine, {"node": node, "time": time.time(), "life": life})
+    try:
+        # link(2) is atomic on every file system that nodes share; O_EXCL is not on old NFS.
+        (folder / f"{incarnation:08d}").hardlink_to(mine)
+    except FileExistsError:
+        return False
+    finally:
+        mine.unlink(missing_ok=True)
+    return True
+
+
+def request(cluster: Path, kind: str, **values: Any) -> Path:
+    """Ask something of the head's agent; requests are taken in the order of their names, and go then."""
+    name = f"{time.time():.6f}-{kind}-{uuid.uuid4().hex[:6]}.json"
+    path = cluster / REQUESTS / name
+    files.write_json(path, {"kind": kind, **values})
+    return path
+
+
+def write_end(
+    cluster: Path, canary: str, reason: str, unclean: dict[str, Any], lost: list[str], exit_code: int
+) -> None:
+    """A life of a cluster is over: the job's exit code, then ended.json. Its token goes.
+
+    `unclean`: node → how much is left there, -1 for a node without a last word. `lost`: nodes that
+    were gone before the end began.
+    """
+    try:
+        files.write_text(cluster / EXIT_CODE_FILE, f"{exit_code}\n")
+        files.write_json(
+            cluster / ENDED_FILE,
+            {"canary": canary, "reason": reason, "unclean": unclean, "lost": lost, "time": time.time()},
+        )
+    finally:
+        (cluster / TOKEN_FILE).unlink(missing_ok=True)

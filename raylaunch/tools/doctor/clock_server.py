@@ -1,0 +1,74 @@
+"""Reaching the peers: a small clock on each node, and asking others for the time.
+
+The clock answers whoever knows the canary, on the node's own address alone. The offset is that of the quickest of some
+exchanges, right to half its round trip (tens of microseconds between nodes).
+"""
+
+from __future__ import annotations
+
+import socket
+import socketserver
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from raylaunch.tools.doctor.mailbox import CONNECT_LIMIT, Place, Reached
+
+EXCHANGES = 5
+
+
+class _Clock(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 1024
+    canary = b""
+
+
+class _Answer(socketserver.StreamRequestHandler):
+    timeout = CONNECT_LIMIT
+
+    def handle(self) -> None:
+        assert isinstance(self.server, _Clock)
+        try:
+            if self.rfile.readline(200).strip() != self.server.canary:
+                return
+            while self.rfile.readline(16):
+                self.wfile.write(f"{time.time()!r}\n".encode())
+        except OSError:  # it went, or said nothing more
+            return
+
+
+def serve(address: str, port: int, canary: str) -> _Clock:
+    """Answer with the time of this machine, from a thread of its own, until `shutdown`."""
+    server = _Clock((address, port), _Answer)
+    server.canary = canary.encode()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    return server
+
+
+def ask(place: Place, canary: str) -> Reached:
+    """Connect to a peer and compare clocks."""
+    try:
+        with socket.create_connection((place.address, place.port), CONNECT_LIMIT) as line:
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            answers = line.makefile("r")
+            line.sendall(canary.encode() + b"\n")
+            best = Reached(seconds=float("inf"))
+            for _ in range(EXCHANGES):
+                began = time.time()
+                line.sendall(b"?\n")
+                said = answers.readline()
+                took = time.time() - began
+                if took < best.seconds:
+                    best = Reached(seconds=took, ahead=float(said) - (began + took / 2))
+            return best
+    except (OSError, ValueError) as error:
+        return Reached(error=str(error) or type(error).__name__)
+
+
+def ask_all(places: Iterable[Place], canary: str) -> dict[int, Reached]:
+    """Index → how that peer was reached; at once, in about CONNECT_LIMIT seconds at most."""
+    listed = list(places)
+    with ThreadPoolExecutor(max(1, len(listed))) as pool:
+        return dict(zip([p.index for p in listed], pool.map(lambda p: ask(p, canary), listed), strict=True))

@@ -1,0 +1,262 @@
+"""The check of one node: `python -m raylaunch.tools.doctor.node_check`, a task of the job that `raylaunch doctor --nodes` submits,
+or a local process. It says hello, reaches its peers, checks its GPUs, and is measured with one partner after the other
+(see `exchange`). What needs torch runs in processes of its own (`measure`), which are ended when they hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hostlist
+
+from raylaunch.config import loader
+from raylaunch.config.schema import Config
+from raylaunch.errors import RaylaunchError, SlurmError, SlurmUnavailable, StateError
+from raylaunch.host import hosts, processes
+from raylaunch.scheduler.slurm import batch_script
+from raylaunch.scheduler.slurm.client import Slurm
+from raylaunch.state import records
+from raylaunch.tools.doctor import clock_server, gpus, machine_facts, mailbox, pairwise
+from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult, Pairs, Roster, Schedule
+
+CANARY_PATIENCE = 10.0
+
+
+@dataclass(frozen=True)
+class Here:
+    """Which node this is."""
+
+    directory: Path
+    canary: str
+    node: str
+    index: int
+    peers: tuple[str, ...]
+    local: bool
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str]) -> Here:
+        directory, canary = Path(env["RAYLAUNCH_CLUSTER_DIR"]), env["RAYLAUNCH_CANARY"]
+        if "RAYLAUNCH_LOCAL_INDEX" in env:
+            names = tuple(f"local{i + 1}" for i in range(int(env["RAYLAUNCH_LOCAL_COUNT"])))
+            index = int(env["RAYLAUNCH_LOCAL_INDEX"])
+            return cls(directory, canary, names[index], index, names, local=True)
+        names = tuple(hostlist.expand_hostlist(env["SLURM_JOB_NODELIST"]))
+        return cls(directory, canary, hosts.node_name(env), int(env["SLURM_NODEID"]), names, local=False)
+
+    def file(self, what: str) -> Path:
+        return self.directory / f"{self.index}.{what}.json"
+
+
+def await_canary(here: Here) -> None:
+    """Return once this node sees what the login node wrote."""
+    deadline = time.monotonic() + CANARY_PATIENCE
+    while True:
+        with contextlib.suppress(OSError):
+            if (here.directory / mailbox.CANARY).read_text() == here.canary:
+                return
+        if time.monotonic() > deadline:
+            raise StateError(f"the state directory is not shared: {here.directory} is not what the login node wrote")
+        time.sleep(mailbox.POLL)
+
+
+@dataclass
+class Probes:
+    """The processes that use torch, and what they have said."""
+
+    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    _lines: queue.SimpleQueue[tuple[int, dict[str, Any] | None]] = field(default_factory=queue.SimpleQueue)
+
+    @classmethod
+    def start(cls, visible: tuple[str, ...], env: Mapping[str, str]) -> Probes:
+        """One per GPU, or one."""
+        probes = cls()
+        for local, gpu in enumerate(visible or ("",)):
+            own = {"RAYLAUNCH_PROBE_LOCAL": str(local)}
+            own |= {"CUDA_VISIBLE_DEVICES": gpu, "RAYLAUNCH_PROBE_GPU": "1"} if gpu else {}
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "raylaunch.tools.doctor.benchmarks"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**env, **own}, text=True,
+            )  # fmt: skip
+            probes.processes.append(process)
+            threading.Thread(target=probes._listen, args=(local, process), daemon=True).start()
+        return probes
+
+    def _listen(self, local: int, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):  # the rest is what torch prints
+                with contextlib.suppress(ValueError):
+                    self._lines.put((local, json.loads(line)))
+        self._lines.put((local, None))
+
+    def said(self, deadline: float) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """(process, line), or None for its end, as they come until the deadline."""
+        while True:
+            try:
+                yield self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return
+
+    def tell(self, line: str) -> None:
+        for process in self.processes:
+            with contextlib.suppress(OSError):
+                assert process.stdin is not None
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()  # not waited for: a sick GPU may hold it in the kernel
+
+
+def wants_gpus(config: Config) -> bool:
+    """Whether GPUs are this job's: without a request, what nvidia-smi lists may be other people's."""
+    return config.slurm.exclusive or batch_script.gpus_per_node(config.slurm) > 0
+
+
+def hello(here: Here, config: Config, ports: hosts.Ports) -> Hello:
+    """Who this node is; `error` where it cannot take part."""
+    peer = next((n for n in here.peers if n != here.node), None)
+    error = ""
+    try:
+        address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
+    except RaylaunchError as wrong:
+        address, error = "", wrong.message
+    own = hosts.resources(
+        os.environ, len(here.peers) if here.local else 1, config.cluster.object_store_memory,
+        look_for_gpus=wants_gpus(config),
+    )  # fmt: skip
+    key = str(here.directory.parent)  # as long as a cluster's own
+    return Hello(
+        index=here.index, node=here.node, address=address, interface=hosts.interface_of(address) or "" if address else "",
+        port=ports.control, store=ports.spare[0], time=time.time(), error=error,
+        facts=machine_facts.gather(config.cluster.temp_dir, key, os.environ, str(here.index + 1) if here.local else None),
+        cpus=own.cpus, memory=own.memory, object_store=own.object_store, gpus=own.gpus,
+        submit=_submits(here, config) if here.index == 0 and not here.local else None,
+    )  # fmt: skip
+
+
+def _submits(here: Here, config: Config) -> str | None:
+    """Why this node cannot submit jobs; "" when it can, None when Slurm does not answer."""
+    try:
+        Slurm().check(batch_script.render(config.slurm, "doctor", here.directory, here.canary))
+    except SlurmUnavailable as error:
+        return None if not isinstance(error.__cause__, OSError) else "there is no sbatch on it"
+    except SlurmError as error:
+        return " ".join(error.message.split())
+    return ""
+
+
+def checked(here: Here, roster: Roster, probes: Probes, visible: int) -> Checked:
+    """Reach the first node and the partners of the rounds; hear what the GPUs do."""
+    began = time.time()
+    order = [place.index for place in roster.nodes]
+    mine = order.index(here.index)
+    rounds = pairwise.rounds(len(order), mailbox.PARTNERS)
+    wanted = {0, *(p for p in pairwise.partners(mine, rounds) if p is not None)} - {mine}
+    reached = clock_server.ask_all([roster.nodes[i] for i in sorted(wanted)], here.canary)
+    found: dict[int, GpuCheck] = {}
+    waiting = set(range(len(probes.processes)))
+    torch, smi = "", None
+    for local, line in probes.said(time.monotonic() + mailbox.GPU_LIMIT):
+        if line is None or "ready" in line:
+            waiting.discard(local)
+            torch = torch or ("" if line else "its process ended without a word")
+        elif "torch" in line:
+            torch = str(line["torch"])
+        elif "busy" in line and smi is None:  # under load: what slows it down shows then
+            smi = gpus.ask()
+        elif "gpu" in line:
+            found[local] = GpuCheck.model_validate(line["gpu"])
+        if not waiting:
+            break
+    silent = f"no answer within {mailbox.GPU_LIMIT:g} s"
+    if not visible:
+        torch = silent if waiting else torch
+    elif not torch:
+        found = {local: found.get(local, GpuCheck(local=local, error=silent)) for local in range(visible)}
+        smi = smi or gpus.ask()
+    rows = tuple(found[local] for local in sorted(found))
+    return Checked(index=here.index, time=began, reached=reached, gpus=rows, smi=smi or gpus.Smi(), torch=torch)
+
+
+def paired(here: Here, schedule: Schedule, probes: Probes) -> Pairs:
+    """Be measured with one partner after the other; what came until the last round's end."""
+    mine = sum(here.index in pair for one in schedule.rounds for pair in one)
+    if not mine:
+        return Pairs(index=here.index)
+    for process in probes.processes[schedule.locals :]:
+        process.kill()
+    probes.tell(json.dumps({"schedule": schedule.model_dump(), "index": here.index}))
+    results: list[PairResult] = []
+    error = ""
+    for local, line in probes.said(time.monotonic() + (len(schedule.rounds) + 1) * mailbox.ROUND_LIMIT):
+        if local == 0 and line is None:
+            error = "its process ended"
+            break
+        if local == 0 and line is not None and "pair" in line:
+            results.append(PairResult.model_validate(line["pair"]))
+        if len(results) == mine:
+            break
+    else:
+        error = "out of time"
+    return Pairs(index=here.index, results=tuple(results), error=error)
+
+
+def check(here: Here) -> None:
+    """All of it, in order; StateError when the command line is gone."""
+    await_canary(here)
+    config = loader.load_resolved(here.directory / mailbox.CONFIG)
+    lease = hosts.lease_ports()
+    said = hello(here, config, lease.ports)
+    if said.error:
+        mailbox.write(here.file("hello"), said)
+        return
+    server = clock_server.serve(said.address, said.port, here.canary)
+    network = {"GLOO_SOCKET_IFNAME": said.interface} if said.interface else {}
+    network |= {"NCCL_SOCKET_IFNAME": config.cluster.interface} if config.cluster.interface else {}
+    threads = str(max(1, said.cpus // max(1, len(said.gpus))))
+    # With blocking waits a time-out is an exception of ours to report, not an abort by NCCL's watchdog.
+    own = {"OMP_NUM_THREADS": threads, "TORCH_NCCL_BLOCKING_WAIT": "1", **network, **os.environ}
+    probes = Probes.start(said.gpus, own)
+    try:
+        mailbox.write(here.file("hello"), said)
+        roster = mailbox.wait(here.directory / mailbox.ROSTER, Roster, mailbox.ORDERS_LIMIT)
+        if here.index not in {place.index for place in roster.nodes}:
+            return
+        mailbox.write(here.file("checked"), checked(here, roster, probes, len(said.gpus)))
+        schedule = mailbox.wait(here.directory / mailbox.SCHEDULE, Schedule, mailbox.ORDERS_LIMIT)
+        mailbox.write(here.file("pairs"), paired(here, schedule, probes))
+    finally:
+        probes.end()
+        server.shutdown()
+        lease.close()
+
+
+def main() -> int:
+    processes.become_subreaper()
+    here = Here.from_environment(os.environ)
+    code = 0
+    try:
+        check(here)
+    except (RaylaunchError, OSError) as error:
+        text = error.message if isinstance(error, RaylaunchError) else f"{type(error).__name__}: {error}"
+        print(f"{records.FAILED_LINE} {here.node}: {' '.join(text.split())}", flush=True)
+        code = 1
+    processes.end_tree(os.getpid(), keep_root=True, limit=2.0)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

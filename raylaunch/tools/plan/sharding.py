@@ -1,0 +1,134 @@
+"""How a model lies over the workers: what one GPU of each pipeline stage holds of it, as `trainers.parallel` does it.
+
+    config, nodes, workers a node → Place → the units of each stage (what FSDP gathers and reduces together)
+
+FSDP cuts each parameter by its rows and pads: a parameter of fewer rows than there are shards costs every worker a
+row, and gathered it is as many rows as there are shards. So eight experts over 64 shards lie there as 64 when gathered.
+Refused: a world that the plan cannot use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from raylaunch.config.schema import Config
+from raylaunch.errors import UsageError
+from raylaunch.tools.plan.model_shape import Parameter, Shape
+from raylaunch.training import policy
+
+GATHERED_BYTES = 1 << 30
+"""As in `trainers.parallel`: up to this size a stage stays gathered for the length of a step."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What FSDP gathers and reduces together, in elements. `shards`: over how many workers it is cut."""
+
+    parameters: tuple[Parameter, ...]
+    shards: int
+
+    def shard(self, trained: bool = False) -> int:
+        """One worker's, with padding; of all parameters, or of the trained ones."""
+        return sum(math.ceil(p.rows / self.shards) * p.columns for p in self._those(trained))
+
+    def whole(self, trained: bool = False) -> int:
+        """Gathered, with padding."""
+        return self.shard(trained) * self.shards
+
+    def own(self, trained: bool = False) -> int:
+        """Without padding."""
+        return sum(p.size for p in self._those(trained))
+
+    def of_experts(self, are: bool) -> Unit:
+        """Its parameters that are experts', or the others."""
+        return Unit(tuple(p for p in self.parameters if p.expert == are), self.shards)
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest trained parameter."""
+        return max((p.size for p in self._those(True)), default=0)
+
+    def _those(self, trained: bool) -> Sequence[Parameter]:
+        return [p for p in self.parameters if p.trained or not trained]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a pipeline. `block`: the units of each of its `blocks` blocks, that of the experts (if they are cut by
+    themselves) first; `root`: what is outside of them. `gathered`: see GATHERED_BYTES."""
+
+    number: int
+    blocks: int
+    block: tuple[Unit, ...]
+    root: Unit
+    has_embedding: bool
+    has_head: bool
+    gathered: bool
+
+
+@dataclass(frozen=True)
+class Place:
+    """The world of a plan. `replicas`: copies of the model; `samples`: groups of workers that share no sample; `passes`:
+    micro-batches a step of each worker; `spare`: nodes that the plan cannot share."""
+
+    nodes: int
+    workers_per_node: int
+    spare: int
+    world: int
+    replicas: int
+    samples: int
+    batch: int
+    passes: int
+
+
+def place(config: Config, nodes: int, workers_per_node: int) -> Place:
+    """UsageError where these nodes cannot share the plan."""
+    plan, steps = config.distributed, config.step_scheduler
+    together = plan.model_parallel
+    used = policy.usable(nodes, workers_per_node, together)
+    world = used * workers_per_node
+    if not world:
+        raise UsageError(
+            f"{nodes} nodes of {workers_per_node} workers are fewer than the {together} that the plan holds together "
+            f"(tp_size {plan.tp_size} * cp_size {plan.cp_size} * pp_size {plan.pp_size}, ep_size {plan.ep_size})",
+            "Raise --nodes or --gpus-per-node, or change the plan.",
+        )
+    of_stage, within = world // plan.pp_size, together // plan.pp_size
+    if plan.strategy == "hsdp" and (of_stage % workers_per_node or workers_per_node % within):
+        raise UsageError(
+            f"distributed.strategy hsdp: {of_stage} workers of a stage on nodes of {workers_per_node}, of which "
+            f"{within} hold together",
+            "Use nodes whose workers are a multiple of that, or strategy: fsdp.",
+        )
+    replicas = {"ddp": of_stage // within, "hsdp": of_stage // workers_per_node}.get(plan.strategy, 1)
+    samples = of_stage // (plan.tp_size * plan.cp_size)
+    batch = steps.global_batch_size or steps.local_batch_size * (steps.grad_acc_steps or 1) * (world // together)
+    passes = math.ceil(math.ceil(batch / samples) / steps.local_batch_size)
+    return Place(nodes, workers_per_node, nodes - used, world, replicas, samples, batch, passes)
+
+
+def stages(config: Config, shape: Shape, where: Place, width: int) -> list[Stage]:
+    """The parts of the pipeline, one if there is none; `width`: bytes of an element in the computation."""
+    plan = config.distributed
+    tp, pp, ep = plan.tp_size, plan.pp_size, plan.ep_size
+    group = where.world // pp // where.replicas
+    shards = group // tp
+    found = []
+    for number in range(pp):
+        blocks = (number + 1) * shape.n_layers // pp - number * shape.n_layers // pp
+        outside = (shape.first if number == 0 else []) + (shape.last if number == pp - 1 else [])
+        size = sum(p.size for p in outside) + blocks * sum(p.size for p in shape.block)
+        here = [p.part(tp, ep) for p in shape.block]
+        apart = [p for p in here if p.expert] if ep > 1 else []
+        together = [p for p in here if not (p.expert and ep > 1)]
+        units = ([Unit(tuple(apart), group // ep)] if apart else []) + [Unit(tuple(together), shards)]
+        root = Unit(tuple(p.part(tp, ep) for p in outside), shards)
+        found.append(
+            Stage(
+                number, blocks, tuple(units), root, number == 0, number == pp - 1,
+                size * width // tp <= GATHERED_BYTES,
+            )
+        )  # fmt: skip
+    return found

@@ -1,0 +1,85 @@
+"""How long it takes: tokens per second as stated, measured or assumed; the first step; the end.
+
+    stated (--tokens-per-second) > measured (--like RUN) > assumed (a share of the GPU's peak)
+
+What is assumed says so in its `how`. Refused: a pace for a machine whose peak is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from raylaunch.config.schema import Config
+from raylaunch.tools.plan.gpus import Gpu
+from raylaunch.tools.plan.model_shape import Shape
+from raylaunch.tools.plan.sharding import Place
+
+MFU = {"eager": 0.337, "compile": 0.390, "float8": 0.499}
+"""Share of the peak that a model's own operations reach: torchtitan's published tokens per second of Llama 3.1 8B with
+FSDP2 on eight H100 (5,762, 6,667 compiled, 8,532 compiled with float8), by `Shape.flops_per_token`."""
+RECOMPUTED = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
+"""Operations of a step over those without recomputing: `full` goes forward once more, of three parts."""
+
+BRING_UP, WORKERS, COMPILE = 30.0, 30.0, 60.0
+"""Seconds, assumed: the nodes and Ray; processes and their imports; what is compiled the first time."""
+MADE = {True: 2e10, False: 1e8}
+"""Random values per second that a worker makes, on a GPU or not; assumed. Each makes all parameters of its stage."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """`tokens_per_s`: of all workers. `how`: where it is from, for people."""
+
+    tokens_per_s: float
+    how: str
+    assumed: bool
+    start: Mapping[str, float] = field(default_factory=dict)
+    """Measured seconds from the start of the workers to the first step; empty: none."""
+
+    def step(self, config: Config, where: Place) -> float:
+        """Seconds of a step."""
+        return where.batch * config.data.seq_len / self.tokens_per_s
+
+
+def work(config: Config, shape: Shape, where: Place) -> float:
+    """What a token costs, in floating-point operations' time: with what is computed again and a pipeline's idle ends
+    (Narayanan et al., 2021: (stages - 1) / micro-batches)."""
+    plan = config.distributed
+    idle = 1 + (plan.pp_size - 1) / where.passes
+    return shape.flops_per_token(config.data.seq_len) * RECOMPUTED[plan.activation_checkpointing] * idle
+
+
+def stated(tokens_per_s: float) -> Pace:
+    return Pace(tokens_per_s, "stated", False)
+
+
+def assumed(config: Config, shape: Shape, where: Place, gpu: Gpu, mfu: float | None) -> Pace | None:
+    """From the GPU's peak; None where it is not known."""
+    if gpu.flops is None:
+        return None
+    plan = config.distributed
+    kind = "float8" if plan.float8 else "compile" if plan.compile else "eager"
+    share = mfu if mfu is not None else MFU[kind]
+    how = f"assumed: {share:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s a GPU"
+    if mfu is None:
+        how += ", as torchtitan's on H100" + {"eager": "", "compile": " compiled", "float8": " in float8"}[kind]
+    return Pace(where.world * gpu.flops * share / work(config, shape, where), how, True)
+
+
+def first_step(config: Config, shape: Shape, pace: Pace, where: Place, *, on_gpu: bool) -> dict[str, float]:
+    """Seconds from the job's start to the first step, by part."""
+    if pace.start:
+        return {"bring_up": BRING_UP, **pace.start}
+    found = {"bring_up": BRING_UP, "workers": WORKERS}
+    found["model"] = shape.parameters["total"] / config.distributed.pp_size / MADE[on_gpu]
+    found["compile"] = COMPILE if config.distributed.compile else 0.0
+    found["step"] = pace.step(config, where)
+    return {name: seconds for name, seconds in found.items() if seconds}
+
+
+def training(config: Config, pace: Pace, where: Place) -> float:
+    """Seconds of all steps, with their validations (a third of a step for each batch), without saves and faults."""
+    steps = config.step_scheduler
+    validations = steps.max_steps // steps.val_every_steps if steps.val_every_steps else 0
+    return pace.step(config, where) * (steps.max_steps + validations * steps.val_batches / 3)

@@ -1,0 +1,1 @@
+"""What runs in a training worker, around the trainer's own function."""
