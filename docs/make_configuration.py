@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the schema in raylaunch/config/schema.py; a test holds the two together."""
+"""Write docs/configuration.md from the schema in raylaunch/config/schema/; a test holds the two together."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def section(path: str, kind: type[Section]) -> list[str]:
 def text() -> str:
     lines = [
         "# Configuration", "",
-        "All keys, with their defaults. Made from `raylaunch/config/schema.py` by `python docs/make_configuration.py`.", "",
+        "All keys, with their defaults. Made from `raylaunch/config/schema/` by `python docs/make_configuration.py`.", "",
         "Sizes that `model.size` names: " + ", ".join(
             f"`{name}` (dim {s['dim']}, {s['n_layers']} layers)" for name, s in schema.SIZES.items()
         ) + ".",

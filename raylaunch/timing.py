@@ -14,7 +14,7 @@ SLURMD_TIMEOUT = 300.0
 KILL_WAIT = 30.0
 """From SIGTERM to SIGKILL."""
 
-# Connections between agents (link)
+# Connections between agents (control_channel)
 PING_EVERY = 0.5
 PING_LIMIT = 6 * PING_EVERY
 """Silence after which the other side counts as gone."""
@@ -42,7 +42,7 @@ PATIENCE = 600.0
 """Without a head after which a node gives up: longer than a switch reboots, and than Slurm takes to call dead nodes
 down, without which a smaller half has no majority."""
 
-# Nodes that come, and come back (agent, head, nodepolicy)
+# Nodes that come, and come back (agent, head, node_loop)
 CANARY_PATIENCE = 10.0
 """NFS shows a new file late."""
 CONNECT_PATIENCE = 20.0

@@ -3,7 +3,7 @@
 `Loader.training(step)` gives this rank's share of the step's samples as micro-batches of one fixed shape;
 where the share does not fill them, rows that count for nothing do. Reading is memory-mapped and runs one
 step ahead in a thread; `Loader.waited` says how long steps had to wait for it all the same. Nothing here has
-a state to save: the step says it all (see `order`).
+a state to save: the step says it all (see `sample_order`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FETCHERS = 16
 class MicroBatch:
     """One pass: `inputs` and `targets` [local_batch_size, tokens] int64, a target IGNORED where it does not count.
 
-    `tokens` is seq_len, or this worker's part of it (see `context`). `documents`: of every input of the sample, the
+    `tokens` is seq_len, or this worker's part of it (see `context_parallel`). `documents`: of every input of the sample, the
     number of its document, [local_batch_size, seq_len] int64; None: all see each other. `samples`, `counted`: how
     many samples and targets are real; a sample counts where its first tokens are. `rows`: how many rows are no
     padding."""

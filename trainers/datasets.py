@@ -36,7 +36,7 @@ class Source:
 @dataclass(frozen=True)
 class Data:
     """All that a run reads. `training`: where its steps take their samples from, `quotas[i]` of every
-    `order.BLOCK` from source i; `validation`: where its held-out samples lie.
+    `sample_order.BLOCK` from source i; `validation`: where its held-out samples lie.
 
     `separator`: the token that ends a document. `masked`: documents do not see each other. `facts`: what must
     not change over a run's life, or a step would no longer name the same samples."""

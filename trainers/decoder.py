@@ -1,7 +1,7 @@
 """A Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
 Built on the meta device, sharded, then given memory and values by `parallel.materialize`; `init_std`
-says how each parameter starts. Refuses nothing: `config.ModelConfig` has checked the shape.
+says how each parameter starts. Refuses nothing: `schema.ModelConfig` has checked the shape.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INIT_STD = 0.02
 
 class Attention(nn.Module):
     """Causal grouped-query attention: n_heads query heads share n_kv_heads key and value heads. `context`: where
-    the other tokens are (see `context`); None: they are all here."""
+    the other tokens are (see `context_parallel`); None: they are all here."""
 
     context: Context | None = None
 

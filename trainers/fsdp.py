@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from raylaunch.checkpoint import saver as dcp
+from raylaunch.checkpoint import saver
 from raylaunch.checkpoint.resume import resume
 from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
@@ -62,7 +62,7 @@ def _train(config: Config, session: Session) -> None:
     steps = config.step_scheduler
     started = time.monotonic()
     device = set_up_device(session)
-    group = dcp.make_group(config.distributed.comm_timeout)
+    group = saver.make_group(config.distributed.comm_timeout)
     data = open_data(config, session)
     place = parallel.Place.of(config, session.rank, session.world_size)
     loader = make_loader(config, session, data, place, pin=device.type == "cuda")
@@ -87,7 +87,7 @@ def _train(config: Config, session: Session) -> None:
     seconds = {"data": round(data_ready - started, 3), "model": round(model_ready - data_ready, 3)}
     session.event("built", parameters=sum(p.numel() for p in model.parameters()), seconds=seconds)
 
-    saver = dcp.Saver(
+    saves = saver.Saver(
         session, group, keep=runs.keep(config), background=config.checkpoint.background,
         timeout=config.distributed.comm_timeout,
     )  # fmt: skip
@@ -119,7 +119,7 @@ def _train(config: Config, session: Session) -> None:
             set_learning_rate(optimizer, lr)
             seed_step(config.data.seed, step, session.rank, device)
             wish = session.stop_requested() if session.rank == 0 else 0
-            stats = StepStats(device, tokens_per_step, counts=counts, stop=wish, save_failed=saver.failed())
+            stats = StepStats(device, tokens_per_step, counts=counts, stop=wish, save_failed=saves.failed())
             batches = loader.training(step)
             meter.data_waited = loader.waited
             session.progress(step, "sync")  # from here on every rank waits for every other
@@ -135,9 +135,9 @@ def _train(config: Config, session: Session) -> None:
                 average.update()
             optimizer.zero_grad()
             if meter.save_failed:
-                saver.give_up()
+                saves.give_up()
         if action is Action.ROLLBACK:
-            saver.wait()  # what is under way may become the last commit
+            saves.wait()  # what is under way may become the last commit
             step = restore()
             meter.rewind(step)
             continue
@@ -166,10 +166,10 @@ def _train(config: Config, session: Session) -> None:
                 session.progress(step, "save")
                 patience = PATIENCE_AT_END if ends else PATIENCE_AT_STOP if meter.stop == NOW else 0.0
                 with meter.saving():
-                    saved = saver.save(step, tensors, facts | found, wait=leaves, patience=patience)
+                    saved = saves.save(step, tensors, facts | found, wait=leaves, patience=patience)
                 left = leaves and saved
 
-    saver.close()
+    saves.close()
     loader.close()
     session.finish("finished" if step >= steps.max_steps else "stopped", step)
 

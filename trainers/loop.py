@@ -15,7 +15,7 @@ The loop restores the newest commit, hands out each step's samples (a function o
 among the workers there are), saves every `step_scheduler.ckpt_every_steps` steps, leaves when it is asked to, all
 ranks at the same step, and says so. To stop early, call `loop.end()` rather than break; work between the steps that
 takes minutes (a validation) goes into `with loop.validating():`, or it counts as a hang. Model and optimizer may be plain, DDP or FSDP2; what else has a `state_dict` is
-given by name. Random numbers are a function of seed, step and rank (see `randomness`).
+given by name. Random numbers are a function of seed, step and rank (see `seeding`).
 """
 
 from __future__ import annotations

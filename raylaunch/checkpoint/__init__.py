@@ -1,1 +1,1 @@
-"""Checkpoints on shared storage: `store` says what counts as one (no torch), `dcp` writes and reads them."""
+"""Checkpoints on shared storage: `store` says what counts as one (no torch), `saver` writes and reads them."""

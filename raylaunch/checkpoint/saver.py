@@ -3,7 +3,7 @@
 A checkpoint is a dict of named tensors (sharded or plain), or of such dicts; what they mean is the
 trainer's business. Saving: all ranks write into the pending directory and hash what they wrote; in DCP's last
 exchange rank 0 commits (`store`), so that every rank knows whether it counts. In the background the
-same happens over copies, in a thread or a process (`thread`, `process`), one save in flight. A save that fails for want of space or the
+same happens over copies, in a thread or a process (`save_thread`, `save_process`), one save in flight. A save that fails for want of space or the
 like ends nothing: it is told, and tried again at the next one. Loading: the newest commit whose files
 verify, each rank checking a share of them; resharding happens by itself. All exchanges go over a gloo
 group of their own, so that they never mix with the training's.

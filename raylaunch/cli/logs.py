@@ -11,8 +11,7 @@ import click
 from raylaunch.cli import options
 from raylaunch.cluster import up
 from raylaunch.errors import UsageError
-from raylaunch.state import files as state
-from raylaunch.state import records
+from raylaunch.state import files, records
 from raylaunch.state.runs import Run
 
 
@@ -35,12 +34,12 @@ def logs(
     Without a name: the run that was touched last.
     """
     where = options.state_dir(state_dir)
-    files = _files(where, name, node, rank, attempt)
-    if not files:
+    logs = _files(where, name, node, rank, attempt)
+    if not logs:
         asked = f"node {node}" if node is not None else f"rank {rank}" if rank is not None else f"attempt {attempt}"
         there = ", ".join(sorted(path.stem for path in _files(where, name, None, None, attempt)))
         raise UsageError(f"no log of {asked}", f"There is: {there or 'nothing yet'}.")
-    _print(files, lines, follow)
+    _print(logs, lines, follow)
 
 
 def _files(where: Path, name: str | None, node: str | None, rank: int | None, attempt: int | None) -> list[Path]:
@@ -49,7 +48,7 @@ def _files(where: Path, name: str | None, node: str | None, rank: int | None, at
         if not newest:
             raise UsageError(f"no run in {where}", "Start one with `raylaunch train`.")
         name = newest[-1].parent.name
-    run_dir = state.run_dir(where, name)
+    run_dir = files.run_dir(where, name)
     run = Run.read(run_dir)
     if run is not None:
         return _run_files(run_dir, run, node, rank, attempt)
@@ -58,13 +57,13 @@ def _files(where: Path, name: str | None, node: str | None, rank: int | None, at
     if rank is not None or attempt is not None:
         option = "--attempt" if rank is None else "--rank"
         raise UsageError(f"{option} belongs to a run, and this is a cluster", "Give --node, or a run's name.")
-    found = sorted((state.cluster_dir(where, name) / records.LOGS).glob("*"))
+    found = sorted((files.cluster_dir(where, name) / records.LOGS).glob("*"))
     return [path for path in found if node is None or path.stem in {node, f"{node}-ray"}]
 
 
 def _run_files(run_dir: Path, run: Run, node: str | None, rank: int | None, attempt: int | None) -> list[Path]:
     """An attempt's ranks, by default the last one's, and the driver unless one place or attempt is asked for."""
-    folder = state.attempt_dir(run_dir, run.attempt if attempt is None else attempt)
+    folder = files.attempt_dir(run_dir, run.attempt if attempt is None else attempt)
     if attempt is not None and not folder.is_dir():
         there = ", ".join(str(int(path.name)) for path in sorted(folder.parent.glob("[0-9][0-9][0-9][0-9]")))
         raise UsageError(f"run {run.name} has no attempt {attempt}", f"There is: {there or 'none yet'}.")
@@ -81,11 +80,11 @@ def _first_line(path: Path) -> str:
         return source.readline()
 
 
-def _print(files: list[Path], lines: int, follow: bool) -> None:
-    offsets = dict.fromkeys(files, 0)
+def _print(logs: list[Path], lines: int, follow: bool) -> None:
+    offsets = dict.fromkeys(logs, 0)
     first = True
     while True:
-        for path in files:
+        for path in logs:
             try:
                 with path.open("rb") as source:
                     source.seek(offsets[path])
@@ -95,7 +94,7 @@ def _print(files: list[Path], lines: int, follow: bool) -> None:
             whole = text if not follow else text[: text.rfind(b"\n") + 1]
             offsets[path] += len(whole)
             rows = whole.decode(errors="replace").splitlines()
-            prefix = f"{path.stem}: " if len(files) > 1 else ""
+            prefix = f"{path.stem}: " if len(logs) > 1 else ""
             for row in rows[-lines:] if first else rows:
                 click.echo(prefix + row)
         first = False

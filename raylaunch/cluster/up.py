@@ -3,7 +3,7 @@
     prepare (directory, token, canary, script) → submit → pending → booting → head → k of N → ready
 
 It is ready at the minimum of nodes; late ones join on their own. What fails is named with the
-node's own error, and the job is given back. Taking down is in `teardown`, looking in `status`.
+node's own error, and the job is given back. Taking down is in `down`, looking in `status`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raylaunch import text as words
 from raylaunch.cluster import down
 from raylaunch.config import loader
 from raylaunch.config.schema import AlertsConfig, Config
@@ -27,6 +26,7 @@ from raylaunch.scheduler.backends import Backend, Job
 from raylaunch.scheduler.slurm import batch_script, mail
 from raylaunch.state import files, records
 from raylaunch.state.records import Cluster, Head
+from raylaunch.text import user
 
 JOBS_EVERY = (0.5, 5.0)
 """Seconds between two questions to the backend while waiting: the first, and where it grows to."""
@@ -343,5 +343,5 @@ def tunnel(directory: Path, cluster: Cluster) -> tuple[str, str, str] | None:
     if head is None or head.canary != cluster.canary:
         return None
     port = head.dashboard_port
-    line = f"ssh -N -L {port}:127.0.0.1:{port} {words.user()}@{head.hostname}"
+    line = f"ssh -N -L {port}:127.0.0.1:{port} {user()}@{head.hostname}"
     return f"http://127.0.0.1:{port}", head.node, line

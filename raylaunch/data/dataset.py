@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from raylaunch.data import storage
 from raylaunch.errors import DataError, StateError
-from raylaunch.state import files as state
+from raylaunch.state import files
 
 VERSION = 1
 BATCH_TOKENS = 1 << 22
@@ -87,7 +87,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         record = asdict(self) | {"tokens": self.tokens, "documents": self.documents, "skipped": self.skipped}
-        state.write_json(directory / MANIFEST, record)
+        files.write_json(directory / MANIFEST, record)
 
 
 def read(directory: Path | str) -> Manifest:
@@ -96,7 +96,7 @@ def read(directory: Path | str) -> Manifest:
     hint = "Make it with `raylaunch data prepare`; begun and not finished, the same command goes on."
     is_here = not storage.is_url(str(directory))
     try:
-        record = state.read_json(Path(directory) / MANIFEST) if is_here else _fetched(str(directory))
+        record = files.read_json(Path(directory) / MANIFEST) if is_here else _fetched(str(directory))
     except StateError as error:
         raise DataError(error.message, error.hint) from error
     if record is None:
@@ -142,14 +142,14 @@ def verify(directory: Path, manifest: Manifest) -> list[str]:
 class Row:
     """One column of several Arrow files as one row, memory-mapped and opened when it is needed.
 
-    `files`: (name, tokens) of each, in record batches of BATCH_TOKENS but the last. `far`: a read takes long, and
+    `parts`: (name, tokens) of each, in record batches of BATCH_TOKENS but the last. `far`: a read takes long, and
     several at a time take no longer."""
 
     far = False
 
-    def __init__(self, files: Sequence[tuple[Path | str, int]], column: str = TOKENS) -> None:
-        self._names, self._column = [str(name) for name, _ in files], column
-        self._starts = [0, *itertools.accumulate(count for _, count in files)]
+    def __init__(self, parts: Sequence[tuple[Path | str, int]], column: str = TOKENS) -> None:
+        self._names, self._column = [str(name) for name, _ in parts], column
+        self._starts = [0, *itertools.accumulate(count for _, count in parts)]
         self.count = self._starts[-1]
         self._files: dict[int, pa.ipc.RecordBatchFileReader] = {}
         self._batches: dict[tuple[int, int], npt.NDArray[Any]] = {}
@@ -187,8 +187,8 @@ class FarRow(Row):
 
     far = True
 
-    def __init__(self, files: Sequence[tuple[Path | str, int]], column: str, offsets: Sequence[list[int]]) -> None:
-        super().__init__(files, column)
+    def __init__(self, parts: Sequence[tuple[Path | str, int]], column: str, offsets: Sequence[list[int]]) -> None:
+        super().__init__(parts, column)
         self._offsets = offsets
         self._opened: dict[int, tuple[storage.Ranges, np.dtype[Any]]] = {}
 
@@ -206,12 +206,12 @@ class FarRow(Row):
 
 def row(directory: Path | str, shards: Sequence[Shard], column: str = TOKENS) -> Row:
     """The tokens (or another column) of these shards, one after the other."""
-    files = [(storage.join(directory, f"{shard.name}.arrow"), shard.tokens) for shard in shards]
+    parts = [(storage.join(directory, f"{shard.name}.arrow"), shard.tokens) for shard in shards]
     if not storage.is_url(str(directory)):
-        return Row(files, column)
+        return Row(parts, column)
     if not all(column in shard.offsets for shard in shards):
         raise DataError(f"{directory} was prepared by an older raylaunch", "Prepare it again to read it from there.")
-    return FarRow(files, column, [shard.offsets[column] for shard in shards])
+    return FarRow(parts, column, [shard.offsets[column] for shard in shards])
 
 
 def mapped(path: Path | str) -> pa.ipc.RecordBatchFileReader:

@@ -26,7 +26,7 @@ from raylaunch.data.sources import Bad, Format, Piece
 from raylaunch.data.storage import File
 from raylaunch.errors import DataError, UsageError
 from raylaunch.host import locks, processes
-from raylaunch.state import files as state
+from raylaunch.state import files
 
 PIECE_BYTES = 64 << 20
 """Input bytes of a shard, about."""
@@ -60,17 +60,17 @@ class Progress:
 def prepare(request: Request, workers: int, tell: Callable[[Progress], None]) -> Manifest:
     """Make the dataset, or finish it; DataError for input that cannot be used, UsageError for a directory
     with something else in it."""
-    files = sources.list_files(request.inputs)
-    pieces = sources.pieces(files, request.format, request.piece_bytes)
+    inputs = sources.list_files(request.inputs)
+    pieces = sources.pieces(inputs, request.format, request.piece_bytes)
     formats = {piece.format for piece in pieces}
     if "sft" in formats and len(formats) > 1:
         raise UsageError("conversations and plain text in one dataset", "Prepare them into a dataset each.")
     tokenizer = tokenize.load(request.tokenizer)
     template = chat.load(request.chat_template, tokenizer) if "sft" in formats else None
-    plan = _plan(request, files, pieces, tokenizer)
+    plan = _plan(request, inputs, pieces, tokenizer)
     if template is not None:
         plan["chat_template"] = template.sha256
-    state.make_dir(request.out)
+    files.make_dir(request.out)
     with _alone(request.out):
         _same_plan(request.out, plan)
         shards = _shards(request, pieces, workers, tell)
@@ -84,10 +84,10 @@ def prepare(request: Request, workers: int, tell: Callable[[Progress], None]) ->
     return manifest
 
 
-def _plan(request: Request, files: list[File], pieces: list[Piece], tokenizer: tokenize.Tokenizer) -> dict[str, Any]:
+def _plan(request: Request, inputs: list[File], pieces: list[Piece], tokenizer: tokenize.Tokenizer) -> dict[str, Any]:
     return {
         "version": dataset.VERSION,
-        "files": [[file.name, file.size, file.stamp] for file in files],
+        "files": [[file.name, file.size, file.stamp] for file in inputs],
         "tokenizer": {
             "name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "separator": tokenizer.separator,
             "sha256": tokenizer.sha256,
@@ -109,14 +109,14 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _same_plan(out: Path, plan: dict[str, Any]) -> None:
     plan = json.loads(json.dumps(plan))
-    before = state.read_json(out / dataset.PLAN)
+    before = files.read_json(out / dataset.PLAN)
     if before == plan:
         return
     others = [path.name for path in out.iterdir() if path.name != ".lock"]
     if before is None and others:
         raise UsageError(f"{out} has other things in it ({others[0]})", "Name a directory of its own with --out.")
     if before is None or not any(out.glob("shard-*.json")):  # nothing came of what was begun
-        state.write_json(out / dataset.PLAN, plan)
+        files.write_json(out / dataset.PLAN, plan)
     else:
         differs = ", ".join(key for key in plan if before.get(key) != plan[key])
         raise UsageError(
@@ -129,7 +129,7 @@ def _shards(request: Request, pieces: list[Piece], workers: int, tell: Callable[
     """One shard a piece; those that are there already are kept."""
     found: dict[int, Shard] = {}
     for number in range(len(pieces)):
-        record = state.read_json(request.out / f"{_name(number)}.json")
+        record = files.read_json(request.out / f"{_name(number)}.json")
         if record is not None and all((request.out / name).exists() for name in record["size"]):
             found[number] = Shard(**record)
     total, bad = sum(piece.bytes for piece in pieces), []
@@ -186,7 +186,7 @@ def _make(request: Request, number: int, piece: Piece) -> tuple[Shard, list[Bad]
         raise DataError(
             f"cannot write {request.out}: {error.strerror or error}", "Is there space? Run it again to go on."
         ) from error
-    state.write_json(request.out / f"{shard.name}.json", asdict(shard))
+    files.write_json(request.out / f"{shard.name}.json", asdict(shard))
     return shard, bad
 
 

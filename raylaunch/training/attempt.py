@@ -34,7 +34,7 @@ NODE_LABEL = "ray.io/node-id"
 
 
 class Ray:
-    """The cluster's Ray, to which this process is connected (see `group.Ray`)."""
+    """The cluster's Ray, to which this process is connected (see `worker_group.Ray`)."""
 
     def __init__(self) -> None:
         self._newest = Newest()
@@ -57,7 +57,7 @@ class Ray:
 
 
 class Group:
-    """One TorchTrainer (see `group.Group`)."""
+    """One TorchTrainer (see `worker_group.Group`)."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

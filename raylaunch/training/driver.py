@@ -2,8 +2,8 @@
 
     python -m raylaunch.training.driver CLUSTER_DIR RUN_DIR     in the environment of a head: RAY_ADDRESS, RAYLAUNCH_INCARNATION
 
-Connects to Ray, turns the training loop (`trainloop`) to the run's end, with the processes beside it. Where a newer
-head was elected it ends at once (exit code 75). The only place where `trainloop` meets Ray Train (`attempt`).
+Connects to Ray, turns the training loop (`training_loop`) to the run's end, with the processes beside it. Where a newer
+head was elected it ends at once (exit code 75). The only place where `training_loop` meets Ray Train (`attempt`).
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from raylaunch.config import loader, user_code
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.host import processes
-from raylaunch.state import audit, export_files, records, runs
-from raylaunch.state import files as state
+from raylaunch.state import audit, export_files, files, records, runs
 
 
 def write(config: Config, checkpoint: Path, to: Path, dtype: str = "float32", ema: bool = False) -> list[Path]:
@@ -28,14 +27,14 @@ def write(config: Config, checkpoint: Path, to: Path, dtype: str = "float32", em
     if to.exists():
         raise UsageError(f"{to} is there already", "Name a new directory with --to.")
     exporter, scratch = _exporter(config), export_files.scratch_of(to, os.getpid())
-    state.make_dir(scratch)
+    files.make_dir(scratch)
     try:
         part = scratch / to.name
-        files = exporter(config, checkpoint, part, dtype, **({"ema": True} if ema else {}))
+        written = exporter(config, checkpoint, part, dtype, **({"ema": True} if ema else {}))
         part.rename(to)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return [to / file.relative_to(part) if file.is_relative_to(part) else file for file in files]
+    return [to / file.relative_to(part) if file.is_relative_to(part) else file for file in written]
 
 
 def latest(run: str, directory: Path) -> Path:

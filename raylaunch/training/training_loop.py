@@ -1,6 +1,6 @@
 """The training loop: the attempts of one run, one after the other.
 
-    gather facts → policy.decide → start an attempt (a `group`, watched by `watch`) | hold | finish
+    gather facts → policy.decide → start an attempt (a `worker_group`, watched by `attempt_monitor`) | hold | finish
 
 Ray Train's own elastic mode waits a minute on a stale reservation and counts every failure alike;
 so each attempt is a worker group of fixed size, and the size and the next move are ours. It runs in

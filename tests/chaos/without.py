@@ -52,7 +52,7 @@ SWITCHES = (
         ),
     ),
     Switch(
-        "restarts of Ray", "raylaunch/cluster/agent/agent.py", '            self._tell("restarting", error=words)\n            await',
+        "restarts of Ray", "raylaunch/cluster/agent/ray_keeper.py", '            self._agent.tell("restarting", error=words)\n            await',
         '            raise BringUpError("off")\n            await', ("processes::test_the_raylet_is_killed",),
     ),
     Switch(
@@ -82,7 +82,7 @@ SWITCHES = (
         ("nodes::test_below_the_minimum_the_run_holds",),
     ),
     Switch(
-        "other ports", "raylaunch/cluster/agent/agent.py", "if not same_ports:", "if False:", ("processes::test_the_raylet_is_killed",),
+        "other ports", "raylaunch/cluster/agent/ray_keeper.py", "if not same_ports:", "if False:", ("processes::test_the_raylet_is_killed",),
     ),
     Switch(
         "silence", "raylaunch/cluster/membership/control_channel.py", "await _receive(reader, PING_LIMIT)", "await _receive(reader, 3e3)",

@@ -14,10 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
-from raylaunch.host import sidecar as beside
-from raylaunch.observe.trackers import sidecar as follow
-from raylaunch.state import files as state
-from raylaunch.state import records, runs
+from raylaunch.host import sidecar
+from raylaunch.observe.trackers.sidecar import MEMORY
+from raylaunch.state import files, records, runs
 from raylaunch.tools.sandbox.procs import wait_for
 
 PATIENCE = 120.0
@@ -32,12 +31,12 @@ def _files_for_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
 def a_run(directory: Path, **sections: Any) -> Path:
     directory.mkdir()
     config = Config.model_validate(sections)
-    state.write_text(directory / records.CONFIG_FILE, loader.dump(config))
+    files.write_text(directory / records.CONFIG_FILE, loader.dump(config))
     return directory
 
 
 def report(run: Path, steps: Iterable[int], attempt: int = 1) -> None:
-    with (run / state.METRICS_FILE).open("a") as out:
+    with (run / files.METRICS_FILE).open("a") as out:
         for step in steps:
             loss = f"{10 * attempt + step / 100}"
             out.write(
@@ -46,15 +45,15 @@ def report(run: Path, steps: Iterable[int], attempt: int = 1) -> None:
 
 
 def begin(run: Path) -> subprocess.Popen[bytes]:
-    return beside.start(beside.TRACKERS, run)
+    return sidecar.start(sidecar.TRACKERS, run)
 
 
 def passed_on(run: Path, name: str) -> int:
-    return int((state.read_json(run / follow.MEMORY) or {}).get(name, {}).get("offset", 0))
+    return int((files.read_json(run / MEMORY) or {}).get(name, {}).get("offset", 0))
 
 
 def until_passed_on(run: Path, *names: str) -> None:
-    size = (run / state.METRICS_FILE).stat().st_size
+    size = (run / files.METRICS_FILE).stat().st_size
     wait_for(f"{names} have it all", lambda: all(passed_on(run, name) == size for name in names), PATIENCE)
 
 
@@ -77,7 +76,7 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
     with first:  # closes its stdin
         first.send_signal(signal.SIGKILL)
     report(run, range(8, 21), attempt=2)
-    beside.end(begin(run))
+    sidecar.end(begin(run))
     found = tensorboard(run)
     assert list(found) == list(range(1, 21))
     assert found[7] == pytest.approx(10.07) and found[8] == pytest.approx(20.08)
@@ -96,12 +95,12 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
 def test_wandb_offline_is_one_run(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", wandb={"project": "tests", "mode": "offline"})
     report(run, range(1, 4))
-    beside.end(begin(run))
+    sidecar.end(begin(run))
     report(run, range(4, 7), attempt=2)
-    beside.end(begin(run))
-    files = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 2 and len({path.stem for path in files}) == 1  # two sessions of one id
-    told = [path.read_bytes() for path in files]  # its own format, with the numbers as text
+    sidecar.end(begin(run))
+    sessions = sorted((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(sessions) == 2 and len({path.stem for path in sessions}) == 1  # two sessions of one id
+    told = [path.read_bytes() for path in sessions]  # its own format, with the numbers as text
     for step in range(1, 7):
         loss = f"{10 * (1 + step // 4) + step / 100}".encode()
         assert [loss in text for text in told] == [step < 4, step >= 4]
@@ -116,9 +115,9 @@ def test_a_tracker_that_fails_does_not_keep_the_others_waiting(tmp_path: Path) -
         mlflow={"experiment": "tests", "tracking_uri": f"file:{tmp_path}/file/not-a-directory"},
     )
     report(run, range(1, 4))
-    beside.end(begin(run))
+    sidecar.end(begin(run))
     assert list(tensorboard(run)) == [1, 2, 3] and passed_on(run, "mlflow") == 0
-    (told,) = [row for row in state.read_lines(run / state.EVENTS_FILE) if row["kind"] == "tracking_failed"]
+    (told,) = [row for row in files.read_lines(run / files.EVENTS_FILE) if row["kind"] == "tracking_failed"]
     assert told["tracker"] == "mlflow"
 
 

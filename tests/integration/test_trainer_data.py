@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from raylaunch.config.schema import Config
 from raylaunch.data import dataset, sample_order
 from raylaunch.errors import RunError
-from raylaunch.state import files as state
+from raylaunch.state import files
 from raylaunch.trainers import data, datasets, fsdp, parallel, text_corpus
 from raylaunch.trainers.decoder import Decoder
 
@@ -63,13 +63,13 @@ def test_documents_are_separated_and_in_order_of_their_names(folder: Path, tmp_p
     assert read_tokens(built) == expected and built.tokens == len(expected)
     assert text_corpus.find(tmp_path / "data", [str(folder)]) == built
     assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["manifest.json", "tokens.arrow"]
-    manifest = state.read_json(tmp_path / "data" / "manifest.json")
+    manifest = files.read_json(tmp_path / "data" / "manifest.json")
     assert [Path(d["path"]).name for d in manifest["documents"]] == ["a.txt", "two.txt", "c.md"]
 
 
 def test_globs_and_entries_that_overlap(folder: Path) -> None:
-    files = text_corpus.list_files([str(folder / "*.md"), str(folder / "**" / "*.txt"), str(folder)])
-    assert [p.name for p in files] == ["c.md", "a.txt", "two.txt", "empty.txt"]
+    found = text_corpus.list_files([str(folder / "*.md"), str(folder / "**" / "*.txt"), str(folder)])
+    assert [p.name for p in found] == ["c.md", "a.txt", "two.txt", "empty.txt"]
 
 
 def test_a_store_of_many_batches_reads_as_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def test_a_mixture_has_its_proportions_at_any_size(mixed: Run) -> None:
 def test_training_on_a_mixture(mixed: Run, tmp_path: Path, workers: Workers) -> None:
     """Bitwise the same when it goes on, within the order of additions at another size; other weights are refused."""
     other = Run(tmp_path / "other", tmp_path, workers)
-    state.make_dir(other.directory)
+    files.make_dir(other.directory)
     other.config = mixed.config
     assert_same_curve(mixed.train(2, stop_at=5).train(3), other.train(2))
     assert fsdp.check(Config.model_validate(mixed.config))[1].endswith("75.0% of what is read")
@@ -188,9 +188,9 @@ def test_a_dataset_of_its_own_to_validate_on(run: Run, straight: Run, text: Path
 
 def test_two_tokenizers_do_not_mix(run: Run, text: Path, tmp_path: Path) -> None:
     one, other = (prepared(text, tmp_path / name) for name in ("one", "other"))
-    manifest = state.read_json(Path(other) / dataset.MANIFEST)
+    manifest = files.read_json(Path(other) / dataset.MANIFEST)
     manifest["tokenizer"] |= {"name": "another", "sha256": "1"}
-    state.write_json(Path(other) / dataset.MANIFEST, manifest)
+    files.write_json(Path(other) / dataset.MANIFEST, manifest)
     for section in ({"mixture": {one: 1.0, other: 1.0}}, {"prepared": one, "validation": other}, {"validation": other}):
         run.config["data"] = section
         with pytest.raises(RunError, match=r"two tokenizers \(.*another"):
@@ -245,7 +245,7 @@ def test_conversations_are_the_same_at_any_size_and_under_any_plan(run: Run, tmp
     path = prepared(lines(tmp_path / "a.jsonl", rows), tmp_path / "talk", format="sft")
     run.config["data"] = {"prepared": path, "seq_len": 48, "val_fraction": 0.1}
     other = Run(tmp_path / "other", tmp_path, workers)
-    state.make_dir(other.directory)
+    files.make_dir(other.directory)
     other.config = {**run.config, "distributed": {"cp_size": 2, "tp_size": 2}}
     assert_same_curve(run.train(3), other.train(4))
 
@@ -309,8 +309,8 @@ def test_text_that_may_not_be_read_is_named(folder: Path, tmp_path: Path, monkey
         patch.setattr(text_corpus, "_chunks", lambda *_: iter(()))
         with pytest.raises(RunError, match="empty"):
             text_corpus.build(tmp_path / "data", [str(folder)], attempt=1)
-    files = text_corpus.list_files([str(folder)])
+    found = text_corpus.list_files([str(folder)])
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", refuse)
         with pytest.raises(RunError, match=r"cannot read .*a\.txt: Permission denied"):
-            list(text_corpus._chunks(files, [], lambda: None))
+            list(text_corpus._chunks(found, [], lambda: None))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from raylaunch.checkpoint import store
 from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
-from raylaunch.state import files as state
+from raylaunch.state import files
 from raylaunch.trainers import data, datasets, fsdp, models, safetensors_io
 
 pytestmark = pytest.mark.long
@@ -46,8 +46,8 @@ def test_weights_of_others_come_in_and_go_out_and_give_the_same_logits(run: Run,
     run.config["step_scheduler"] |= {"max_steps": 2, "val_every_steps": 0}
     run.train(3)
     (commit,) = store.committed(run.checkpoints)
-    files = safetensors_io.export(Config.model_validate(run.config), commit.path, tmp_path / "out")
-    assert [path.name for path in files] == ["config.json", "model.safetensors"]
+    written = safetensors_io.export(Config.model_validate(run.config), commit.path, tmp_path / "out")
+    assert [path.name for path in written] == ["config.json", "model.safetensors"]
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokens = torch.randint(0, 264, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -99,8 +99,8 @@ def test_a_trained_model_gives_the_same_loss_in_transformers(
     run.train(2)
     commit = store.latest(run.checkpoints)
     assert commit is not None
-    files = {path.name for path in safetensors_io.export(config, commit.path, tmp_path / "out")}
-    assert len(files) > 3 and "model.safetensors.index.json" in files
+    written = {path.name for path in safetensors_io.export(config, commit.path, tmp_path / "out")}
+    assert len(written) > 3 and "model.safetensors.index.json" in written
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     plan = data.Plan(32, config.data.seed, GLOBAL_BATCH_SIZE, 2, 0, 1)
     total = count = 0.0
@@ -160,7 +160,7 @@ def test_a_model_of_transformers_is_the_same_at_any_size(run: Run, tmp_path: Pat
     run.config["model"] = {"hf": str(a_qwen(tmp_path / "qwen"))}
     run.config["distributed"] = {"activation_checkpointing": "full"}
     other = Run(tmp_path / "other", tmp_path, workers)
-    state.make_dir(other.directory)
+    files.make_dir(other.directory)
     other.config = {**run.config, "distributed": {"strategy": "ddp"}}
     run.config["step_scheduler"]["warmup_steps"] = 4
     assert_same_curve(run.train(3, stop_at=5).train(2), other.train(1))
@@ -181,7 +181,7 @@ def test_a_model_of_transformers_begins_with_its_weights_or_fresh(run: Run, tmp_
     theirs = val_loss(run, AutoModelForCausalLM.from_pretrained(tmp_path / "qwen"))
     assert run.metrics("val_loss")[1] == pytest.approx(theirs, rel=1e-5)
     fresh = Run(tmp_path / "fresh", tmp_path, run._workers)
-    state.make_dir(fresh.directory)
+    files.make_dir(fresh.directory)
     fresh.config = {**run.config, "model": {**run.config["model"], "hf_init": "random"}}
     fresh.train(1)
     assert fresh.metrics("val_loss")[1] != pytest.approx(theirs, rel=1e-3)
@@ -195,7 +195,7 @@ def test_adapters_alone_are_trained_and_saved(run: Run, tmp_path: Path, workers:
     run.config["model"] = {"hf": str(a_qwen(tmp_path / "qwen")), "lora": {"rank": 4}}
     assert "of them trained" in fsdp.check(Config.model_validate(run.config))[0]
     other = Run(tmp_path / "other", tmp_path, workers)
-    state.make_dir(other.directory)
+    files.make_dir(other.directory)
     other.config = run.config
     assert_same_curve(run.train(2, stop_at=5).train(3), other.train(1))
     assert run.metrics("loss")[10] < run.metrics("loss")[1] - 0.05

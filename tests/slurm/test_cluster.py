@@ -20,7 +20,7 @@ from shared import SECRET, Ground, Up
 
 from raylaunch.cluster.membership.control_channel import Link, Refused
 from raylaunch.host import hosts
-from raylaunch.state import files as state
+from raylaunch.state import files
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -67,7 +67,7 @@ def cluster(site: Site) -> Iterator[Callable[..., Done]]:
 
 
 def dashboard_port(site: Site) -> int:
-    return int(state.read_json(site.cluster("main") / "head.json")["dashboard_port"])
+    return int(files.read_json(site.cluster("main") / "head.json")["dashboard_port"])
 
 
 def test_up_says_where_it_stands_and_what_is_next(main: Up) -> None:
@@ -165,18 +165,18 @@ def test_the_dashboard_is_for_the_head_alone(main: Up) -> None:
 def test_a_name_that_is_alive_is_refused(main: Up) -> None:
     written_by_up = ("cluster.json", "config.yaml", "script.sbatch", "token", "head.json")
 
-    def files() -> dict[str, bytes]:
+    def contents() -> dict[str, bytes]:
         return {name: (main.directory / name).read_bytes() for name in written_by_up}
 
-    before, jobs = files(), main.site.jobs()
+    before, jobs = contents(), main.site.jobs()
     done = main.site.run("up", "--nodes", 1).expect(2, "main", "alive", "raylaunch down main", "--name")
     assert done.out == ""
-    assert main.site.jobs() == jobs and files() == before
+    assert main.site.jobs() == jobs and contents() == before
 
 
 def test_a_wrong_token_is_refused(main: Up) -> None:
     site = main.site
-    head = state.read_json(main.directory / "head.json")
+    head = files.read_json(main.directory / "head.json")
     ours = (main.directory / "token").read_text().strip()
 
     async def knock(token: str, incarnation: int) -> None:
@@ -184,10 +184,10 @@ def test_a_wrong_token_is_refused(main: Up) -> None:
         link.close()
 
     with pytest.raises(Refused, match="wrong token"):
-        asyncio.run(knock(state.new_token(), head["incarnation"]))
+        asyncio.run(knock(files.new_token(), head["incarnation"]))
     with pytest.raises(Refused, match="incarnation"):
         asyncio.run(knock(ours, head["incarnation"] + 1))
-    for token in (None, state.new_token()):
+    for token in (None, files.new_token()):
         mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
         done = subprocess.run(
             [sys.executable, "-c", GCS, head["gcs"]], env={**site.env, **mode}, cwd="/",
@@ -290,7 +290,7 @@ def test_two_users_on_the_same_nodes_do_not_meet(main: Up, busy: Ground, common_
     assert [c["state"] for c in site.status()["clusters"]] == ["ready"]
     assert site.jobs() == jobs and len(other.jobs()) == 1
     # The nodes of one cluster are strangers to the other one's head.
-    head = state.read_json(other.cluster("main") / "head.json")
+    head = files.read_json(other.cluster("main") / "head.json")
     token = (main.directory / "token").read_text().strip()
     with pytest.raises(Refused, match="wrong token"):
         asyncio.run(Link.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", {}))
@@ -456,7 +456,7 @@ def test_an_old_lifes_leftovers_are_cleaned(site: Site, cluster: Callable[..., D
     site.inside("node1", "sh", "-c", f"mkdir -p {path}/session_old && touch {path}/session_old/x")
     cluster("again", "--nodes", 1, "--set", "slurm.nodelist=node1").expect(0)
     assert site.inside("node1", "sh", "-c", f"ls {path}/session_old 2>&1 || true").count("No such file") == 1
-    first = state.read_json(site.cluster("again") / "cluster.json")
+    first = files.read_json(site.cluster("again") / "cluster.json")
     site.slurm("scancel", site.jobs()[0].split()[0])  # behind raylaunch's back
     wait_for("the job's end", lambda: not site.jobs(), LIMIT)
     site.run("train", "/dev/null", "--cluster", "again").expect(1, "again is down", "up --name again")
@@ -464,7 +464,7 @@ def test_an_old_lifes_leftovers_are_cleaned(site: Site, cluster: Callable[..., D
     assert (found["state"], found["nodes"]) == ("down", [])
     done = site.run("up", "--name", "again", "--nodes", 1, terminal=True).expect(0, "cluster again is ready")
     assert "\x1b[" in done.out and "the head starts on node" in done.out  # one live line on a terminal
-    second = state.read_json(site.cluster("again") / "cluster.json")
+    second = files.read_json(site.cluster("again") / "cluster.json")
     assert second["incarnation"] == first["incarnation"] + 1 and second["canary"] != first["canary"]
 
 
@@ -565,7 +565,7 @@ def test_the_script_is_what_is_submitted(site: Site) -> None:
         job = site.jobs()[0].split()[0]
         at_slurm = site.state / "home" / "at-slurm"
         site.slurm("scontrol", "write", "batch_script", job, str(at_slurm))
-        canary = state.read_json(site.cluster("shown") / "cluster.json")["canary"]
+        canary = files.read_json(site.cluster("shown") / "cluster.json")["canary"]
         for text in (submitted.read_text(), at_slurm.read_text()):
             assert text.rstrip("\0") == re.sub(r"(CANARY|life)=CANARY", rf"\1={canary}", shown.out)
     finally:

@@ -11,23 +11,26 @@ from typing import Any
 
 import pytest
 
-from raylaunch.cluster.agent import agent
-from raylaunch.cluster.agent.agent import Agent, Here
+from raylaunch.cluster.agent import agent, entry, orphan, retry
+from raylaunch.cluster.agent.agent import Agent
+from raylaunch.cluster.agent.identity import NodeIdentity
+from raylaunch.cluster.agent.node_setup import NodeSetup
 from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, SlurmError, StateError
+from raylaunch.host import hosts
 from raylaunch.scheduler.slurm.client import SlurmUnavailable
 from raylaunch.scheduler.slurm.parse import JobState
 from raylaunch.state import files, records
 from raylaunch.state.records import Head
 
-HERE = Here(Path("/nowhere"), "c1", "n2", 1, ("n1", "n2", "n3"), local=False, job="7", life="7:0")
+HERE = NodeIdentity(Path("/nowhere"), "c1", "n2", 1, ("n1", "n2", "n3"), local=False, job="7", life="7:0")
 HEAD = Head(canary="c1", incarnation=3, node="n1", hostname="n1", address="10.0.0.1", control_port=1, gcs="",
             dashboard_port=1, time=0.0, life="7:0")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent, "AGAIN_PAUSE", 0.0)
+    monkeypatch.setattr(retry, "AGAIN_PAUSE", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +43,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
         (replace(HERE, joiner=True), replace(HEAD, canary="c0"), True),
     ],
 )
-def test_whose_head_is_over(here: Here, head: Head, over: bool) -> None:
+def test_whose_head_is_over(here: NodeIdentity, head: Head, over: bool) -> None:
     assert here.is_over(head) is over
 
 
@@ -52,10 +55,10 @@ def test_who_begins_a_life_as_its_head() -> None:
 def test_where_an_agent_is() -> None:
     common = {"RAYLAUNCH_CLUSTER_DIR": "/c", "RAYLAUNCH_CANARY": "c1"}
     base = {**common, "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NODEID": "1", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n2"}
-    assert Here.from_environment(base) == replace(HERE, directory=Path("/c"))
-    requeued = Here.from_environment({**base, "SLURM_RESTART_COUNT": "2", "RAYLAUNCH_JOINER": "1"})
+    assert NodeIdentity.from_environment(base) == replace(HERE, directory=Path("/c"))
+    requeued = NodeIdentity.from_environment({**base, "SLURM_RESTART_COUNT": "2", "RAYLAUNCH_JOINER": "1"})
     assert requeued.life == "7:2" and requeued.joiner
-    local = Here.from_environment({**common, "RAYLAUNCH_LOCAL_INDEX": "2", "RAYLAUNCH_LOCAL_COUNT": "2"})
+    local = NodeIdentity.from_environment({**common, "RAYLAUNCH_LOCAL_INDEX": "2", "RAYLAUNCH_LOCAL_COUNT": "2"})
     assert (local.node, local.peers, local.joiner, local.local) == ("local3", ("local1", "local2"), True, True)
 
 
@@ -100,7 +103,7 @@ class Job:
     ],
 )
 def test_which_nodes_slurm_has_taken_out(
-    monkeypatch: pytest.MonkeyPatch, here: Here, answer: Any, missing: set[str]
+    monkeypatch: pytest.MonkeyPatch, here: NodeIdentity, answer: Any, missing: set[str]
 ) -> None:
     monkeypatch.setattr(agent, "Slurm", FakeSlurm(answer))
     made = Agent.__new__(Agent)
@@ -115,9 +118,9 @@ def give_back(monkeypatch: pytest.MonkeyPatch, slurm: FakeSlurm, read: Callable[
     async def main() -> None:
         terminated = asyncio.Event()
         async with asyncio.timeout(60):
-            await agent.give_back_orphaned(replace(HERE, index=index), terminated, {"SLURM_JOB_ID": "7"})
+            await orphan.give_back_orphaned(replace(HERE, index=index), terminated, {"SLURM_JOB_ID": "7"})
 
-    monkeypatch.setattr(agent, "Slurm", slurm)
+    monkeypatch.setattr(orphan, "Slurm", slurm)
     monkeypatch.setattr(files, "read_json", read)
     asyncio.run(main())
 
@@ -156,7 +159,7 @@ def test_a_node_that_was_cut_off_cancels_nothing(monkeypatch: pytest.MonkeyPatch
 
 
 def test_storage_that_does_not_answer_keeps_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent, "READ_LIMIT", 0.0)
+    monkeypatch.setattr(orphan, "READ_LIMIT", 0.0)
     slurm = FakeSlurm()
     give_back(monkeypatch, slurm, failing(HICCUP))
     assert slurm.cancelled == ["7"]
@@ -174,9 +177,9 @@ def test_a_job_that_is_told_to_end_is_not_cancelled(monkeypatch: pytest.MonkeyPa
     async def main() -> None:
         terminated = asyncio.Event()
         terminated.set()
-        await agent.give_back_orphaned(replace(HERE, index=9), terminated, {"SLURM_JOB_ID": "7"})
+        await orphan.give_back_orphaned(replace(HERE, index=9), terminated, {"SLURM_JOB_ID": "7"})
 
-    monkeypatch.setattr(agent, "Slurm", slurm)
+    monkeypatch.setattr(orphan, "Slurm", slurm)
     monkeypatch.setattr(files, "read_json", failing(READY))
     asyncio.run(main())
     assert slurm.cancelled == []
@@ -185,8 +188,8 @@ def test_a_job_that_is_told_to_end_is_not_cancelled(monkeypatch: pytest.MonkeyPa
 # -- the word of a node that cannot go on -------------------------------------------------------------
 
 
-def report(here: Here, made: Agent | None) -> None:
-    asyncio.run(agent._report(here, made, BringUpError("no ports", "Use another node.")))
+def report(here: NodeIdentity, made: Agent | None) -> None:
+    asyncio.run(entry._report(here, made, BringUpError("no ports", "Use another node.")))
 
 
 def test_a_first_node_that_fails_ends_the_life(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +217,7 @@ def test_a_first_node_that_fails_ends_no_other_allocation(
 ) -> None:
     """Slurm may run two of one cluster for a while: only where the one that leads is over, the cluster is."""
     rows = {} if now is None else {"8": type("Row", (), {"state": now})}
-    monkeypatch.setattr(agent, "Slurm", lambda: type("Fake", (), {"jobs": lambda self, ids: rows})())
+    monkeypatch.setattr(entry, "Slurm", lambda: type("Fake", (), {"jobs": lambda self, ids: rows})())
     (tmp_path / records.NODES).mkdir()
     replace(HEAD, life="8:0").write(tmp_path / records.HEAD_FILE)
     report(replace(HERE, directory=tmp_path, index=0), None)
@@ -245,9 +248,9 @@ def test_a_directory_that_is_not_there_is_no_traceback(tmp_path: Path, capsys: p
 
 def test_an_agent_s_constructor_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it needs of its node is found before (`NodeSetup.prepare`), in a thread."""
-    setup = agent.NodeSetup(
-        "token", agent.hosts.TempDir("/nowhere", "/c", None), "10.0.0.2", agent.hosts.Resources(8, 1, 1, ()),
-        agent.hosts.PortLease(agent.hosts.Ports(10240), None),  # type: ignore[arg-type]
+    setup = NodeSetup(
+        "token", hosts.TempDir("/nowhere", "/c", None), "10.0.0.2", hosts.Resources(8, 1, 1, ()),
+        hosts.PortLease(hosts.Ports(10240), None),  # type: ignore[arg-type]
     )  # fmt: skip
     cluster = records.Cluster("c", "slurm", 1, "c1", 0.0, 1, 3, workers_per_node=2)
     made = Agent(HERE, cluster, Config(), setup)

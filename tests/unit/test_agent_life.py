@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import virtual
 
-from raylaunch.cluster.agent import agent
-from raylaunch.cluster.agent.agent import Agent, Here, NodeSetup
+from raylaunch.cluster.agent import agent, cluster_files, entry, ray_keeper, retry
+from raylaunch.cluster.agent.agent import Agent
+from raylaunch.cluster.agent.identity import NodeIdentity
+from raylaunch.cluster.agent.node_setup import NodeSetup
 from raylaunch.cluster.head.context import Replaced
 from raylaunch.cluster.membership.control_channel import Closed
 from raylaunch.config.schema import Config
@@ -24,7 +26,7 @@ from raylaunch.host import hosts
 from raylaunch.state import files, records
 from raylaunch.state.records import Head
 
-HERE = Here(Path("/nowhere"), "c", "n2", 1, ("n1", "n2"), local=False, job="7", life="7:0")
+HERE = NodeIdentity(Path("/nowhere"), "c", "n2", 1, ("n1", "n2"), local=False, job="7", life="7:0")
 HEAD = Head(canary="c", incarnation=1, node="n1", hostname="n1", address="a1", control_port=1, gcs="a1:2",
             dashboard_port=1, time=0.0, life="7:0")  # fmt: skip
 NEWER = replace(HEAD, incarnation=2, node="n3")
@@ -81,7 +83,7 @@ class FakeLink:
         self.closed = True
 
 
-def made(link: FakeLink, here: Here = HERE) -> Any:
+def made(link: FakeLink, here: NodeIdentity = HERE) -> Any:
     setup = NodeSetup(
         "token", hosts.TempDir("/nowhere", "/c", None), "10.0.0.2", hosts.Resources(8, 1, 1, ()),
         hosts.PortLease(hosts.Ports(10240), None),  # type: ignore[arg-type]
@@ -89,7 +91,7 @@ def made(link: FakeLink, here: Here = HERE) -> Any:
     found: Any = Agent(here, records.Cluster("c", "slurm", 1, "c", 0.0, 1, 2, workers_per_node=1), Config(), setup)
     found.link = link
     found.may_join.set()
-    found._fresh_ground = lambda same_ports: None
+    found.keeper._fresh_ground = lambda same_ports: None
     found.temp = type("Temp", (), {"path": Path("/nowhere"), "is_whole": lambda self: True})()
     return found
 
@@ -126,7 +128,7 @@ def test_ray_that_ends_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None
     async def scenario(rays: list[Any]) -> None:
         link = FakeLink()
         rays += [second := Ray()]
-        keeping = asyncio.create_task(made(link)._keep_ray(Ray(lives=10.0), HEAD))
+        keeping = asyncio.create_task(made(link).keeper.keep(Ray(lives=10.0), HEAD))
         await asyncio.sleep(30.0)
         assert states(link) == ["ready", "restarting", "restarting", "ready"]
         assert link.told[1]["error"] == "port in use" and not second.dashboard
@@ -138,9 +140,9 @@ def test_ray_that_ends_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_ray_that_never_starts_is_the_node_s_end(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(rays: list[Any]) -> None:
-        rays += [Ray(starts=False, lives=1.0) for _ in range(agent.RAY_TRIES)]
+        rays += [Ray(starts=False, lives=1.0) for _ in range(ray_keeper.RAY_TRIES)]
         with pytest.raises(BringUpError, match=r"Ray on n2 ended \(exit code 1\): port in use"):
-            await made(FakeLink())._keep_ray(rays.pop(0), HEAD)
+            await made(FakeLink()).keeper.keep(rays.pop(0), HEAD)
         assert not rays
 
     live(monkeypatch, scenario)
@@ -151,7 +153,7 @@ def test_a_head_whose_ray_ends_resigns(monkeypatch: pytest.MonkeyPatch) -> None:
         head = made(FakeLink())
         head.duties = type("Duties", (), {"enough": asyncio.Event()})()
         ray = Ray(lives=100.0)
-        await head._keep_ray(ray, replace(HEAD, node="n2"))
+        await head.keeper.keep(ray, replace(HEAD, node="n2"))
         assert head.again and "the head's Ray ended" in head.reason
         assert ray.dashboard  # without the minimum of nodes, after a while all the same
 
@@ -162,7 +164,7 @@ def test_ray_waits_for_the_head_s_order(monkeypatch: pytest.MonkeyPatch) -> None
     async def scenario(rays: list[Any]) -> None:
         node, ray = made(FakeLink()), Ray()
         node.may_join.clear()
-        keeping = asyncio.create_task(node._keep_ray(ray, HEAD))
+        keeping = asyncio.create_task(node.keeper.keep(ray, HEAD))
         await asyncio.sleep(100.0)
         assert not ray.begun
         node.may_join.set()
@@ -274,7 +276,7 @@ def test_under_a_newer_head_ray_starts_afresh(monkeypatch: pytest.MonkeyPatch) -
 
         async def nothing(*_: Any) -> None: ...
 
-        node._first_head, node._serve, node._keep_ray, node.members.serve = first_head, serve_, keep, nothing
+        node._first_head, node._serve, node.keeper.keep, node.members.serve = first_head, serve_, keep, nothing
         node.temp.claim = lambda: None
         await node.live()
         assert kept == [(first, HEAD, True), (second, NEWER, False)] and states(link) == ["starting"]
@@ -288,7 +290,7 @@ def test_under_a_newer_head_ray_starts_afresh(monkeypatch: pytest.MonkeyPatch) -
 
 
 def storage_error(number: int, kind: type[RaylaunchError] = StateError) -> RaylaunchError:
-    """As `state` and `configfile` tell of it."""
+    """As `files` and `loader` tell of it."""
     error = kind("cannot read that")
     error.__cause__ = OSError(number, "from the storage")
     return error
@@ -362,7 +364,7 @@ def test_a_claim_that_was_made_though_it_failed_is_ours(monkeypatch: pytest.Monk
 def test_another_s_claim_is_not(first: Any) -> None:
     directory = first.here.directory
     assert records.claim(directory, 2, "n1", "7:2") and records.claim(directory, 3, "n9", "7:1")
-    assert [agent._claim(first.here, number) for number in (1, 2, 3, 4)] == [False, False, False, True]
+    assert [cluster_files.claim(first.here, number) for number in (1, 2, 3, 4)] == [False, False, False, True]
 
 
 def test_a_first_head_that_is_fenced_is_told_at_once(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:
@@ -397,16 +399,16 @@ def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
         raise error
 
     first.live, first.until_gpus_fail, first.close = replaced, asyncio.Event().wait, nothing
-    for name in ("check_canary", "_patiently"):
-        monkeypatch.setattr(agent, name, nothing)
+    for name in ("check_canary", "retry_storage"):
+        monkeypatch.setattr(entry, name, nothing)
     for name in ("_log_to", "_handle_signals"):
-        monkeypatch.setattr(agent, name, lambda _: None)
-    monkeypatch.setattr(agent.thread_deaths, "record", lambda *_, **__: None)
+        monkeypatch.setattr(entry, name, lambda _: None)
+    monkeypatch.setattr(entry.thread_deaths, "record", lambda *_, **__: None)
     monkeypatch.setattr(NodeSetup, "prepare", lambda *_: None)
-    monkeypatch.setattr(agent, "Agent", lambda *_: first)
-    monkeypatch.setattr(agent, "_report", None)  # what tells a failure
+    monkeypatch.setattr(entry, "Agent", lambda *_: first)
+    monkeypatch.setattr(entry, "_report", None)  # what tells a failure
     with contextlib.ExitStack() as at_end:
-        assert asyncio.run(agent.supervise(first.here, at_end)) == agent.AGAIN
+        assert asyncio.run(entry.supervise(first.here, at_end)) == agent.AGAIN
     (told,) = files.read_events(first.here.directory, "could_not_lead")
     assert told["node"] == "n1" and told["error"].startswith(type(error).__name__)
 
@@ -414,11 +416,11 @@ def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
 def test_a_look_for_the_head_that_fails_saw_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     HEAD.write(tmp_path / records.HEAD_FILE)
     hiccup(monkeypatch, Head, "read", storage_error(errno.ESTALE), OSError(errno.EIO, "input/output error"))
-    assert virtual.run(monkeypatch, lambda: agent.wait_for_head(replace(HERE, directory=tmp_path))) == HEAD
+    assert virtual.run(monkeypatch, lambda: cluster_files.wait_for_head(replace(HERE, directory=tmp_path))) == HEAD
 
 
 @pytest.mark.parametrize(
-    ("number", "limit"), [(errno.EIO, agent.HEAD_PATIENCE), (errno.EACCES, 0.0), (errno.ENOTDIR, 0.0)]
+    ("number", "limit"), [(errno.EIO, cluster_files.HEAD_PATIENCE), (errno.EACCES, 0.0), (errno.ENOTDIR, 0.0)]
 )
 def test_when_looking_for_the_head_fails_for_good(monkeypatch: pytest.MonkeyPatch, number: int, limit: float) -> None:
     """A wrong setup is told at once."""
@@ -426,7 +428,7 @@ def test_when_looking_for_the_head_fails_for_good(monkeypatch: pytest.MonkeyPatc
     async def main() -> float:
         began = time.monotonic()
         with pytest.raises(StateError, match="cannot read"):
-            await agent.wait_for_head(HERE)
+            await cluster_files.wait_for_head(HERE)
         return time.monotonic() - began
 
     hiccup(monkeypatch, Head, "read", *[storage_error(number)] * 10000)
@@ -446,7 +448,7 @@ def test_when_looking_for_the_head_fails_for_good(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch, error: Exception, tries: int) -> None:
-    monkeypatch.setattr(agent, "READ_LIMIT", 3 * agent.AGAIN_PAUSE)
+    monkeypatch.setattr(retry, "READ_LIMIT", 3 * retry.AGAIN_PAUSE)
     made_tries: list[int] = []
 
     async def work() -> None:
@@ -454,5 +456,5 @@ def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch, error: Ex
         raise error
 
     with pytest.raises(type(error)):
-        virtual.run(monkeypatch, lambda: agent._patiently(work))
+        virtual.run(monkeypatch, lambda: retry.retry_storage(work))
     assert len(made_tries) == tries

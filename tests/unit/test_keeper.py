@@ -15,13 +15,13 @@ from raylaunch.cluster.agent.supervisor import LONG_LIFE, MAX_PAUSE, MAX_TRIES, 
 
 KEEP = """
 import os, signal, sys
-from raylaunch.cluster.agent import agent, supervisor
+from raylaunch.cluster.agent import entry, supervisor
 
 def told():
     for pid in {pids}:
         os.kill(pid, signal.SIGTERM)
 
-agent.main = lambda: signal.pause() or 0
+entry.main = lambda: signal.pause() or 0
 os.register_at_fork({when}=told)
 sys.exit(supervisor.Keeper().keep())
 """

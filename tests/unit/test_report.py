@@ -27,8 +27,7 @@ from raylaunch.cli import cli
 from raylaunch.config.schema import CostConfig
 from raylaunch.errors import SlurmUnavailable, UsageError
 from raylaunch.observe.history import goodput
-from raylaunch.observe.report import as_json, cost, curves, formatting, markdown, page, settings, svg
-from raylaunch.observe.report import paragraph as paper
+from raylaunch.observe.report import as_json, cost, curves, formatting, markdown, page, paragraph, settings, svg
 from raylaunch.observe.report.axis import WIDTH, Axis
 from raylaunch.observe.report.gather import Facts, gather
 from raylaunch.observe.report.summary import cost_rows
@@ -126,7 +125,7 @@ def test_the_mean_rate_is_what_was_done_over_the_time_it_took(made: Path, facts:
 def test_the_median_of_two_recoveries_lies_between_them(facts: Facts) -> None:
     two = [dataclasses.replace(facts.survived[0], total=total) for total in (30.0, 40.0)]
     told = dataclasses.replace(facts, book=dataclasses.replace(facts.book, recoveries=two))
-    assert "each within 40 s (median 35 s)" in paper.appendix(told)
+    assert "each within 40 s (median 35 s)" in paragraph.appendix(told)
 
 
 def test_a_long_run_is_thinned_and_keeps_its_extremes(
@@ -227,7 +226,7 @@ def test_markdown_and_the_appendix(facts: Facts) -> None:
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     for table in tables:
         assert len({row.count("|") - row.count("\\|") for row in table.splitlines()}) == 1
-    paragraph = text.split("## For an appendix")[1]
+    appendix = text.split("## For an appendix")[1]
     for word in (
         "4 nodes",
         "2 H100 GPUs",
@@ -238,7 +237,7 @@ def test_markdown_and_the_appendix(facts: Facts) -> None:
         "Goodput was",
         "8.03 billion",
     ):
-        assert word in paragraph, word
+        assert word in appendix, word
 
 
 def test_nearly_nothing_is_known(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One Ray node under an agent: its command line, its environment, its start, its own words on failure.
 
 The arguments leave nothing to Ray's guessing: address, every port, CPUs, memory, object store, GPUs,
-temp directory. The process comes from `raystart`, made early so that its imports overlap with
+temp directory. The process comes from `ray_start`, made early so that its imports overlap with
 waiting. Ending it is `processes.end_tree`, never `ray stop`.
 """
 
@@ -153,7 +153,7 @@ class RayProcess:
             await self._process.stdin.drain()
 
     def start_dashboard(self) -> None:
-        """Let the head start what it put off (see `raystart.lighten`)."""
+        """Let the head start what it put off (see `ray_start.lighten`)."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"dashboard\n")
 

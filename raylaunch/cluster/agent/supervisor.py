@@ -14,7 +14,8 @@ import sys
 import time
 from types import FrameType
 
-from raylaunch.cluster.agent import agent
+from raylaunch.cluster.agent import entry
+from raylaunch.cluster.agent.agent import AGAIN
 from raylaunch.host import processes
 
 LONG_LIFE = 300.0
@@ -41,13 +42,13 @@ class Keeper:
             began = time.monotonic()
             status = self._one_life()
             left = processes.end_tree(os.getpid(), keep_root=True)
-            if self._told_to_end or (status >= 0 and status != agent.AGAIN) or left:
+            if self._told_to_end or (status >= 0 and status != AGAIN) or left:
                 return status if status >= 0 else 128 - status
             tries = 1 if time.monotonic() - began > LONG_LIFE else tries + 1
             if tries > MAX_TRIES:
                 print(f"raylaunch: the agent ended {tries} times in a row ({status})", flush=True)
                 return 1
-            pause = 0.0 if status == agent.AGAIN and tries == 1 else min(MAX_PAUSE, 0.25 * 2 ** (tries - 1))
+            pause = 0.0 if status == AGAIN and tries == 1 else min(MAX_PAUSE, 0.25 * 2 ** (tries - 1))
             print(f"raylaunch: the agent ended ({status}); another one starts in {pause:g} s", flush=True)
             until = time.monotonic() + pause
             while time.monotonic() < until and not self._told_to_end:
@@ -67,7 +68,7 @@ class Keeper:
             code = 1
             try:
                 processes.die_with_parent()
-                code = agent.main()
+                code = entry.main()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -1,6 +1,6 @@
 """The head's duties, beside its own node's: the parts, from their begin to their end.
 
-The head's agent publishes where it is (head.json), admits the other agents (`link`), writes what it
+The head's agent publishes where it is (head.json), admits the other agents (`control_channel`), writes what it
 knows of them (members.json) and what its successor must know (duties.json), takes requests from the
 cluster directory, and runs one driver at a time, run after run. All file work is done off the event
 loop: shared storage that stalls must not look like a dead head. A head that finds a newer incarnation

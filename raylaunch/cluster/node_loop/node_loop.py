@@ -1,6 +1,6 @@
 """The node loop: gathers the facts about nodes and jobs, asks the policy, and deals with Slurm.
 
-    the head's table, one squeue for all jobs, one sinfo for all nodes → Facts → nodepolicy.decide
+    the head's table, one squeue for all jobs, one sinfo for all nodes → Facts → policy.decide
       → joiners submitted, amended or cancelled here; drains and releases handed to the caller
 
 The head turns it every few seconds. Where compute nodes may not submit jobs, it says so once, and
@@ -356,7 +356,7 @@ class NodeLoop:
             files.write_json(self._directory / submitter.FILE, {"canary": cluster.canary, "refused": text})
 
     def cannot_submit(self, cluster: Cluster, why: str) -> list[dict[str, Any]]:
-        """Found out before the first joiner is needed (`submits.may_submit`): the events to write."""
+        """Found out before the first joiner is needed (`submitter.may_submit`): the events to write."""
         turn = Turn()
         self._refuse(cluster, turn, SlurmError(why))
         return turn.events

@@ -1,6 +1,6 @@
 """The node policy: facts in, decisions out. Pure: no clock, no files, no Slurm.
 
-The node loop (`nodeloop`) gathers the facts, executes the decisions and writes them down, each with
+The node loop (`node_loop`) gathers the facts, executes the decisions and writes them down, each with
 its reason and the setting behind it. A node that Slurm or its strikes take away counts as missing at
 once, but leaves only while the minimum stands without it: its replacement comes first where needed.
 Nothing is decided here about training; that a run moves onto or off a node is the driver's business.

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.errors import RaylaunchError
-from raylaunch.observe.history import node_hours as usage
-from raylaunch.observe.history import safe_read
+from raylaunch.observe.history import node_hours, safe_read
 from raylaunch.observe.history.node_hours import Hold, Interval
 from raylaunch.observe.history.timeline import FINAL, Attempt, Row, is_number, read, settled
 from raylaunch.scheduler import backends
@@ -115,7 +114,7 @@ class _Cluster:
     trouble: str = ""
     alive: bool | None = None
     """None: Slurm does not answer."""
-    lives: list[usage.Life] = field(default_factory=list)
+    lives: list[node_hours.Life] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
 
 
@@ -131,7 +130,7 @@ def gather(state_dir: Path, now: float, since: float = 0.0) -> Accounts:
         if own is not None and active:
             own.signs = max(own.signs, min(now, active[-1][1]))
     for one in clusters.values():
-        one.lives, one.holds = usage.lives(one.events, now if one.alive else one.signs)
+        one.lives, one.holds = node_hours.lives(one.events, now if one.alive else one.signs)
     for row, active, attempts in rows:
         _add_hours(row, active, attempts, clusters.get(row.cluster))
     lives = [life for one in clusters.values() for life in _lives(one, now)]
@@ -175,7 +174,7 @@ def _run(path: Path, clusters: dict[str, _Cluster], now: float) -> tuple[RunRow,
     if goes_on and not lives:
         row.state = "interrupted"
     until = now if lives else min(now, max(signs, default=now))
-    active = usage.active(events, until)
+    active = node_hours.active(events, until)
     row.began = active[0][0] if active else row.began
     row.ended = None if lives else active[-1][1] if active else until if record is not None else None
     row.took = sum(end - start for start, end in active)
@@ -188,10 +187,10 @@ def _run(path: Path, clusters: dict[str, _Cluster], now: float) -> tuple[RunRow,
 
 def _add_hours(row: RunRow, active: list[Interval], attempts: Sequence[Attempt], own: _Cluster | None) -> None:
     """As the report counts them; by the attempts alone where the cluster's events are gone."""
-    seconds = usage.node_seconds(own.holds, active) if own is not None else {}
+    seconds = node_hours.node_seconds(own.holds, active) if own is not None else {}
     gpus = own.gpus if own is not None else {}
     if not seconds and active:
-        for one, (start, end) in usage.spans(attempts, active[-1][1]):
+        for one, (start, end) in node_hours.spans(attempts, active[-1][1]):
             for node in one.nodes:
                 seconds[node] = seconds.get(node, 0.0) + end - start
     if seconds:
@@ -270,7 +269,7 @@ def _lives(one: _Cluster, now: float) -> list[LifeRow]:
         else:
             said = "lost"
         until = end if end is not None else min(after, max(life.last, one.signs if is_last else 0.0))
-        seconds = usage.node_seconds(one.holds, [(life.began, until)])
+        seconds = node_hours.node_seconds(one.holds, [(life.began, until)])
         rows.append(
             LifeRow(
                 one.name, said, life.reason or (one.trouble if is_last else ""), list(dict.fromkeys(life.jobs)), one.account,

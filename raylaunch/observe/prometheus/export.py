@@ -15,8 +15,7 @@ from raylaunch.cluster import up
 from raylaunch.errors import RaylaunchError
 from raylaunch.host.hosts import Ports
 from raylaunch.observe.prometheus import exporter
-from raylaunch.state import files as state
-from raylaunch.state import records
+from raylaunch.state import files, records
 from raylaunch.state.records import Cluster
 
 TARGETS, RAY_TARGETS, SCRAPE, DASHBOARD, RAY_DASHBOARD = (
@@ -32,9 +31,9 @@ def targets(state_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     """Prometheus's file_sd of the clusters that are up: our own servers, and Ray's exporters on every node."""
     own, rays = [], []
     for name in up.names(state_dir):
-        directory = state.cluster_dir(state_dir, name)
+        directory = files.cluster_dir(state_dir, name)
         try:
-            record, served = Cluster.read(directory), state.read_json(directory / exporter.ADDRESS_FILE)
+            record, served = Cluster.read(directory), files.read_json(directory / exporter.ADDRESS_FILE)
             if record is None or served is None or (directory / records.ENDED_FILE).exists():
                 continue
             labels = {"cluster": record.name}
@@ -50,9 +49,9 @@ def targets(state_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 def write(state_dir: Path, out: Path) -> list[str]:
     """All five files; their names. One that Ray cannot make is left out."""
     own, rays = targets(state_dir)
-    state.make_dir(out, 0o755)
+    files.make_dir(out, 0o755)
     exporter.token(state_dir)
-    files = {
+    texts = {
         TARGETS: json.dumps(own, indent=1),
         RAY_TARGETS: json.dumps(rays, indent=1),
         SCRAPE: yaml.safe_dump(_scrape(state_dir, out), sort_keys=False),
@@ -60,16 +59,16 @@ def write(state_dir: Path, out: Path) -> list[str]:
     }
     rays_own = _rays_dashboard()
     if rays_own:
-        files[RAY_DASHBOARD] = rays_own
-    for name, text in files.items():
-        state.write_text(out / name, text, 0o644)
-    return list(files)
+        texts[RAY_DASHBOARD] = rays_own
+    for name, text in texts.items():
+        files.write_text(out / name, text, 0o644)
+    return list(texts)
 
 
 def write_targets(state_dir: Path, out: Path) -> None:
     """The two files that change as clusters come and go; Prometheus sees that by itself."""
     for name, value in zip((TARGETS, RAY_TARGETS), targets(state_dir), strict=True):
-        state.write_text(out / name, json.dumps(value, indent=1), 0o644)
+        files.write_text(out / name, json.dumps(value, indent=1), 0o644)
 
 
 def _scrape(state_dir: Path, out: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""`raylaunch report`: facts of a run (`facts`, `curves`, `cost`, `settings`) → a page (`page`, `timeline`), Markdown, JSON (`data`)."""
+"""`raylaunch report`: facts of a run (`gather`, `curves`, `cost`, `settings`) → a page (`page`, `timeline`), Markdown, JSON (`as_json`)."""

@@ -1,6 +1,6 @@
 """What a run cost: node-hours, GPU-hours, money, energy; and how well its jobs used what they held.
 
-    the cluster's events → holds → node-hours, GPU-hours held (`usage`)   attempts → GPU-hours at work
+    the cluster's events → holds → node-hours, GPU-hours held (`node_hours`)   attempts → GPU-hours at work
     prices * what was held → money                                       sacct, once → energy, efficiency
 
 Money counts what was held, as a site's bill does. Accounting is by job: where a cluster served several runs, energy

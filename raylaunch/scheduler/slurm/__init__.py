@@ -1,1 +1,1 @@
-"""Slurm: `script` renders what is submitted, `client` calls Slurm's commands, `parse` reads their answers."""
+"""Slurm: `batch_script` renders what is submitted, `client` calls Slurm's commands, `parse` reads their answers."""

@@ -3,7 +3,7 @@
     aim: a planned fault → what it hits now → strike: do it → a Broken, that `mend` undoes, or None
 
 What is hit is chosen among what there is by the plan's number alone. Processes are signalled through
-`reach`, which touches nothing that is not the cluster's; the rest is the sandbox's own business.
+`remote`, which touches nothing that is not the cluster's; the rest is the sandbox's own business.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Before it starts: the state of the cluster and of its nodes (`raylaunch doctor`), and what `up` looks at on each node.
+"""Before it starts: the state of the cluster and of its nodes (`raylaunch doctor`).
 
-    login node   login  → Slurm, the state directory, this machine         ─┐
-    nodes        collect submits node on each: facts, peers, GPUs, pairs    ├→ findings → people, or JSON
-                 node ── measure (torch: the GPU, all-reduce of pairs)     ─┘
+    login node   login_check → Slurm, the state directory, this machine           ─┐
+    nodes        run_checks submits node_check: facts, clock, GPUs, pairs of nodes  ├→ findings → people, or JSON
+                 node_check ── benchmarks (torch: the GPU, all-reduce of pairs)    ─┘
 
-What is looked at (`facts`, `storage`, `gpus`, `measure`) is apart from what it means (`machine`, `site`, `fleet`, `pairs`),
-which is pure. The findings name what is wrong and the next step; nothing here repairs anything.
+What is looked at (`machine_facts`, `storage`, `gpus`, `benchmarks`) is apart from what it means (`machine_checks`,
+`slurm_checks`, `compare_nodes`, `pairwise`), which is pure. The findings name what is wrong and the next step; nothing here repairs anything.
 """

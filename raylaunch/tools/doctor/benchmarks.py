@@ -1,9 +1,9 @@
 """What a node's check needs torch for: a GPU's own check, and all-reduce with one other node after the other.
 
-    python -m raylaunch.tools.doctor.benchmarks    a process per GPU (or one per node), under `node`
+    python -m raylaunch.tools.doctor.benchmarks    a process per GPU (or one per node), under `node_check`
 
 It prints JSON lines: what its GPU did, then `ready`; reads its orders as one line; prints a line a pair. A process of
-its own, since a sick GPU or a blocked network hangs whoever uses it: `node` ends it and has what came until then.
+its own, since a sick GPU or a blocked network hangs whoever uses it: `node_check` ends it and has what came until then.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The GPUs of this machine as nvidia-smi tells of them, in one bounded question; its XML has the same shape since the
-drivers of 2015, and what is new in it is passed over. Nothing here touches a GPU itself (`measure` does)."""
+drivers of 2015, and what is new in it is passed over. Nothing here touches a GPU itself (`benchmarks` does)."""
 
 from __future__ import annotations
 

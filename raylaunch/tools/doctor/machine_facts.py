@@ -1,6 +1,6 @@
 """What there is on one machine, login node or compute node: temp directory, shared memory, limits, ports, network,
 clock, containers, versions. Reads /sys and /proc and asks no command but the container runtimes' existence; nothing
-is judged here (`machine` does), and neither torch nor Ray is imported."""
+is judged here (`machine_checks` does), and neither torch nor Ray is imported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The check of one node: `python -m raylaunch.tools.doctor.node_check`, a task of the job that `raylaunch doctor --nodes` submits,
 or a local process. It says hello, reaches its peers, checks its GPUs, and is measured with one partner after the other
-(see `exchange`). What needs torch runs in processes of its own (`measure`), which are ended when they hang.
+(see `mailbox`). What needs torch runs in processes of its own (`benchmarks`), which are ended when they hang.
 """
 
 from __future__ import annotations

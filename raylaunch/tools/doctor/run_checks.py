@@ -1,5 +1,5 @@
 """The node checks from the command line's side: a temporary directory in the state directory, nodes, their answers in
-three stages (see `exchange`), what they mean, and the end: however it comes, the nodes are given back and the directory
+three stages (see `mailbox`), what they mean, and the end: however it comes, the nodes are given back and the directory
 is removed. Every wait is bounded.
 """
 

@@ -1,6 +1,6 @@
 """What a block keeps of a micro-batch for its backward pass, and what that pass needs on top, in bytes.
 
-It follows `trainers.model`, `experts` and `recompute` operation by operation: what autograd saves, once each. CPU and GPU
+It follows `trainers.decoder`, `expert_parallel` and `activation_checkpointing` operation by operation: what autograd saves, once each. CPU and GPU
 differ in the norms: a GPU's keeps its input and a number a token, while a CPU's keeps what it made in between, in
 float32. Experts are taken to be loaded evenly.
 """

@@ -1,0 +1,64 @@
+"""What an agent finds on its node, and takes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+from raylaunch.cluster.agent import self_check
+from raylaunch.cluster.agent.identity import NodeIdentity
+from raylaunch.config.schema import Config
+from raylaunch.errors import BringUpError, RaylaunchError
+from raylaunch.host import hosts
+from raylaunch.scheduler.slurm import batch_script
+from raylaunch.state import files, records
+from raylaunch.state.records import Cluster
+
+
+def ports_before(here: NodeIdentity) -> hosts.Ports | None:
+    """The block of the agent that was here before, as the head has it (see `hosts.lease_ports` for why not again)."""
+    with contextlib.suppress(RaylaunchError, OSError):
+        table = files.read_json(here.directory / records.MEMBERS_FILE) or {"nodes": []}
+        for row in table["nodes"]:
+            if row["name"] == here.node and row.get("ports"):
+                return hosts.Ports(int(row["ports"][0]))
+    return None
+
+
+@dataclass(frozen=True)
+class NodeSetup:
+    """What an agent finds on its node, and takes of it, before anything else."""
+
+    token: str
+    temp: hosts.TempDir
+    address: str
+    resources: hosts.Resources
+    lease: hosts.PortLease
+
+    @classmethod
+    def prepare(cls, here: NodeIdentity, token: str, cluster: Cluster, config: Config) -> NodeSetup:
+        """Blocking: it reads shared storage, resolves host names, asks nvidia-smi."""
+        self_check.ground(here.node)
+        # A joiner may be on the node of the base job, or of another joiner: each has a directory of its own.
+        suffix = str(here.index + 1) if here.local else here.job if here.joiner else None
+        temp = hosts.TempDir(config.cluster.temp_dir, str(here.directory), suffix)
+        peer = next((n for n in here.peers if n != here.node), None)
+        address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
+        resources = node_resources(here, cluster, config)
+        return cls(token, temp, address, resources, hosts.lease_ports(ports_before(here)))
+
+
+def node_resources(here: NodeIdentity, cluster: Cluster, config: Config) -> hosts.Resources:
+    """What Ray gets here; BringUpError when GPUs are missing."""
+    # Without an own GPU request, what nvidia-smi lists on a shared node is other people's.
+    asked = here.local or config.slurm.exclusive or batch_script.gpus_per_node(config.slurm) > 0
+    share = len(here.peers) if here.local else 1
+    found = hosts.resources(os.environ, share, config.cluster.object_store_memory, look_for_gpus=asked)
+    gpus, workers = len(found.gpus), cluster.workers_per_node
+    if gpus < workers and (gpus or (asked and not here.local and not config.slurm.exclusive)):
+        raise BringUpError(
+            f"{gpus} GPUs on {here.node} for {workers} workers",
+            "Check the node's GPUs (nvidia-smi), slurm.gpus_per_node and slurm.ntasks_per_node.",
+        )
+    return found

@@ -1,0 +1,74 @@
+"""What was called otherwise still works: in users' code, in configs, and for processes that outlive an upgrade."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import raylaunch
+from raylaunch.config import former_names
+from raylaunch.config.schema import TrainerConfig
+from raylaunch.config.user_code import _full_name
+
+LIGHT = [name for name in former_names.NAMES if ".trainers." not in name and not name.endswith((".loop", ".raystart"))]
+"""Without those that import torch or Ray."""
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_former_name_is_the_module_itself(name: str) -> None:
+    now = importlib.import_module(former_names.NAMES[name])
+    assert importlib.import_module(name) is now
+    assert now.__name__ == now.__spec__.name == former_names.NAMES[name]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", sorted(former_names.NAMES))
+def test_each_leads_to_a_module(name: str) -> None:
+    assert importlib.util.find_spec(former_names.NAMES[name]) is not None
+
+
+def test_a_process_can_be_started_by_a_former_name() -> None:
+    command = [sys.executable, "-P", "-m"]
+    said = [
+        subprocess.run([*command, name], capture_output=True, text=True, check=False).stderr.splitlines()[-1]
+        for name in ("raylaunch.metrics.serve", "raylaunch.observe.prometheus.exporter")
+    ]
+    assert said == ["IndexError: list index out of range"] * 2
+
+
+def test_a_config_may_use_a_former_name_of_a_trainer() -> None:
+    assert TrainerConfig(function="trainers.hf:train").entry == "trainers.hf:train"
+    assert _full_name("trainers.hf") == "raylaunch.trainers.safetensors_io"
+    assert _full_name("trainers.nobodys") == "trainers.nobodys"
+
+
+def test_the_schema_is_where_it_was() -> None:
+    from raylaunch import config
+    from raylaunch.config.schema import Config
+
+    assert config.Config is Config
+    with pytest.raises(AttributeError):
+        _ = config.nothing
+
+
+def test_what_is_public_is_there() -> None:
+    """Loop and Batch bring torch: by their source alone."""
+    for name in raylaunch.__all__:
+        home = f"raylaunch.{raylaunch._HOMES.get(name, 'errors')}"
+        spec = importlib.util.find_spec(home)
+        assert spec is not None and spec.origin is not None
+        assert f"\nclass {name}" in Path(spec.origin).read_text(), name
+    assert raylaunch.UsageError.__name__ == "UsageError" and set(raylaunch.__all__) <= set(dir(raylaunch))
+    with pytest.raises(AttributeError):
+        _ = raylaunch.nothing
+
+
+def test_every_error_is_public() -> None:
+    from raylaunch import errors
+
+    ours = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+    assert ours <= set(raylaunch.__all__)
