@@ -54,97 +54,117 @@ __all__ = ["check", "export", "train"]
 def train(config: Config, session: Session) -> None:
     """One attempt: from the newest commit to max_steps, or to the step at which a stop is asked for."""
     with memory_snapshot.on_out_of_memory(session, wanted=config.logging.memory_snapshots):
-        _train(config, session)
+        Training(config, session).run()
 
 
-def _train(config: Config, session: Session) -> None:
-    session.progress(0, "load")
-    steps = config.step_scheduler
-    started = time.monotonic()
-    device = set_up_device(session)
-    group = saver.make_group(config.distributed.comm_timeout)
-    data = open_data(config, session)
-    place = parallel.Place.of(config, session.rank, session.world_size)
-    loader = make_loader(config, session, data, place, pin=device.type == "cuda")
-    data_ready = time.monotonic()
+class Training:
+    """One attempt: the model, its data, and what is known of the steps."""
 
-    with torch.device("meta"):
-        model = models.make(config, place.stage)
-    refuse_masks(model, masked=data.masked)
-    if config.distributed.float8:
-        float8.convert(model, device)
-    layout = parallel.make_layout(model, config, device, session)
-    compiled = Compiled(session, device, layout.inside_blocks, wanted=config.distributed.compile)
-    compiled.load()
-    parallel.shard(model, layout, compile_blocks=config.distributed.compile)
-    parallel.materialize(model, layout, config.data.seq_len)
-    replicas = [parallel.replicas(p) for p in trained(model) if isinstance(p, DTensor)]
-    counts = place.has_losses
-    pipeline = make_pipeline(model, layout, config) if place.stage[1] > 1 else None
-    optimizer = make_optimizer(model, config.optimizer)
-    average = Average(model, config.optimizer.ema)
-    model_ready = time.monotonic()
-    seconds = {"data": round(data_ready - started, 3), "model": round(model_ready - data_ready, 3)}
-    session.event("built", parameters=sum(p.numel() for p in model.parameters()), seconds=seconds)
-
-    saves = saver.Saver(
-        session, group, keep=runs.keep(config), background=config.checkpoint.background,
-        timeout=config.distributed.comm_timeout,
-    )  # fmt: skip
-    tensors, facts = state_tensors(model, optimizer) | average.tensors, data.facts
-
-    def restore() -> int:
-        """The state of the newest commit, or that of the beginning; the number of steps done in it."""
+    def __init__(self, config: Config, session: Session) -> None:
+        self.config, self.session = config, session
         session.progress(0, "load")
-        done = resume(session, group, lambda: tensors, facts)
+        started = time.monotonic()
+        self.device = device = set_up_device(session)
+        self.group = saver.make_group(config.distributed.comm_timeout)
+        self.data = open_data(config, session)
+        self.place = place = parallel.Place.of(config, session.rank, session.world_size)
+        self.loader = make_loader(config, session, self.data, place, pin=device.type == "cuda")
+        data_ready = time.monotonic()
+
+        with torch.device("meta"):
+            self.model = model = models.make(config, place.stage)
+        refuse_masks(model, masked=self.data.masked)
+        if config.distributed.float8:
+            float8.convert(model, device)
+        self.layout = layout = parallel.make_layout(model, config, device, session)
+        self.compiled = Compiled(session, device, layout.inside_blocks, wanted=config.distributed.compile)
+        self.compiled.load()
+        parallel.shard(model, layout, compile_blocks=config.distributed.compile)
+        parallel.materialize(model, layout, config.data.seq_len)
+        self.replicas = [parallel.replicas(p) for p in trained(model) if isinstance(p, DTensor)]
+        self.pipeline = make_pipeline(model, layout, config) if place.stage[1] > 1 else None
+        self.optimizer = make_optimizer(model, config.optimizer)
+        self.average = Average(model, config.optimizer.ema)
+        model_ready = time.monotonic()
+        seconds = {"data": round(data_ready - started, 3), "model": round(model_ready - data_ready, 3)}
+        session.event("built", parameters=sum(p.numel() for p in model.parameters()), seconds=seconds)
+
+        self.saves = saver.Saver(
+            session, self.group, keep=runs.keep(config), background=config.checkpoint.background,
+            timeout=config.distributed.comm_timeout,
+        )  # fmt: skip
+        self.tensors = state_tensors(model, self.optimizer) | self.average.tensors
+        fill(model, False, device, config.data.seed)
+        self.tokens_per_step = session.global_batch_size * config.data.seq_len
+        self.guard = Guard(config.optimizer.on_nonfinite, session)
+        self.profile = Profile(config.logging.profile_steps, session)
+
+    def run(self) -> None:
+        """Step by step, to max_steps or to the step at which a stop is asked for."""
+        session, max_steps = self.session, self.config.step_scheduler.max_steps
+        step = self.restore()
+        self.meter = Meter(
+            self.config, session, self.guard, done=step, tokens_per_step=self.tokens_per_step, device=self.device
+        )
+        left = False
+        while step < max_steps and not left:
+            session.progress(step, "step")
+            self.profile.begin(step + 1)
+            action = self.train_step(step) if step + 1 not in self.guard.left_out else Action.SKIP
+            if action is Action.ROLLBACK:
+                self.saves.wait()  # what is under way may become the last commit
+                step = self.restore()
+                self.meter.rewind(step)
+                continue
+            step += 1
+            self.profile.end(step)
+            self.compiled.keep()
+            left = self.validate_and_save(step)
+        self.saves.close()
+        self.loader.close()
+        session.finish("finished" if step >= max_steps else "stopped", step)
+
+    def restore(self) -> int:
+        """The state of the newest commit, or that of the beginning; the number of steps done in it."""
+        self.session.progress(0, "load")
+        done = resume(self.session, self.group, lambda: self.tensors, self.data.facts)
         if done == 0:
-            fill(model, True, device, config.data.seed)
-            reset_states(optimizer)
-            average.begin()
+            fill(self.model, True, self.device, self.config.data.seed)
+            reset_states(self.optimizer)
+            self.average.begin()
         return done
 
-    fill(model, False, device, config.data.seed)
-    step = restore()
-    tokens_per_step = session.global_batch_size * config.data.seq_len
-    guard = Guard(config.optimizer.on_nonfinite, session)
-    meter = Meter(config, session, guard, done=step, tokens_per_step=tokens_per_step, device=device)
-    profile = Profile(config.logging.profile_steps, session)
-    left = False
-    while step < steps.max_steps and not left:
-        session.progress(step, "step")
-        profile.begin(step + 1)
-        action = Action.SKIP
-        if step + 1 not in guard.left_out:
-            lr = learning_rate(step, config.optimizer.lr, steps)
-            set_learning_rate(optimizer, lr)
-            seed_step(config.data.seed, step, session.rank, device)
-            wish = session.stop_requested() if session.rank == 0 else 0
-            stats = StepStats(device, tokens_per_step, counts=counts, stop=wish, save_failed=saves.failed())
-            batches = loader.training(step)
-            meter.data_waited = loader.waited
-            session.progress(step, "sync")  # from here on every rank waits for every other
-            forward_backward(model, layout, pipeline, batches, tokens_per_step, stats)
-            gradients = local_gradients(model)
-            stats.exchange(gradients, replicas)
-            if config.optimizer.max_grad_norm is not None or not data.counts_all:
-                rescale(gradients, stats, config.optimizer.max_grad_norm)
-            del gradients  # or they would lie there, beside those of the next step
-            action = meter.push(step + 1, lr, stats)
-            if action is Action.APPLY:
-                optimizer.step()
-                average.update()
-            optimizer.zero_grad()
-            if meter.save_failed:
-                saves.give_up()
-        if action is Action.ROLLBACK:
-            saves.wait()  # what is under way may become the last commit
-            step = restore()
-            meter.rewind(step)
-            continue
-        step += 1
-        profile.end(step)
-        compiled.keep()
+    def train_step(self, step: int) -> Action:
+        """One step of the optimizer, unless its loss or gradients forbid it."""
+        config, session, device, meter = self.config, self.session, self.device, self.meter
+        lr = learning_rate(step, config.optimizer.lr, config.step_scheduler)
+        set_learning_rate(self.optimizer, lr)
+        seed_step(config.data.seed, step, session.rank, device)
+        wish = session.stop_requested() if session.rank == 0 else 0
+        stats = StepStats(
+            device, self.tokens_per_step, counts=self.place.has_losses, stop=wish, save_failed=self.saves.failed()
+        )
+        batches = self.loader.training(step)
+        meter.data_waited = self.loader.waited
+        session.progress(step, "sync")  # from here on every rank waits for every other
+        forward_backward(self.model, self.layout, self.pipeline, batches, self.tokens_per_step, stats)
+        gradients = local_gradients(self.model)
+        stats.exchange(gradients, self.replicas)
+        if config.optimizer.max_grad_norm is not None or not self.data.counts_all:
+            rescale(gradients, stats, config.optimizer.max_grad_norm)
+        del gradients  # or they would lie there, beside what the optimizer makes
+        action = meter.push(step + 1, lr, stats)
+        if action is Action.APPLY:
+            self.optimizer.step()
+            self.average.update()
+        self.optimizer.zero_grad()
+        if meter.save_failed:
+            self.saves.give_up()
+        return action
 
+    def validate_and_save(self, step: int) -> bool:
+        """What is due after this many steps; whether this attempt ends here."""
+        steps, meter = self.config.step_scheduler, self.meter
         ends = step == steps.max_steps
         save = ends or meter.stop == NOW or step % steps.ckpt_every_steps == 0
         if save:
@@ -153,25 +173,29 @@ def _train(config: Config, session: Session) -> None:
         found: dict[str, float] = {}
         with meter.paused():
             if steps.val_every_steps and (ends or step % steps.val_every_steps == 0):
-                session.progress(step, "validate")
-                held_out = loader.validation(steps.val_batches)
-                judged = functools.partial(validate, model, pipeline, held_out, device, counts=counts)
-                found = judged("val_loss")
-                if config.optimizer.ema is not None:
-                    with average.in_place():
-                        found |= judged("val_loss_ema")
-                if found:
-                    session.report(step=step, **found)
-            if save:
-                session.progress(step, "save")
-                patience = PATIENCE_AT_END if ends else PATIENCE_AT_STOP if meter.stop == NOW else 0.0
-                with meter.saving():
-                    saved = saves.save(step, tensors, facts | found, wait=leaves, patience=patience)
-                left = leaves and saved
+                self.session.progress(step, "validate")
+                found = self.validate(step)
+            if not save:
+                return False
+            self.session.progress(step, "save")
+            patience = PATIENCE_AT_END if ends else PATIENCE_AT_STOP if meter.stop == NOW else 0.0
+            with meter.saving():
+                saved = self.saves.save(step, self.tensors, self.data.facts | found, wait=leaves, patience=patience)
+            return leaves and saved
 
-    saves.close()
-    loader.close()
-    session.finish("finished" if step >= steps.max_steps else "stopped", step)
+    def validate(self, step: int) -> dict[str, float]:
+        """The validation losses by name, reported; none where nothing is held out."""
+        held_out = self.loader.validation(self.config.step_scheduler.val_batches)
+        judged = functools.partial(
+            validate, self.model, self.pipeline, held_out, self.device, counts=self.place.has_losses
+        )
+        found = judged("val_loss")
+        if self.config.optimizer.ema is not None:
+            with self.average.in_place():
+                found |= judged("val_loss_ema")
+        if found:
+            self.session.report(step=step, **found)
+        return found
 
 
 def check(config: Config) -> list[str]:

@@ -20,7 +20,8 @@ from typing import Protocol
 
 from raylaunch.config import loader
 from raylaunch.errors import UsageError
-from raylaunch.host import hosts, processes
+from raylaunch.host import processes
+from raylaunch.host.temp_dir import temp_dir_path
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.state import files, records
 from raylaunch.state.records import Cluster
@@ -165,7 +166,7 @@ class LocalBackend:
         base = loader.load_resolved(directory / records.CONFIG_FILE).cluster.temp_dir
         rows = files.read_json(directory / _AGENTS_FILE) or []
         indices = {*range(cluster.max_nodes), *(int(row["index"]) for row in rows)}
-        return [hosts.temp_dir(base, str(directory), str(index + 1)) for index in sorted(indices)]
+        return [temp_dir_path(base, str(directory), str(index + 1)) for index in sorted(indices)]
 
 
 def of(name: str) -> Backend:

@@ -21,8 +21,8 @@ from raylaunch.config.schema import ElasticConfig
 from raylaunch.state import files, runs
 from raylaunch.training import hang_detector, policy
 from raylaunch.training.cluster_view import Roster
+from raylaunch.training.heartbeat_server import Server
 from raylaunch.training.policy import Abort, Ending, GoOn, Resize, View, Withdraw
-from raylaunch.training.pulse import Server
 from raylaunch.training.stack_dump import where_it_stands
 from raylaunch.training.stop_request import AT_COMMIT
 from raylaunch.training.worker_group import Group, Ray

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raylaunch.host.hosts import Ports
+from raylaunch.host.ports import Ports
 from raylaunch.state import files, records
 from raylaunch.state.records import Head
 from raylaunch.training.policy import Node

@@ -30,8 +30,8 @@ from raylaunch.training import consolidate, policy
 from raylaunch.training.attempt_monitor import Watch, Watched
 from raylaunch.training.cluster_view import Roster
 from raylaunch.training.hang_detector import Pace
+from raylaunch.training.heartbeat_server import Server
 from raylaunch.training.policy import Ending, Facts, Finish, Gathering, Hold, Outcome, Start, Tally
-from raylaunch.training.pulse import Server
 from raylaunch.training.worker.main import Spec
 from raylaunch.training.worker_group import Order, Ray, RayNode
 

@@ -19,7 +19,8 @@ from helpers import BIN, LIMIT, NOBODY, Done, Site, wait_for
 from shared import SECRET, Ground, Up
 
 from raylaunch.cluster.membership.control_channel import Link, Refused
-from raylaunch.host import hosts
+from raylaunch.host.ports import PORTS_FROM, PORTS_TO
+from raylaunch.host.temp_dir import temp_dir_path
 from raylaunch.state import files
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -31,15 +32,16 @@ from ray._raylet import GcsClient
 GcsClient(address=sys.argv[1]).get_all_node_info()
 """
 HOLD_PORTS = """
-import sys
-from raylaunch.host import hosts
+import socket, sys
+from raylaunch.errors import BringUpError
+from raylaunch.host.ports import lease_ports
 leases = []
 while True:
     try:
-        leases.append(hosts.lease_ports())
-    except hosts.BringUpError:
+        leases.append(lease_ports())
+    except BringUpError:
         break
-held = [hosts.socket.create_server(("", lease.ports.gcs)) for lease in leases[1:]]
+held = [socket.create_server(("", lease.ports.gcs)) for lease in leases[1:]]
 for lease in leases:
     lease.close()
 print(leases[0].ports.base, flush=True)
@@ -201,7 +203,7 @@ def test_a_wrong_token_is_refused(main: Up) -> None:
 def test_all_ports_are_of_the_leased_block(main: Up) -> None:
     for node, member in main.site.members("main").items():
         low, high = member["ports"]
-        assert low >= hosts.PORTS_FROM and high < hosts.PORTS_TO
+        assert low >= PORTS_FROM and high < PORTS_TO
         for line in main.site.inside(node, "sh", "-c", LISTENING).splitlines():
             address, who = line.split(None, 1)
             if not re.search(r'"(slurmd|slurmstepd|srun)"', who):
@@ -352,7 +354,7 @@ def test_a_taken_port_leads_to_another_block(site: Site, cluster: Callable[..., 
 
 
 def _temp(site: Site, name: str) -> Path:
-    return hosts.temp_dir("/tmp", str(site.cluster(name)))
+    return temp_dir_path("/tmp", str(site.cluster(name)))
 
 
 @contextmanager

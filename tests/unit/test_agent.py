@@ -17,9 +17,11 @@ from raylaunch.cluster.agent.identity import NodeIdentity
 from raylaunch.cluster.agent.node_setup import NodeSetup
 from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, SlurmError, StateError
-from raylaunch.host import hosts
+from raylaunch.host.ports import PortLease, Ports
+from raylaunch.host.resources import Resources
+from raylaunch.host.temp_dir import TempDir
 from raylaunch.scheduler.slurm.client import SlurmUnavailable
-from raylaunch.scheduler.slurm.parse import JobState
+from raylaunch.scheduler.slurm.rows import JobState
 from raylaunch.state import files, records
 from raylaunch.state.records import Head
 
@@ -249,8 +251,8 @@ def test_a_directory_that_is_not_there_is_no_traceback(tmp_path: Path, capsys: p
 def test_an_agent_s_constructor_touches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it needs of its node is found before (`NodeSetup.prepare`), in a thread."""
     setup = NodeSetup(
-        "token", hosts.TempDir("/nowhere", "/c", None), "10.0.0.2", hosts.Resources(8, 1, 1, ()),
-        hosts.PortLease(hosts.Ports(10240), None),  # type: ignore[arg-type]
+        "token", TempDir("/nowhere", "/c", None), "10.0.0.2", Resources(8, 1, 1, ()),
+        PortLease(Ports(10240), None),  # type: ignore[arg-type]
     )  # fmt: skip
     cluster = records.Cluster("c", "slurm", 1, "c1", 0.0, 1, 3, workers_per_node=2)
     made = Agent(HERE, cluster, Config(), setup)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 CLOSE = """
 import asyncio, sys
-from raylaunch.host import hosts
+from raylaunch.host.ports import lease_ports
+from raylaunch.host.temp_dir import TempDir
 from raylaunch.cluster.agent.agent import Agent
 from raylaunch.cluster.membership.control_channel import Members
 
@@ -19,7 +20,7 @@ class Broken:
 
 agent = Agent.__new__(Agent)
 agent.duties, agent.link, agent.again, agent.reason = Broken(), None, False, "down"
-agent.temp, agent.lease = hosts.TempDir(sys.argv[1], "here", None), hosts.lease_ports()
+agent.temp, agent.lease = TempDir(sys.argv[1], "here", None), lease_ports()
 agent.members = Members("token", lambda: "sees")
 agent.temp.claim()
 assert agent.temp.path.exists()

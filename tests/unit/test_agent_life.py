@@ -22,7 +22,9 @@ from raylaunch.cluster.head.context import Replaced
 from raylaunch.cluster.membership.control_channel import Closed
 from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, ConfigError, RaylaunchError, StateError
-from raylaunch.host import hosts
+from raylaunch.host.ports import PortLease, Ports
+from raylaunch.host.resources import Resources
+from raylaunch.host.temp_dir import TempDir
 from raylaunch.state import files, records
 from raylaunch.state.records import Head
 
@@ -85,8 +87,8 @@ class FakeLink:
 
 def made(link: FakeLink, here: NodeIdentity = HERE) -> Any:
     setup = NodeSetup(
-        "token", hosts.TempDir("/nowhere", "/c", None), "10.0.0.2", hosts.Resources(8, 1, 1, ()),
-        hosts.PortLease(hosts.Ports(10240), None),  # type: ignore[arg-type]
+        "token", TempDir("/nowhere", "/c", None), "10.0.0.2", Resources(8, 1, 1, ()),
+        PortLease(Ports(10240), None),  # type: ignore[arg-type]
     )  # fmt: skip
     found: Any = Agent(here, records.Cluster("c", "slurm", 1, "c", 0.0, 1, 2, workers_per_node=1), Config(), setup)
     found.link = link

@@ -16,7 +16,7 @@ from raylaunch.errors import SlurmError, SlurmUnavailable
 from raylaunch.host import locks
 from raylaunch.scheduler.slurm import allocation
 from raylaunch.scheduler.slurm.allocation import Look, Onward, Word
-from raylaunch.scheduler.slurm.parse import JobDetail, JobRow, JobState
+from raylaunch.scheduler.slurm.rows import JobDetail, JobRow, JobState
 from raylaunch.state import records
 from raylaunch.state.records import Cluster
 

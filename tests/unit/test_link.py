@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from raylaunch.cluster.membership.control_channel import AlreadyHere, Closed, Link, Member, Members, Refused, _proof
+from raylaunch.cluster.membership.control_channel import AlreadyHere, Closed, Link, Member, Members, Refused
+from raylaunch.host.wire import proof
 
 TOKEN = "correct horse"
 
@@ -198,7 +199,7 @@ def test_pings_are_answered_while_the_agent_does_something_else() -> None:
         async def head(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(b'{"nonce": "00"}\n')
             hello = json.loads(await reader.readline())
-            writer.write(json.dumps({"proof": _proof(TOKEN, "head", hello["nonce"])}).encode() + b"\n")
+            writer.write(json.dumps({"proof": proof(TOKEN, "head", hello["nonce"])}).encode() + b"\n")
             writer.write(b'{"ping": 1}\n{"order": "join"}\n{"ping": 2}\n')
             for _ in range(2):
                 answers.put_nowait(await reader.readline())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from raylaunch.cluster.telemetry.kernel import KernelLog
 from raylaunch.cluster.telemetry.sample import Gpus, Sampler
 from raylaunch.cluster.telemetry.table import FIRST_PERIOD, POINTS, Series, Table, flat
-from raylaunch.host.hosts import Resources
+from raylaunch.host.resources import Resources
 
 HERE = Resources(cpus=2, memory=1000, object_store=1, gpus=())
 GPU = {"util": 0.5, "memory": 0.25, "watts": 300, "temperature": 60, "throttled": "", "ecc_errors": 0}

@@ -18,8 +18,8 @@ from raylaunch.training import attempt_monitor
 from raylaunch.training.attempt_monitor import Watch, Watched
 from raylaunch.training.cluster_view import Roster
 from raylaunch.training.hang_detector import Beat, Pace
-from raylaunch.training.pulse import Place
 from raylaunch.training.stop_request import AT_COMMIT, NOW
+from raylaunch.training.worker.heartbeat import Place
 from raylaunch.training.worker.main import Spec
 from raylaunch.training.worker_group import Order, RayNode
 

@@ -9,22 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylaunch.cluster.node_loop import policy
-from raylaunch.cluster.node_loop.policy import (
-    Amend,
-    Base,
-    Drain,
-    Facts,
-    GiveUp,
-    Hold,
-    Join,
-    Joiner,
-    Joiners,
-    Node,
-    Release,
-    Resume,
-    decide,
-)
+from raylaunch.cluster.node_loop.facts import ALIVE, SHORT_LIFE, Base, Facts, Joiner, Joiners, Node
+from raylaunch.cluster.node_loop.policy import Amend, Drain, GiveUp, Hold, Join, Release, Resume, decide
 from raylaunch.config.schema import ElasticConfig, JoinConfig
+from raylaunch.timing import BOOT_LIMIT
 
 ELASTIC = ElasticConfig()
 
@@ -77,7 +65,7 @@ def test_a_node_lost_a_moment_ago_may_come_back_by_itself() -> None:
 def test_a_node_that_comes_back_under_a_new_job_is_coming() -> None:
     again = Joiner("2", pending=False, nodes=("c",), age=1.0)
     assert isinstance(decide(facts(members=LOST, joiners=(again,)), ELASTIC)[0], Hold)
-    late = Joiner("2", pending=False, nodes=("d",), age=policy.BOOT_LIMIT)
+    late = Joiner("2", pending=False, nodes=("d",), age=BOOT_LIMIT)
     assert isinstance(decide(facts(members=LOST, joiners=(late,)), ELASTIC)[0], Join)
 
 
@@ -211,7 +199,7 @@ class World:
         self.since[node] = self.clock
 
     def alive(self) -> list[str]:
-        return [n for n, m in self.table.items() if m.state in policy.ALIVE]
+        return [n for n, m in self.table.items() if m.state in ALIVE]
 
     def facts(self) -> Facts:
         alive = sorted(self.alive())
@@ -316,7 +304,7 @@ class World:
                 assert len(self.alive()) < (self.elastic.min_nodes or 1) or not self.base
 
     def _leave(self, node: str) -> None:
-        assert self.table[node].state in policy.ALIVE
+        assert self.table[node].state in ALIVE
         self._set(node, "ended")
         for job in [j for j in self.jobs.values() if node in j.nodes]:
             if all(self.table.get(n, Node(n, "ended")).state == "ended" for n in job.nodes):
@@ -406,7 +394,7 @@ def test_joiners_that_bring_nothing_are_counted_in_a_row() -> None:
     assert known.after([], [], 2.0).failed == 2
     came = known.after([joiner("2", "n2")], [Node("n2", "ready", "2")], 2.0)
     assert came.failed == 0 and came.after([], [], 3.0).failed == 1  # but not for long
-    assert came.after([], [], 2.0 + policy.SHORT_LIFE).failed == 0
+    assert came.after([], [], 2.0 + SHORT_LIFE).failed == 0
     assert known.after([joiner("2", "n2")], [Node("n2", "ready", "7")], 2.0).failed == 1  # another job's agent
 
 

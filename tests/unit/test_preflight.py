@@ -18,7 +18,7 @@ from raylaunch.cli.doctor import report
 from raylaunch.cluster.agent import self_check
 from raylaunch.config.schema import SlurmConfig
 from raylaunch.errors import BringUpError
-from raylaunch.host import hosts
+from raylaunch.host.ports import lease_ports
 from raylaunch.scheduler.slurm import parse, site
 from raylaunch.text import size
 from raylaunch.tools.doctor import (
@@ -539,7 +539,7 @@ def test_bandwidth() -> None:
 
 
 def test_asking_a_peer_for_the_time() -> None:
-    lease = hosts.lease_ports()
+    lease = lease_ports()
     server = clock_server.serve("127.0.0.3", lease.ports.control, "secret")
     place = Place(index=3, node="n3", address="127.0.0.3", port=lease.ports.control, store=1)
     try:

@@ -15,8 +15,9 @@ from waiting import until
 
 from raylaunch.config.schema import ElasticConfig
 from raylaunch.training.hang_detector import LONG_LIMIT, START_FACTOR, Beat, Pace, judge
-from raylaunch.training.pulse import Pulse, Server
+from raylaunch.training.heartbeat_server import Server
 from raylaunch.training.stack_dump import where_it_stands
+from raylaunch.training.worker.heartbeat import Pulse
 from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 
 pytestmark = pytest.mark.filterwarnings("error")  # a thread that dies is one
@@ -138,8 +139,7 @@ def test_a_pulse_outlives_what_no_driver_says(
 ) -> None:
     one = pulse(server, 0, tmp_path)
     until(lambda: server.beats())
-    server._send([])  # type: ignore[arg-type]
-    server._send(1)  # type: ignore[arg-type]
+    server._send({"stop": None})
     until(lambda: "TypeError" in capfd.readouterr().err)
     server.stop(NOW, "drain")
     until(lambda: one.wish == NOW)

@@ -12,8 +12,9 @@ import pytest
 
 from raylaunch.errors import SlurmError, SlurmUnavailable
 from raylaunch.scheduler.slurm import client, parse
-from raylaunch.scheduler.slurm.client import Completed, Slurm, clean_env
-from raylaunch.scheduler.slurm.parse import JobState
+from raylaunch.scheduler.slurm.client import Completed, Slurm
+from raylaunch.scheduler.slurm.environment import clean_env
+from raylaunch.scheduler.slurm.rows import JobState
 
 DATA = Path(__file__).parent / "data"
 SEP = parse.SEPARATOR

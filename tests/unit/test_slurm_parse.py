@@ -9,13 +9,13 @@ import pytest
 
 from raylaunch.errors import SlurmError
 from raylaunch.scheduler.slurm import parse
-from raylaunch.scheduler.slurm.parse import ENDING, TERMINAL, WAITING, JobDetail, JobState
+from raylaunch.scheduler.slurm.rows import ENDING, TERMINAL, WAITING, JobDetail, JobRow, JobState
 
 DATA = Path(__file__).parent / "data"
 SEP = parse.SEPARATOR
 
 
-def jobs() -> dict[str, parse.JobRow]:
+def jobs() -> dict[str, JobRow]:
     return {row.id: row for row in parse.parse_jobs((DATA / "squeue.txt").read_text())}
 
 

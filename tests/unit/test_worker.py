@@ -14,8 +14,9 @@ from made_cluster import Made
 from raylaunch.config.schema import Config
 from raylaunch.errors import StateError
 from raylaunch.state import files
-from raylaunch.training.pulse import Place, Pulse, Server
+from raylaunch.training.heartbeat_server import Server
 from raylaunch.training.worker import main
+from raylaunch.training.worker.heartbeat import Place, Pulse
 from raylaunch.training.worker.main import Seat, Spec
 from raylaunch.training.worker.session import Session
 from raylaunch.training.worker_group import Newest

@@ -30,7 +30,8 @@ from raylaunch.cluster.membership.head_search import Seeker
 from raylaunch.cluster.telemetry import sample
 from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, RaylaunchError
-from raylaunch.host import hosts, processes
+from raylaunch.host import processes
+from raylaunch.host.ports import PORT_BLOCK
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.state import records
 from raylaunch.state.records import Cluster, Head
@@ -208,7 +209,7 @@ class Agent:
         return {
             "state": self.state, "address": self.address, "hostname": socket.gethostname(), "pid": os.getpid(),
             "control_port": self.control_port, "index": self.here.index, "joiner": self.here.joiner,
-            "job": self.here.job, "ports": [base, base + hosts.PORT_BLOCK - 1], "temp_dir": str(self.temp.path),
+            "job": self.here.job, "ports": [base, base + PORT_BLOCK - 1], "temp_dir": str(self.temp.path),
             "resources": self.resources.as_dict(), "error": self.error, "warning": self.warning,
         }  # fmt: skip
 

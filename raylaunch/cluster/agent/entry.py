@@ -21,7 +21,7 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.host import processes
 from raylaunch.host.internal_errors import described
 from raylaunch.scheduler.slurm.client import Slurm
-from raylaunch.scheduler.slurm.parse import ENDING, TERMINAL
+from raylaunch.scheduler.slurm.rows import ENDING, TERMINAL
 from raylaunch.state import files, records, thread_deaths
 from raylaunch.state.appender import Appender, AppendingHandler
 from raylaunch.state.records import Head

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hostlist
 
-from raylaunch.host import hosts
+from raylaunch.host.network import node_name
 from raylaunch.state.records import Head
 
 
@@ -39,7 +39,7 @@ class NodeIdentity:
             )
         nodes = tuple(hostlist.expand_hostlist(env["SLURM_JOB_NODELIST"]))
         return cls(
-            directory, canary, hosts.node_name(env), int(env["SLURM_NODEID"]), nodes, local=False,
+            directory, canary, node_name(env), int(env["SLURM_NODEID"]), nodes, local=False,
             job=env["SLURM_JOB_ID"], life=f"{env['SLURM_JOB_ID']}:{env.get('SLURM_RESTART_COUNT', '0')}",
             joiner="RAYLAUNCH_JOINER" in env,
         )  # fmt: skip

@@ -10,19 +10,22 @@ from raylaunch.cluster.agent import self_check
 from raylaunch.cluster.agent.identity import NodeIdentity
 from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, RaylaunchError
-from raylaunch.host import hosts
+from raylaunch.host.network import own_address
+from raylaunch.host.ports import PortLease, Ports, lease_ports
+from raylaunch.host.resources import Resources, find_resources
+from raylaunch.host.temp_dir import TempDir
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.state import files, records
 from raylaunch.state.records import Cluster
 
 
-def ports_before(here: NodeIdentity) -> hosts.Ports | None:
-    """The block of the agent that was here before, as the head has it (see `hosts.lease_ports` for why not again)."""
+def ports_before(here: NodeIdentity) -> Ports | None:
+    """The block of the agent that was here before, as the head has it (see `lease_ports` for why not again)."""
     with contextlib.suppress(RaylaunchError, OSError):
         table = files.read_json(here.directory / records.MEMBERS_FILE) or {"nodes": []}
         for row in table["nodes"]:
             if row["name"] == here.node and row.get("ports"):
-                return hosts.Ports(int(row["ports"][0]))
+                return Ports(int(row["ports"][0]))
     return None
 
 
@@ -31,10 +34,10 @@ class NodeSetup:
     """What an agent finds on its node, and takes of it, before anything else."""
 
     token: str
-    temp: hosts.TempDir
+    temp: TempDir
     address: str
-    resources: hosts.Resources
-    lease: hosts.PortLease
+    resources: Resources
+    lease: PortLease
 
     @classmethod
     def prepare(cls, here: NodeIdentity, token: str, cluster: Cluster, config: Config) -> NodeSetup:
@@ -42,19 +45,19 @@ class NodeSetup:
         self_check.ground(here.node)
         # A joiner may be on the node of the base job, or of another joiner: each has a directory of its own.
         suffix = str(here.index + 1) if here.local else here.job if here.joiner else None
-        temp = hosts.TempDir(config.cluster.temp_dir, str(here.directory), suffix)
+        temp = TempDir(config.cluster.temp_dir, str(here.directory), suffix)
         peer = next((n for n in here.peers if n != here.node), None)
-        address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
+        address = f"127.0.0.{here.index + 2}" if here.local else own_address(peer, config.cluster.interface)
         resources = node_resources(here, cluster, config)
-        return cls(token, temp, address, resources, hosts.lease_ports(ports_before(here)))
+        return cls(token, temp, address, resources, lease_ports(ports_before(here)))
 
 
-def node_resources(here: NodeIdentity, cluster: Cluster, config: Config) -> hosts.Resources:
+def node_resources(here: NodeIdentity, cluster: Cluster, config: Config) -> Resources:
     """What Ray gets here; BringUpError when GPUs are missing."""
     # Without an own GPU request, what nvidia-smi lists on a shared node is other people's.
     asked = here.local or config.slurm.exclusive or batch_script.gpus_per_node(config.slurm) > 0
     share = len(here.peers) if here.local else 1
-    found = hosts.resources(os.environ, share, config.cluster.object_store_memory, look_for_gpus=asked)
+    found = find_resources(os.environ, share, config.cluster.object_store_memory, look_for_gpus=asked)
     gpus, workers = len(found.gpus), cluster.workers_per_node
     if gpus < workers and (gpus or (asked and not here.local and not config.slurm.exclusive)):
         raise BringUpError(

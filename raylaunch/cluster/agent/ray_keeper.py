@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from raylaunch.cluster.agent import ray_process
 from raylaunch.cluster.agent.ray_process import RayNode, RayProcess
 from raylaunch.errors import BringUpError
-from raylaunch.host import hosts, processes
+from raylaunch.host import processes
+from raylaunch.host.ports import lease_ports
 from raylaunch.state.records import Head
 
 if TYPE_CHECKING:
@@ -89,12 +90,12 @@ class RayKeeper:
             exited.cancel()
 
     def _fresh_ground(self, same_ports: bool) -> None:
-        """What the next start needs: nothing left of the last one, and other ports (see `hosts.lease_ports`)."""
+        """What the next start needs: nothing left of the last one, and other ports (see `lease_ports`)."""
         processes.end_tree(os.getpid(), keep_root=True)
         self._agent.temp.claim()
         if not same_ports:  # the head's are published already
             last = self._agent.lease
-            self._agent.lease = hosts.lease_ports(last.ports)
+            self._agent.lease = lease_ports(last.ports)
             last.close()
 
     async def _has_started(self, ray: RayProcess) -> bool:

@@ -20,7 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylaunch.host import hosts
+from raylaunch.host.network import interface_of
+from raylaunch.host.ports import Ports
+from raylaunch.host.resources import Resources
 from raylaunch.state.appender import Appender
 from raylaunch.state.records import WORKER_RESOURCE
 
@@ -44,8 +46,8 @@ class RayNode:
 
     node: str
     address: str
-    ports: hosts.Ports
-    resources: hosts.Resources
+    ports: Ports
+    resources: Resources
     temp_dir: Path
     workers: int
     head: str | None
@@ -87,7 +89,7 @@ class RayNode:
 
 
 def environment(
-    base: Mapping[str, str], token_file: Path, temp_dir: Path, address: str, ports: hosts.Ports, cpus_per_worker: int
+    base: Mapping[str, str], token_file: Path, temp_dir: Path, address: str, ports: Ports, cpus_per_worker: int
 ) -> dict[str, str]:
     """The environment of everything Ray on this node. The token stays in its file."""
     fixed = {
@@ -109,7 +111,7 @@ def environment(
         **_HEALTH,
     }
     defaults = {"OMP_NUM_THREADS": str(cpus_per_worker)}
-    interface = hosts.interface_of(address)
+    interface = interface_of(address)
     if interface is not None:
         # gloo would resolve the host name, which Debian maps to 127.0.1.1.
         defaults["GLOO_SOCKET_IFNAME"] = interface

@@ -25,7 +25,7 @@ from raylaunch.cluster.head.run_queue import RunQueue
 from raylaunch.cluster.membership.control_channel import Members
 from raylaunch.cluster.telemetry.collect import Collector
 from raylaunch.config.schema import Config
-from raylaunch.host.hosts import Ports
+from raylaunch.host.ports import Ports
 from raylaunch.state import files, records
 from raylaunch.state.published import Published
 from raylaunch.state.records import Cluster, Head

@@ -10,16 +10,13 @@ Nothing here decides what follows from all that: it calls back.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import json
 import logging
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylaunch.host import wire
 from raylaunch.timing import ASK_LIMIT, HANDSHAKE_LIMIT, PING_EVERY, PING_LIMIT
 
 _LINE_LIMIT = 1 << 16
@@ -43,16 +40,6 @@ class Closed(ConnectionError):
     """The other side's process, or its kernel for it, has closed the connection: it is gone for sure."""
 
 
-def _proof(token: str, *parts: object) -> str:
-    text = "\x1f".join(map(str, parts))
-    return hmac.new(token.encode(), text.encode(errors="surrogatepass"), hashlib.sha256).hexdigest()
-
-
-def _proves(given: object, expected: str) -> bool:
-    """Whether the other side knows the token. `given` may be anything that JSON can say."""
-    return isinstance(given, str) and hmac.compare_digest(given.encode(errors="surrogatepass"), expected.encode())
-
-
 def _text(message: dict[str, Any], key: str) -> str:
     """A field that has to be a string: the other side may be anybody."""
     value = message.get(key)
@@ -65,20 +52,17 @@ async def _receive(reader: asyncio.StreamReader, limit: float) -> dict[str, Any]
     """One message; ConnectionError when the other side is gone or silent for `limit` seconds."""
     try:
         line = await asyncio.wait_for(reader.readline(), limit)
-        message = json.loads(line) if line else None
+        if not line:
+            raise Closed("the connection was closed")
+        return wire.decoded(line)
     except ConnectionResetError as error:
         raise Closed("the connection was reset") from error
-    except (TimeoutError, ValueError, RecursionError) as error:
+    except (TimeoutError, ValueError) as error:
         raise ConnectionError(f"no usable message in {limit:g} s") from error
-    if not line:
-        raise Closed("the connection was closed")
-    if not isinstance(message, dict):
-        raise ConnectionError("no usable message: not an object")
-    return message
 
 
 def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
-    writer.write(json.dumps(message).encode() + b"\n")
+    writer.write(wire.encoded(message))
 
 
 @dataclass
@@ -164,14 +148,14 @@ class Members:
                 self._changed(member, reason)
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Member:
-        nonce = secrets.token_hex(16)
+        nonce = wire.nonce()
         _send(writer, {"nonce": nonce})
         hello = await _receive(reader, HANDSHAKE_LIMIT)
         node, theirs = _text(hello, "node"), _text(hello, "nonce")
-        if not _proves(hello.get("proof"), _proof(self._token, "agent", nonce, node)):
+        if not wire.proves(hello.get("proof"), wire.proof(self._token, "agent", nonce, node)):
             _send(writer, {"refused": "wrong token: this is another cluster's head"})
             raise ConnectionError("wrong token")
-        proof = _proof(self._token, "head", theirs)
+        proof = wire.proof(self._token, "head", theirs)
         if hello.get("ask"):
             _send(writer, {"proof": proof, "answer": "sees" if self._incarnation else self._witness()})
             raise ConnectionError("answered")
@@ -206,13 +190,13 @@ async def _greet(
     reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port, limit=_LINE_LIMIT), limit)
     try:
         greeting = await _receive(reader, limit)
-        nonce = secrets.token_hex(16)
-        proof = _proof(token, "agent", _text(greeting, "nonce"), node)
+        nonce = wire.nonce()
+        proof = wire.proof(token, "agent", _text(greeting, "nonce"), node)
         _send(writer, {"node": node, "nonce": nonce, "proof": proof, **more})
         answer = await _receive(reader, limit)
         if "refused" in answer:
             raise (AlreadyHere if answer.get("already") else Refused)(_text(answer, "refused"))
-        if not _proves(answer.get("proof"), _proof(token, "head", nonce)):
+        if not wire.proves(answer.get("proof"), wire.proof(token, "head", nonce)):
             raise Refused(f"{address}:{port} does not know this cluster's token")
     except BaseException:
         writer.close()

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.cluster.node_loop import policy, scheduler_view, submitter
-from raylaunch.cluster.node_loop.policy import Decision, Facts, Joiners, Node
+from raylaunch.cluster.node_loop.facts import ALIVE, Facts, Joiners, Node
+from raylaunch.cluster.node_loop.policy import Decision
 from raylaunch.cluster.node_loop.scheduler_view import View
 from raylaunch.config.schema import Config
 from raylaunch.errors import SlurmError, SlurmUnavailable, StateError
@@ -29,6 +30,7 @@ from raylaunch.scheduler.backends import Backend, LocalBackend, SlurmBackend
 from raylaunch.scheduler.slurm import allocation, batch_script
 from raylaunch.state import files, records
 from raylaunch.state.records import Cluster, Head
+from raylaunch.timing import BOOT_LIMIT
 
 BUSY, QUIET, SILENT = 2.0, 10.0, 60.0
 """Seconds to the next turn: while something is under way, otherwise, and at most while Slurm is silent."""
@@ -147,7 +149,7 @@ class NodeLoop:
             job, condition = str(row.get("job") or ""), str(row["state"])
             if self._watcher and job and (job, row["name"]) not in held and condition not in {"ended", "failed"}:
                 condition = "lost"  # nobody may be left to write that down
-            elif row["name"] in draining and condition in policy.ALIVE:
+            elif row["name"] in draining and condition in ALIVE:
                 condition = "draining"
             name = str(row["name"])
             if self._seen.get(name, ("", 0.0))[0] != condition:
@@ -159,7 +161,7 @@ class NodeLoop:
 
     @staticmethod
     def _alive(members: Sequence[Node]) -> int:
-        return sum(m.state in policy.ALIVE for m in members)
+        return sum(m.state in ALIVE for m in members)
 
     def _facts(
         self, cluster: Cluster, view: View, members: tuple[Node, ...], wanted: int, strikes: Mapping[str, int],
@@ -171,7 +173,7 @@ class NodeLoop:
             self._below = None
         elif self._below is None:
             self._below = now
-        ours = {m.name for m in members if m.state in policy.ALIVE} | set(view.base.nodes)
+        ours = {m.name for m in members if m.state in ALIVE} | set(view.base.nodes)
         struck = policy.excluded(strikes, elastic)
         idle = sum(
             row.idle and elastic.join.partition in row.partitions and row.name not in ours | struck | self._barred
@@ -188,7 +190,7 @@ class NodeLoop:
             strikes=strikes,
             draining=frozenset(n for n, row in view.nodes.items() if row.drains),
             down=frozenset(n for n, row in view.nodes.items() if row.down),
-            failed=frozenset(n for n, when in self._struck.items() if now - when < policy.BOOT_LIMIT),
+            failed=frozenset(n for n, when in self._struck.items() if now - when < BOOT_LIMIT),
             barred=self._barred,
             idle=idle,
             shared=not self._config.slurm.exclusive

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from raylaunch.cluster.node_loop import policy
-from raylaunch.cluster.node_loop.policy import Base, Joiner
+from raylaunch.cluster.node_loop.facts import Base, Joiner
 from raylaunch.config.schema import Config
 from raylaunch.scheduler.backends import Backend, SlurmBackend
 from raylaunch.scheduler.slurm import batch_script
-from raylaunch.scheduler.slurm.parse import ENDING, JobRow, JobState, NodeRow
+from raylaunch.scheduler.slurm.rows import ENDING, JobRow, JobState, NodeRow
 from raylaunch.state.records import Cluster
+from raylaunch.timing import BOOT_LIMIT
 
 _TAKEN = {JobState.PREEMPTED: "preempted", JobState.TIMEOUT: "timeout", JobState.NODE_FAIL: "node_fail",
           JobState.BOOT_FAIL: "node_fail"}  # fmt: skip
@@ -43,7 +43,7 @@ def look(backend: Backend, directory: Path, cluster: Cluster, config: Config) ->
     base = jobs.get(first)
     state_, nodes = ("running", base.nodes) if base is not None and base.alive else ("gone", ())
     joiners = tuple(Joiner(j, False, len(jobs[j].nodes), jobs[j].nodes) for j in others if j in jobs and jobs[j].alive)
-    return View(Base(first, state_, 0, nodes, policy.BOOT_LIMIT, "cancelled"), joiners, {})
+    return View(Base(first, state_, 0, nodes, BOOT_LIMIT, "cancelled"), joiners, {})
 
 
 def _names(config: Config, cluster: Cluster) -> list[str]:

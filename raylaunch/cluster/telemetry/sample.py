@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.cluster.telemetry.kernel import KernelLog
-from raylaunch.host import hosts
-from raylaunch.host.hosts import Resources
+from raylaunch.host.resources import Resources, own_cgroup
 from raylaunch.timing import LOAD_EVERY as EVERY
 
 Load = dict[str, Any]
@@ -40,7 +39,7 @@ class Sampler:
     @classmethod
     def here(cls, resources: Resources, job: str) -> Sampler:
         """For this process's node."""
-        return cls(resources, hosts.own_cgroup(), Gpus.open(resources.gpus), KernelLog(job))
+        return cls(resources, own_cgroup(), Gpus.open(resources.gpus), KernelLog(job))
 
     def sample(self) -> Load:
         """The load since the sample before this one. OSError, where the kernel does not tell."""

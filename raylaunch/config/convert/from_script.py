@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylaunch.config.convert import flags, shell
+from raylaunch.config.convert.launch import ASSIGNMENT, Launch, find_launch, words_of
 
 _KEYS = {
     "job-name": "job_name", "ntasks-per-node": "ntasks_per_node", "gpus-per-node": "gpus_per_node", "gres": "gres",
@@ -22,6 +23,8 @@ _KEYS = {
     "exclude": "exclude", "mail-type": "mail_type", "mail-user": "mail_user", "comment": "comment",
 }  # fmt: skip
 """sbatch's options with a key of their own."""
+
+
 _NUMBERS = {"ntasks_per_node", "cpus_per_task"}
 _OURS = {"requeue", "no-kill", "open-mode", "kill-on-bad-exit", "label", "unbuffered", "parsable"}
 """What raylaunch sets itself."""
@@ -32,16 +35,21 @@ _NOT_OURS = {
     "dependency": "give it behind `raylaunch up --` or `raylaunch submit --`",
     "no-requeue": "set elastic.max_requeues: 0 to end with the allocation",
 }  # fmt: skip
+
+
 _SIGNALS = {"TERM", "INT", "USR1", "USR2"}
 _RENDEZVOUS = re.compile(
     r"(MASTER_(ADDR|PORT)|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|NODE_RANK|GROUP_RANK|RDZV_\w+|HEAD_NODE\w*|"
     r"head_node\w*|nodes(_array)?|NNODES|NUM_NODES|GPUS_PER_NODE|NPROC_PER_NODE|OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES)"
 )
 """Variables that scripts set for torchrun, and that raylaunch or the agents set."""
+
+
 _RDZV = {"rdzv-id", "rdzv-backend", "rdzv-endpoint", "rdzv-conf", "master-addr", "master-port", "node-rank", "standalone",
          "local-addr", "local-ranks-filter", "start-method", "role", "monitor-interval", "max-restarts", "use-env"}  # fmt: skip
+
+
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSW)", re.IGNORECASE)
-_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _PREPARES = {"module", "ml", "source", ".", "conda", "mamba", "micromamba", "eval", "ulimit", "umask", "unset", "spack"}
 _SILENT = {
     "set",
@@ -58,12 +66,10 @@ _SILENT = {
     "trap",
     "exit",
 }
-_TOOLS = {"pip", "venv", "ensurepip", "http.server", "json.tool", "site", "zipfile"}
-_PYTHON = re.compile(r"(^|/)python[\d.]*$")
+
+
 _NAME = re.compile(r"\$(\{)?([A-Za-z_]\w*)(?(1)\})")
 _DEFAULT = re.compile(r"\$\{[A-Za-z_]\w*:?-([^}$]*)\}")
-TORCHRUN, SRUN, PLAIN = 3, 2, 1
-"""How certain it is that a command is the training."""
 
 
 class Unreadable(ValueError):
@@ -84,22 +90,6 @@ class Converted:
             self.notes.append(line)
 
 
-@dataclass
-class _Launch:
-    """A command that may be the training."""
-
-    certain: int = PLAIN
-    words: list[str] = field(default_factory=list)
-    given: dict[str, str] = field(default_factory=dict)
-    """srun's options."""
-    torchrun: dict[str, str] | None = None
-    environment: list[str] = field(default_factory=list)
-    """NAME=value in front of it."""
-    before: list[str] = field(default_factory=list)
-    """Commands of its shell that come first."""
-    notes: list[str] = field(default_factory=list)
-
-
 def script(text: str) -> Converted:
     """A batch script. Raises Unreadable."""
     try:
@@ -111,7 +101,7 @@ def script(text: str) -> Converted:
 
 def command(words: list[str]) -> Converted:
     """A torchrun, srun or python command. Raises Unreadable."""
-    launch = _launch(words)
+    launch = find_launch(words)
     if launch is None:
         raise Unreadable(f"no torchrun, srun or python command: {shlex.join(words)[:80]}")
     reader = _Script(Converted())
@@ -138,12 +128,12 @@ class _Script:
 
     def convert(self, read: shell.Script) -> Converted:
         self.resources(flags.slurm(read.directives).values)
-        launches = [(c, _launch(_words(shell.put_in(c.text, {})))) for c in read.commands]
+        launches = [(c, find_launch(words_of(shell.put_in(c.text, {})))) for c in read.commands]
         found = [launch for _, launch in launches if launch is not None]
         best = max(found, key=lambda launch: launch.certain, default=None)
         for each, launch in launches:
             if launch is not None and launch is best:
-                launch = _launch(_words(shell.put_in(each.text, self.variables))) or launch
+                launch = find_launch(words_of(shell.put_in(each.text, self.variables))) or launch
                 if each.inside:
                     self.out.note("the training command is inside an if, a loop or a function: it is run once here")
                 self.train(launch)
@@ -205,10 +195,10 @@ class _Script:
     def prepare(self, each: shell.Command) -> None:
         """A command that is not the training."""
         text = shell.put_in(each.text, self.variables)
-        words = _words(text)
+        words = words_of(text)
         head = words[0] if words else ""
         raw = each.text.removeprefix("export ").strip() if head == "export" or "=" in head else ""
-        if raw and _ASSIGNMENT.match(raw):
+        if raw and ASSIGNMENT.match(raw):
             self.assign(each, raw, exported=head == "export")
         elif head in _PREPARES or head == "export":
             if each.inside:
@@ -223,8 +213,8 @@ class _Script:
 
     def assign(self, each: shell.Command, raw: str, exported: bool) -> None:
         """`A=b`, `export A=b C=d`."""
-        for word in _words(shell.put_in(raw, self.variables)) if exported else [None]:
-            match = _ASSIGNMENT.match(word if word is not None else shell.put_in(raw, self.variables))
+        for word in words_of(shell.put_in(raw, self.variables)) if exported else [None]:
+            match = ASSIGNMENT.match(word if word is not None else shell.put_in(raw, self.variables))
             if match is None:
                 continue
             name, value = match[1], match[2] if word is not None else _first(match[2])
@@ -254,7 +244,7 @@ class _Script:
                 if exported:
                     self.env[name] = value
 
-    def train(self, launch: _Launch) -> None:
+    def train(self, launch: Launch) -> None:
         """The training command."""
         for text in launch.before:
             self.prepare(shell.Command(text))
@@ -347,93 +337,8 @@ class _Script:
         return self.out
 
 
-def _launch(words: list[str]) -> _Launch | None:
-    """The training command behind srun, a container or a launcher; None for any other command."""
-    found = _Launch()
-    while words:
-        program = words[0].rsplit("/", 1)[-1]
-        if _ASSIGNMENT.fullmatch(words[0]):
-            found.environment.append(words[0])
-            words = words[1:]
-        elif program == "srun":
-            found.certain = SRUN
-            given = flags.slurm(words[1:])
-            found.given |= given.values
-            words = given.rest
-        elif program in {"exec", "time", "nohup", "nice", "stdbuf", "numactl", "env"} and len(words) > 1:
-            words = _past_options(words[1:])
-        elif program in {"bash", "sh"} and words[1:2] in (["-c"], ["-lc"]) and len(words) > 2:
-            try:
-                inner = shell.read(words[2]).commands
-            except ValueError:
-                return None
-            found.before += [each.text for each in inner[:-1]]
-            words = _words(inner[-1].text) if inner else []
-        elif program in {"apptainer", "singularity"}:
-            found.notes.append(f"{program}: containers are not carried over; start the agents in yours")
-            words = _past_container(words)
-        elif program == "torchrun":
-            return _of_torchrun(words[1:], found)
-        elif program == "accelerate" and words[1:2] == ["launch"]:
-            found.notes.append(
-                "accelerate launch: its options are not carried over; the script finds RANK and WORLD_SIZE set"
-            )
-            found.certain, found.words = TORCHRUN, _past_options(words[2:])
-            return found if found.words else None
-        elif _PYTHON.search(words[0]):
-            rest = words[1:]
-            while rest and rest[0] in {"-u", "-B", "-O", "-E", "-s"}:
-                rest = rest[1:]
-            if rest[:1] == ["-m"] and rest[1:2] in (["torch.distributed.run"], ["torch.distributed.launch"]):
-                return _of_torchrun(rest[2:], found)
-            is_module = rest[:1] == ["-m"] and len(rest) > 1 and rest[1].split(".")[0] not in _TOOLS
-            if not rest or (rest[0].startswith("-") and not is_module):
-                return None
-            if found.certain == SRUN:
-                found.notes.append(
-                    "srun started one process a task: the script must take its rank from RANK, WORLD_SIZE, LOCAL_RANK"
-                )
-            found.words = rest
-            return found
-        else:
-            return None
-    return None
-
-
-def _of_torchrun(words: list[str], found: _Launch) -> _Launch | None:
-    given = flags.torchrun(words)
-    found.certain, found.torchrun = TORCHRUN, given.values
-    found.words = ["-m", *given.rest] if "module" in given.values else given.rest
-    return found if given.rest else None
-
-
-def _past_options(words: list[str]) -> list[str]:
-    """Without the options in front; those with a value are written with `=` or followed by no script."""
-    at = 0
-    while at < len(words) and words[at].startswith("-"):
-        at += 1 if "=" in words[at] or (at + 1 < len(words) and words[at + 1].startswith("-")) else 2
-        if at - 1 < len(words) and words[at - 1].endswith(".py"):
-            at -= 1
-    return words[at:]
-
-
-def _past_container(words: list[str]) -> list[str]:
-    """The command inside: what follows the image."""
-    for at, word in enumerate(words):
-        if at and (word.endswith((".sif", ".img", ".sqsh")) or word.startswith("docker://")):
-            return words[at + 1 :]
-    return []
-
-
-def _words(text: str) -> list[str]:
-    try:
-        return shell.words(text)
-    except ValueError:
-        return []
-
-
 def _first(value: str) -> str:
-    return (_words(value) or [""])[0]
+    return (words_of(value) or [""])[0]
 
 
 def _quoted(value: str) -> str:

@@ -13,7 +13,7 @@ import yaml
 
 from raylaunch.cluster import up
 from raylaunch.errors import RaylaunchError
-from raylaunch.host.hosts import Ports
+from raylaunch.host.ports import Ports
 from raylaunch.observe.prometheus import exporter
 from raylaunch.state import files, records
 from raylaunch.state.records import Cluster

@@ -18,7 +18,7 @@ from raylaunch.errors import SlurmError, SlurmUnavailable
 from raylaunch.observe.history.node_hours import Hold, Interval, gpu_seconds, node_seconds
 from raylaunch.observe.history.timeline import Attempt
 from raylaunch.scheduler.slurm.client import Slurm
-from raylaunch.scheduler.slurm.parse import TERMINAL, UsageRow
+from raylaunch.scheduler.slurm.rows import TERMINAL, UsageRow
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,28 +124,17 @@ class Facts:
 def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) -> Facts:
     """Everything about a run; `slurm`: for accounting and for whether its cluster lives (None: Slurm itself)."""
     now = time.time() if now is None else now
-    unknown: list[str] = []
     record, why = safe_read.run(run_dir)
-    if record is None:
-        unknown.append(f"its state: {why}")
     events = _events(run_dir)
-    last = curves.number(safe_read.last_metrics(run_dir).get("time"))
-    signs = [e["time"] for e in events[-1:]] + ([last] if last is not None else [])
-    name = record.cluster if record is not None else str(next((e["cluster"] for e in events if "cluster" in e), ""))
-    live = record is not None and record.state not in FINAL and _lives(run_dir, name, max(signs, default=now))
-    until = now if live else max((t for t in signs if t <= now), default=now)
-    intervals = node_hours.active(events, until)
-    if not intervals and last is not None:  # no events: what the metrics span
-        intervals = [(_first_time(run_dir, until), until)]
-    axis = Axis(intervals)
+    span = _span(run_dir, record, events, now)
+    name, until = span.cluster, span.until
+    axis = Axis(span.intervals)
     found = curves.metrics(run_dir / files.METRICS_FILE, axis)
     of_cluster = {one: _cluster_events(run_dir, one) for one in _clusters(events, name)}
     begun = axis.intervals[0][0]
     history = read(events, found.steps, [r for r in of_cluster.get(name, []) if r["time"] >= begun])
-    end = now if live else None
+    end = now if span.live else None
     config = settings.read(run_dir / records.CONFIG_FILE)
-    if config is None:
-        unknown.append("its configuration: config.yaml is not there, or cannot be read")
     load: dict[str, Series] = {}
     meters = sum(curves.load(_cluster_dir(run_dir, one) / LOAD_FILE, axis, load) for one in of_cluster)
     asked = [settings.read(_cluster_dir(run_dir, name) / records.CONFIG_FILE), config]
@@ -157,53 +146,56 @@ def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) 
     jobs = _jobs({one: found_lives for one, (found_lives, _) in lives.items()}, where)
     if jobs:
         costs.ask_accounting(cost, list(jobs), min(jobs.values()), slurm or Slurm())
-    if cost.unknown:
-        unknown.append(f"energy and efficiency by the accounting: {cost.unknown}")
     if cost.joules is None and meters > 0:
         cost.joules, cost.energy_from = meters, "meters"
-    if not any(of_cluster.values()):
-        unknown.append("nodes and node-hours: the events of its cluster are not there (any more)")
-    if not load:
-        unknown.append("utilisation: its cluster wrote none")
-    if not found.lines:
-        unknown.append("loss and throughput: it has no metrics")
     hand_overs = provenance.read(run_dir)
-    if not hand_overs:
-        unknown.append("versions and the state of the code: they were not recorded when it was handed over")
+    unknown = {
+        f"its state: {why}": record is None,
+        "its configuration: config.yaml is not there, or cannot be read": config is None,
+        f"energy and efficiency by the accounting: {cost.unknown}": bool(cost.unknown),
+        "nodes and node-hours: the events of its cluster are not there (any more)": not any(of_cluster.values()),
+        "utilisation: its cluster wrote none": not load,
+        "loss and throughput: it has no metrics": not found.lines,
+        "versions and the state of the code: they were not recorded when it was handed over": not hand_overs,
+    }
+    node_rows = [r for one, spans in where.items() for r in of_cluster.get(one, []) if _inside(r["time"], spans)]
+    seconds = node_hours.node_seconds([h for holds, _ in held for h in holds], axis.intervals)
     built = [e["parameters"] for e in events if e["kind"] == "built" and isinstance(e.get("parameters"), int)]
+    injected = [e for e in events if e["kind"] == "injected" and isinstance(e.get("seq"), int)]
     return Facts(
-        name=run_dir.name,
-        state=_state(record, live),
-        reason=record.reason if record is not None else "",
-        cluster=name,
-        directory=run_dir,
-        began=begun if intervals else (record.created if record is not None else now),
-        until=until,
-        live=live,
-        axis=axis,
-        history=history,
-        book=goodput.compute(history, end),
-        stretches=goodput.stretches(history, end),
-        curves=found,
-        load=load,
-        injected={
-            int(e["seq"]): str(e.get("fault")) for e in events
-            if e["kind"] == "injected" and isinstance(e.get("seq"), int)
-        },
-        nodes=of_events(
-            [r for one, spans in where.items() for r in of_cluster.get(one, []) if _inside(r["time"], spans)],
-            node_hours.node_seconds([h for holds, _ in held for h in holds], axis.intervals),
-            history, safe_read.members(_cluster_dir(run_dir, name)), gpus,
-        ),
-        cost=cost,
-        config=config,
-        hand_overs=hand_overs,
-        gpus=gpus,
-        gpu_type=_gpu_type(asked) or cost.gpu_type.upper(),
-        parameters=built[-1] if built else None,
-        unknown=unknown,
-        made=now,
+        name=run_dir.name, state=_state(record, span.live), reason=record.reason if record is not None else "",
+        cluster=name, directory=run_dir, began=span.began, until=until, live=span.live, axis=axis, history=history,
+        book=goodput.compute(history, end), stretches=goodput.stretches(history, end), curves=found, load=load,
+        injected={int(e["seq"]): str(e.get("fault")) for e in injected},
+        nodes=of_events(node_rows, seconds, history, safe_read.members(_cluster_dir(run_dir, name)), gpus),
+        cost=cost, config=config, hand_overs=hand_overs, gpus=gpus,
+        gpu_type=_gpu_type(asked) or cost.gpu_type.upper(), parameters=built[-1] if built else None,
+        unknown=[text for text, is_so in unknown.items() if is_so], made=now,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Span:
+    """When a run was at work, and where. `began`: the first start, or the handing over where there was none."""
+
+    cluster: str
+    live: bool
+    began: float
+    until: float
+    intervals: list[tuple[float, float]]
+
+
+def _span(run_dir: Path, record: Run | None, events: Sequence[Mapping[str, Any]], now: float) -> _Span:
+    last = curves.number(safe_read.last_metrics(run_dir).get("time"))
+    signs = [e["time"] for e in events[-1:]] + ([last] if last is not None else [])
+    name = record.cluster if record is not None else str(next((e["cluster"] for e in events if "cluster" in e), ""))
+    live = record is not None and record.state not in FINAL and _lives(run_dir, name, max(signs, default=now))
+    until = now if live else max((t for t in signs if t <= now), default=now)
+    intervals = node_hours.active(events, until)
+    if not intervals and last is not None:  # no events: what the metrics span
+        intervals = [(_first_time(run_dir, until), until)]
+    created = record.created if record is not None else now
+    return _Span(name, live, intervals[0][0] if intervals else created, until, intervals)
 
 
 def _state(record: Run | None, live: bool) -> str:

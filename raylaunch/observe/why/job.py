@@ -9,7 +9,7 @@ from raylaunch.observe.why import log_lines
 from raylaunch.observe.why.log_lines import Line
 from raylaunch.observe.why.verdict import NOTHING, Evidence, Verdict, judge, on
 from raylaunch.scheduler.slurm.client import Slurm
-from raylaunch.scheduler.slurm.parse import FinishedRow
+from raylaunch.scheduler.slurm.rows import FinishedRow
 
 
 def explain(job: str, slurm: Slurm) -> Verdict:

@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 from raylaunch.errors import RaylaunchError, SlurmUnavailable
 from raylaunch.host import locks
 from raylaunch.scheduler.slurm.client import Slurm
-from raylaunch.scheduler.slurm.parse import JobState, parse_when
+from raylaunch.scheduler.slurm.parse import parse_when
+from raylaunch.scheduler.slurm.rows import JobState
 from raylaunch.state import records
 from raylaunch.state.records import Cluster
 

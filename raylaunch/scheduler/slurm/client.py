@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 from raylaunch.errors import SlurmError, SlurmUnavailable
 from raylaunch.scheduler.slurm import parse, site
-from raylaunch.scheduler.slurm.parse import FinishedRow, JobDetail, JobRow, NodeRow, PartitionRow, UsageRow
+from raylaunch.scheduler.slurm.environment import clean_env
+from raylaunch.scheduler.slurm.rows import FinishedRow, JobDetail, JobRow, NodeRow, PartitionRow, UsageRow
 from raylaunch.scheduler.slurm.site import Association
 
 
@@ -32,10 +33,8 @@ class Completed(NamedTuple):
 Runner = Callable[[Sequence[str], float, str | None, Mapping[str, str]], Completed]
 """(command, seconds, stdin or None, environment) → Completed. Raises subprocess.TimeoutExpired when
 the time is up, OSError when there is no such command."""
-
 TIMEOUT = 10.0
 """Seconds. Slurm's clients give up on a dead controller after 9 s by themselves, with a better message."""
-
 _UNREACHABLE = (
     "Unable to contact slurm controller",
     "Socket timed out on send/recv operation",
@@ -49,10 +48,13 @@ _UNREACHABLE = (
     "Incompatible versions of client and server code",
     "Slurm backup controller in standby mode",
 )
+
+
 _GONE = ("Invalid job id specified", "Job/step already completing or completed")
 _NO_ACCOUNTING = (
     "accounting storage is disabled", "Slurm accounting storage is disabled", "supported accounting_storage plugin",
 )  # fmt: skip
+
 
 # sbatch's frequent refusals, in Slurm 22.05's words, and the next step.
 _REFUSALS = (
@@ -80,19 +82,6 @@ _REFUSALS = (
     ("Access/permission denied", "That job or partition is not yours to use."),
 )
 
-# An SBATCH_ variable beats the script's own #SBATCH line; these are raylaunch's in any case.
-_OWN_SBATCH = {"ARRAY_INX", "CLUSTERS", "DEBUG", "ERROR", "EXPORT", "INPUT", "OPEN_MODE", "OUTPUT", "WAIT"}
-_SBATCH_OPTIONS = {
-    "CORE_SPEC": "core-spec",
-    "MEM_PER_NODE": "mem",
-    "NO_REQUEUE": "requeue",
-    "TIMELIMIT": "time",
-}  # where the option's name is not the variable's
-_SHORT_OPTIONS = {"-A": "account", "-C": "constraint", "-G": "gpus", "-J": "job-name", "-p": "partition",
-                  "-q": "qos", "-t": "time"}  # fmt: skip
-_SLURM_KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}
-_SLURM_PREFIXES = ("SLURM_", "SLURMD_", "SQUEUE_", "SINFO_", "SACCT_", "SCANCEL_")
-
 
 def run(command: Sequence[str], timeout: float, stdin: str | None, env: Mapping[str, str]) -> Completed:
     """The real runner."""
@@ -108,29 +97,6 @@ def run(command: Sequence[str], timeout: float, stdin: str | None, env: Mapping[
         check=False,
     )
     return Completed(done.returncode, done.stdout, done.stderr)
-
-
-def clean_env(environ: Mapping[str, str], script: str = "", options: Sequence[str] = ()) -> dict[str, str]:
-    """The environment for a Slurm command: without what would silently change its meaning.
-
-    Out go the variables of a job we run in (a joiner is submitted from inside one), those that set
-    other output formats and filters (SQUEUE_USERS), and each SBATCH_ variable for which `script` or
-    `options` say something themselves. What only the variable says (SBATCH_ACCOUNT) stays.
-    """
-    lines = [line.removeprefix("#SBATCH") for line in script.splitlines() if line.startswith("#SBATCH")]
-    words = [*(word for line in lines for word in line.split()[:1]), *options]
-    said = {_SHORT_OPTIONS.get(word[:2], "") if word[:2] != "--" else word[2:].split("=")[0] for word in words}
-    said |= {"requeue"} if "no-requeue" in said else set()
-
-    def stays(name: str) -> bool:
-        if name in _SLURM_KEPT:
-            return True
-        if name.startswith("SBATCH_"):
-            tail = name.removeprefix("SBATCH_")
-            return tail not in _OWN_SBATCH and _SBATCH_OPTIONS.get(tail, tail.lower().replace("_", "-")) not in said
-        return not name.startswith(_SLURM_PREFIXES)
-
-    return {name: value for name, value in environ.items() if stays(name)}
 
 
 def summary(rows: Sequence[PartitionRow], most: int = 8) -> str:

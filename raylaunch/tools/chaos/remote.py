@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raylaunch.errors import RaylaunchError, SandboxError
-from raylaunch.scheduler.slurm import client
+from raylaunch.scheduler.slurm.client import run
+from raylaunch.scheduler.slurm.environment import clean_env
 from raylaunch.state import files, records
 from raylaunch.state.records import Cluster
 from raylaunch.tools.chaos import probe
@@ -94,14 +95,12 @@ def _in_job(directory: Path, cluster: Cluster, node: str, argv: Sequence[str]) -
     table = files.read_json(directory / records.MEMBERS_FILE) or {"nodes": []}
     job = next((str(n.get("job") or "") for n in table["nodes"] if n["name"] == node), "") or cluster.jobs[0]
     options = ["--overlap", "--nodes=1", "--ntasks=1", "--quiet", "--mem=0", "--gres=none", "--input=none"]
-    return _finished(
-        node, ["srun", f"--jobid={job}", *options, f"--nodelist={node}", *argv], client.clean_env(os.environ)
-    )
+    return _finished(node, ["srun", f"--jobid={job}", *options, f"--nodelist={node}", *argv], clean_env(os.environ))
 
 
 def _finished(node: str, command: Sequence[str], env: Mapping[str, str]) -> str:
     try:
-        done = client.run(command, PATIENCE, None, env)
+        done = run(command, PATIENCE, None, env)
     except (subprocess.TimeoutExpired, OSError) as error:
         raise Miss(f"{node} cannot be reached: {error}") from error
     if done.returncode != 0:

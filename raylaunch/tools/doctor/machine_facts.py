@@ -20,7 +20,9 @@ from pydantic import BaseModel
 
 from raylaunch import __version__
 from raylaunch.errors import BringUpError, RaylaunchError
-from raylaunch.host import hosts
+from raylaunch.host.network import interface_address
+from raylaunch.host.ports import lease_ports
+from raylaunch.host.temp_dir import temp_dir_path
 from raylaunch.tools.doctor import storage
 
 RUNTIMES = ("apptainer", "singularity", "enroot", "podman", "docker", "charliecloud")
@@ -76,7 +78,7 @@ class Facts(BaseModel):
 
 
 def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None = None) -> Facts:
-    """Look at this machine; `key` and `suffix` as for `hosts.temp_dir`."""
+    """Look at this machine; `key` and `suffix` as for `temp_dir_path`."""
     temp, temp_error = _temp(temp_base, key, suffix)
     shm = 0
     with contextlib.suppress(OSError):
@@ -107,7 +109,7 @@ def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None 
 def _temp(base: str, key: str, suffix: str | None) -> tuple[str, str]:
     """(the cluster's temp directory, why it cannot be)."""
     try:
-        path = hosts.temp_dir(base, key, suffix)
+        path = temp_dir_path(base, key, suffix)
     except RaylaunchError as error:
         return base, error.message
     if not os.access(base, os.W_OK | os.X_OK):
@@ -123,7 +125,7 @@ def limit(name: str) -> tuple[int | None, int | None]:
 
 def _ports() -> str:
     try:
-        hosts.lease_ports().close()
+        lease_ports().close()
     except BringUpError as error:
         return error.message
     return ""
@@ -142,7 +144,7 @@ def _interfaces(root: Path = Path("/sys/class/net")) -> tuple[Interface, ...]:
         if name == "lo" or name.startswith(_NOT_TO_PEERS) or (root / name / "bridge").exists():
             continue
         try:
-            address = hosts.interface_address(name)
+            address = interface_address(name)
         except BringUpError:
             continue
         speed = _line(root / name / "speed")

@@ -23,7 +23,10 @@ import hostlist
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, SlurmError, SlurmUnavailable, StateError
-from raylaunch.host import hosts, processes
+from raylaunch.host import processes
+from raylaunch.host.network import interface_of, node_name, own_address
+from raylaunch.host.ports import Ports, lease_ports
+from raylaunch.host.resources import find_resources
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.state import records
@@ -52,7 +55,7 @@ class Here:
             index = int(env["RAYLAUNCH_LOCAL_INDEX"])
             return cls(directory, canary, names[index], index, names, local=True)
         names = tuple(hostlist.expand_hostlist(env["SLURM_JOB_NODELIST"]))
-        return cls(directory, canary, hosts.node_name(env), int(env["SLURM_NODEID"]), names, local=False)
+        return cls(directory, canary, node_name(env), int(env["SLURM_NODEID"]), names, local=False)
 
     def file(self, what: str) -> Path:
         return self.directory / f"{self.index}.{what}.json"
@@ -125,21 +128,21 @@ def wants_gpus(config: Config) -> bool:
     return config.slurm.exclusive or batch_script.gpus_per_node(config.slurm) > 0
 
 
-def hello(here: Here, config: Config, ports: hosts.Ports) -> Hello:
+def hello(here: Here, config: Config, ports: Ports) -> Hello:
     """Who this node is; `error` where it cannot take part."""
     peer = next((n for n in here.peers if n != here.node), None)
     error = ""
     try:
-        address = f"127.0.0.{here.index + 2}" if here.local else hosts.address(peer, config.cluster.interface)
+        address = f"127.0.0.{here.index + 2}" if here.local else own_address(peer, config.cluster.interface)
     except RaylaunchError as wrong:
         address, error = "", wrong.message
-    own = hosts.resources(
+    own = find_resources(
         os.environ, len(here.peers) if here.local else 1, config.cluster.object_store_memory,
         look_for_gpus=wants_gpus(config),
     )  # fmt: skip
     key = str(here.directory.parent)  # as long as a cluster's own
     return Hello(
-        index=here.index, node=here.node, address=address, interface=hosts.interface_of(address) or "" if address else "",
+        index=here.index, node=here.node, address=address, interface=interface_of(address) or "" if address else "",
         port=ports.control, store=ports.spare[0], time=time.time(), error=error,
         facts=machine_facts.gather(config.cluster.temp_dir, key, os.environ, str(here.index + 1) if here.local else None),
         cpus=own.cpus, memory=own.memory, object_store=own.object_store, gpus=own.gpus,
@@ -218,7 +221,7 @@ def check(here: Here) -> None:
     """All of it, in order; StateError when the command line is gone."""
     await_canary(here)
     config = loader.load_resolved(here.directory / mailbox.CONFIG)
-    lease = hosts.lease_ports()
+    lease = lease_ports()
     said = hello(here, config, lease.ports)
     if said.error:
         mailbox.write(here.file("hello"), said)

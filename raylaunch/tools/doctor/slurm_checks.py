@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from raylaunch.config.schema import SlurmConfig
-from raylaunch.scheduler.slurm.parse import PartitionRow
+from raylaunch.scheduler.slurm.rows import PartitionRow
 from raylaunch.scheduler.slurm.site import Association
 from raylaunch.tools.doctor.finding import Finding, few, ok, problem, warning
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError
-from raylaunch.host import hosts
+from raylaunch.host.resources import memory_limit
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.tools.plan.gpus import CPU, Gpu
@@ -44,7 +44,7 @@ def _of_node(config: Config, slurm: Slurm) -> Room:
     match = re.search(r"--mem-per-cpu[= ](\S+)", " ".join(own.extra))
     if match is not None and (size := _bytes(match[1])):
         return Room(size * cpus, f"--mem-per-cpu for {_cpus(cpus)} a node")
-    here = Room(hosts.memory(os.environ), "this machine's") if own.max_nodes == 1 else Room(None)
+    here = Room(memory_limit(os.environ), "this machine's") if own.max_nodes == 1 else Room(None)
     if config.cluster.backend == "local":
         return here
     try:

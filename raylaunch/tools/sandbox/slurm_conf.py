@@ -12,8 +12,6 @@ GPU_DEVICE = "/dev/fakegpu"  # not nvidiaN: nothing may mistake a stand-in for a
 
 
 def slurm_conf(spec: Spec, layout: Layout) -> str:
-    nodes = _range("node", spec.nodes, start=1)
-    gres = f" Gres=gpu:{spec.gpus}" if spec.gpus else ""
     lines = [
         f"ClusterName={spec.name}",
         f"SlurmctldHost={CONTROLLER}({spec.gateway})",
@@ -67,13 +65,21 @@ def slurm_conf(spec: Spec, layout: Layout) -> str:
         *_accounting(spec, layout),
         *(["GresTypes=gpu"] if spec.gpus else []),
     ]
-    for node in spec.node_names:
-        lines.append(
-            f"NodeName={node} NodeAddr={spec.address(node)} CPUs={spec.cpus} Boards=1 SocketsPerBoard=1"
-            f" CoresPerSocket={spec.cpus} ThreadsPerCore=1 RealMemory={spec.memory}{gres} State=UNKNOWN"
-        )
+    return "\n".join([*lines, *_nodes(spec), *_partitions(_range("node", spec.nodes, start=1))]) + "\n"
+
+
+def _nodes(spec: Spec) -> list[str]:
+    gres = f" Gres=gpu:{spec.gpus}" if spec.gpus else ""
+    return [
+        f"NodeName={node} NodeAddr={spec.address(node)} CPUs={spec.cpus} Boards=1 SocketsPerBoard=1"
+        f" CoresPerSocket={spec.cpus} ThreadsPerCore=1 RealMemory={spec.memory}{gres} State=UNKNOWN"
+        for node in spec.node_names
+    ]
+
+
+def _partitions(nodes: str) -> list[str]:
     partition = "PartitionName={} OverSubscribe=NO Nodes={}"
-    lines += [
+    return [
         f"{partition.format('main', nodes)} Default=YES PriorityTier=10 PreemptMode=OFF"
         " DefaultTime=1:00:00 MaxTime=1-00:00:00",
         f"{partition.format('low', nodes)} PriorityTier=1 PreemptMode=REQUEUE GraceTime=10"
@@ -83,7 +89,6 @@ def slurm_conf(spec: Spec, layout: Layout) -> str:
         f"{partition.format('small', 'node1')} PriorityTier=10 PreemptMode=OFF DefaultTime=5 MaxTime=10",
         f"{partition.format('down', nodes)} PriorityTier=10 PreemptMode=OFF State=DOWN",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def cgroup_conf() -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from raylaunch.config import loader, user_code
 from raylaunch.errors import RunError, StateError
 from raylaunch.state import files, records, runs, thread_deaths
-from raylaunch.training.pulse import Place, Pulse
+from raylaunch.training.worker.heartbeat import Place, Pulse
 from raylaunch.training.worker.session import Session
 
 

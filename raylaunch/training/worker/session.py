@@ -20,8 +20,8 @@ from typing import Any
 from raylaunch.errors import StateError
 from raylaunch.state import files
 from raylaunch.state.lines import Lines
-from raylaunch.training.pulse import Pulse
 from raylaunch.training.stop_request import AT_COMMIT, NOW
+from raylaunch.training.worker.heartbeat import Pulse
 
 __all__ = ["AT_COMMIT", "NOW", "Session"]
 

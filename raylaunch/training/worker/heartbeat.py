@@ -1,0 +1,153 @@
+"""The worker's side of the heartbeats: it tells the driver where it is, and takes its orders.
+
+It says so when that changes, at most twice a second, and at least every two seconds. A worker trains on without a driver that
+hears it; nothing here costs the step anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raylaunch.host import wire
+from raylaunch.timing import BEAT_EVERY
+
+LOOK_EVERY = 0.5
+HANDSHAKE_LIMIT = 5.0
+LINE_LIMIT = 1 << 14
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a worker needs to reach its driver."""
+
+    address: str
+    port: int
+    secret: str = field(repr=False)
+    """Ray writes down what a worker is given."""
+    stuck: float = 0.0
+    """Seconds after which a worker whose interpreter does not go on writes its stacks; 0: never."""
+
+
+class Pulse:
+    """The worker's side: a daemon thread. Stacks go to `stack_file`."""
+
+    def __init__(self, place: Place, rank: int, node: str, stack_file: Path) -> None:
+        self._place, self._rank, self._node, self._stack_file = place, rank, node, stack_file
+        self.wish = 0
+        """What the driver asks for: 0, AT_COMMIT or NOW."""
+        self._where: tuple[int, str, float] | None = None
+        self._link: socket.socket | None = None
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="pulse", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def progress(self, step: int, phase: str) -> None:
+        """Where this worker is from now on; two assignments, no lock, no I/O."""
+        self._where = (step, phase, time.monotonic())
+
+    def reached(self, step: int) -> None:
+        """A step that was reported: all that is known of a trainer which never calls `progress`."""
+        if self._where is None or not self._where[1]:
+            self._where = (step, "", time.monotonic())
+
+    def close(self) -> None:
+        """End the thread, with a last word where the worker is."""
+        self._end.set()
+        if (link := self._link) is not None:
+            with contextlib.suppress(OSError):  # the driver has gone first
+                if self._where is not None:
+                    _tell(link, {"step": self._where[0], "phase": self._where[1], "age": 0.0})
+                link.shutdown(socket.SHUT_RDWR)
+        if self._thread.is_alive():
+            self._thread.join(2 * LOOK_EVERY)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _work(self) -> None:
+        pause = 0.2
+        while not self._end.is_set():
+            try:
+                with socket.create_connection((self._place.address, self._place.port), HANDSHAKE_LIMIT) as link:
+                    buffer = self._greet(link)
+                    pause, self._link = 0.2, link
+                    self._converse(link, buffer)
+            except (OSError, ValueError, KeyError) as error:
+                if pause > 3 and not self._end.is_set():
+                    print(f"pulse: no driver hears this worker: {error}", file=sys.stderr, flush=True)
+            except Exception:  # noqa: BLE001  a worker without a pulse would count as hung: connect again
+                traceback.print_exc()
+            self._link = None
+            self._end.wait(pause)
+            pause = min(5.0, 2 * pause)
+
+    def _greet(self, link: socket.socket) -> bytes:
+        """Prove each other; what came after the greeting already."""
+        greeting, rest = _line(link, b"")
+        nonce, pid, secret = wire.nonce(), os.getpid(), self._place.secret
+        proof = wire.proof(secret, "worker", greeting["nonce"], self._rank, self._node, pid)
+        _tell(link, {"rank": self._rank, "node": self._node, "pid": pid, "nonce": nonce, "proof": proof})
+        answer, rest = _line(link, rest)
+        if not wire.proves(answer["proof"], wire.proof(secret, "driver", nonce)):
+            raise ValueError("what listens there is not this attempt's driver")
+        return rest
+
+    def _converse(self, link: socket.socket, buffer: bytes) -> None:
+        link.settimeout(LOOK_EVERY)
+        told, told_at, armed = None, 0.0, 0.0
+        while True:
+            now = time.monotonic()
+            if now - armed >= BEAT_EVERY and self._place.stuck:
+                # A thread of C, for the case that someone holds the interpreter's lock and never returns.
+                faulthandler.dump_traceback_later(self._place.stuck, file=2)
+                armed = now
+            where = self._where
+            if where is not None and (where != told or now - told_at >= BEAT_EVERY):
+                _tell(link, {"step": where[0], "phase": where[1], "age": round(now - where[2], 3)})
+                told, told_at = where, now
+            elif now - told_at >= BEAT_EVERY:
+                _tell(link, {})
+                told_at = now
+            if self._end.is_set():
+                return
+            with contextlib.suppress(TimeoutError):
+                chunk = link.recv(1 << 14)
+                if not chunk:
+                    raise ConnectionError("the driver closed the connection")
+                *lines, buffer = (buffer + chunk).split(b"\n")
+                for line in lines:
+                    self._obey(link, wire.decoded(line))
+
+    def _obey(self, link: socket.socket, order: dict[str, Any]) -> None:
+        if "stop" in order:
+            self.wish = int(order["stop"])
+        if "dump" in order:
+            with self._stack_file.open("a", encoding="utf-8") as out:
+                out.write(f"rank {self._rank} on {self._node}, pid {os.getpid()}: {self._where}\n")
+                out.flush()
+                faulthandler.dump_traceback(out, all_threads=True)
+            _tell(link, {"dumped": str(self._stack_file)})
+
+
+def _tell(link: socket.socket, message: dict[str, Any]) -> None:
+    link.sendall(wire.encoded(message))
+
+
+def _line(link: socket.socket, buffer: bytes) -> tuple[dict[str, Any], bytes]:
+    while b"\n" not in buffer:
+        chunk = link.recv(1 << 12)
+        if not chunk or len(buffer) > LINE_LIMIT:
+            raise ConnectionError("the driver closed the connection")
+        buffer += chunk
+    line, _, rest = buffer.partition(b"\n")
+    return wire.decoded(line), rest
