@@ -19,7 +19,7 @@ from typing import Any
 
 from raylaunch.host import wire
 from raylaunch.training.hang_detector import Beat
-from raylaunch.training.worker.heartbeat import LINE_LIMIT, HANDSHAKE_LIMIT, Place
+from raylaunch.training.worker.heartbeat import HANDSHAKE_LIMIT, LINE_LIMIT, Place
 
 log = logging.getLogger("raylaunch.pulse")
 

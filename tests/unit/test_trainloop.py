@@ -185,7 +185,7 @@ def test_a_node_that_is_drained_is_left_and_the_head_is_told_once(bench: Callabl
 
 def test_losses_on_one_node_are_a_strike(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     one = bench()
-    monkeypatch.setattr("raylaunch.training.pulse.Server.node", lambda self, rank: "b")
+    monkeypatch.setattr("raylaunch.training.heartbeat_server.Server.node", lambda self, rank: "b")
     one.does(ends(LOST), ends(LOST), ends(LOST), one.says("finished"))
     assert one.driver().drive() == "finished"
     assert [(r["kind"], r["node"]) for r in one.made.requests()] == [("strike", "b")]
