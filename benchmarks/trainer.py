@@ -143,7 +143,7 @@ def speed(run: Path) -> float:
 def data(directory: Path, rounds: int) -> None:
     """Micro-batches of 8 samples from 100 million tokens, in the trainer's order and in numpy's."""
     from raylaunch.data import dataset, sample_order
-    from raylaunch.trainers.data import Loader, Plan
+    from raylaunch.trainers.batches import Loader, Plan
     from raylaunch.trainers.datasets import Data, Source, sample_count
 
     batch, steps, count = 8, 1000, 100_000_000

@@ -26,11 +26,10 @@ from raylaunch.errors import RunError
 from raylaunch.state import runs
 from raylaunch.timing import PATIENCE_AT_END, PATIENCE_AT_STOP
 from raylaunch.trainers import float8, memory_snapshot, models, parallel, safetensors_io
+from raylaunch.trainers.batches import IGNORED, Loader, MicroBatch, Plan
 from raylaunch.trainers.compile import Compiled
-from raylaunch.trainers.data import IGNORED, Loader, MicroBatch, Plan
 from raylaunch.trainers.datasets import Data, is_masked, look, open_data
 from raylaunch.trainers.ema import Average
-from raylaunch.trainers.metrics import Meter, StepStats
 from raylaunch.trainers.models import LanguageModel
 from raylaunch.trainers.nonfinite import Action, Guard
 from raylaunch.trainers.optim import (
@@ -45,6 +44,7 @@ from raylaunch.trainers.optim import (
 from raylaunch.trainers.pipeline_parallel import Pipeline
 from raylaunch.trainers.profiling import Profile
 from raylaunch.trainers.safetensors_io import export
+from raylaunch.trainers.step_metrics import Meter, StepStats
 from raylaunch.training.worker.seeding import seed_step
 from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 

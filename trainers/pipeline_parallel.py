@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raylaunch.trainers import parallel
-from raylaunch.trainers.data import MicroBatch
+from raylaunch.trainers.batches import MicroBatch
 from raylaunch.trainers.language_model import LanguageModel
 
 Loss = Callable[[Tensor, MicroBatch], Tensor]

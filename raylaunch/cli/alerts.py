@@ -19,10 +19,10 @@ from raylaunch.cli.show import table_width
 from raylaunch.config import loader, secrets
 from raylaunch.config.schema import AlertsConfig
 from raylaunch.errors import RaylaunchError, StateError, UsageError
-from raylaunch.observe.alerts import sinks
+from raylaunch.observe.alerts import alert_sinks
 from raylaunch.observe.alerts.alert import Alert, clock, message
-from raylaunch.observe.alerts.sidecar import MEMORY
-from raylaunch.observe.alerts.sinks import Result
+from raylaunch.observe.alerts.alert_sinks import Result
+from raylaunch.observe.alerts.sender import MEMORY
 from raylaunch.observe.status import find_run
 from raylaunch.state import files
 
@@ -79,7 +79,7 @@ def list_(run: str, as_json: bool, state_dir: Path | None) -> None:
 async def _try(own: AlertsConfig, tried: dict[str, Any]) -> list[tuple[str, Result, float]]:
     async def one(name: str) -> tuple[str, Result, float]:
         began = time.monotonic()
-        result = await sinks.send(name, own, tried)
+        result = await alert_sinks.send(name, own, tried)
         return name, result, time.monotonic() - began
 
     return await asyncio.gather(*map(one, own.sinks))

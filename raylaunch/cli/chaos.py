@@ -14,7 +14,7 @@ from raylaunch.cli.show import note
 from raylaunch.errors import UsageError
 from raylaunch.observe.history import plot
 from raylaunch.state import audit, files
-from raylaunch.tools.chaos import cluster_model, report, schedule
+from raylaunch.tools.chaos import cluster_model, schedule, summary
 from raylaunch.tools.chaos.campaign import Campaign
 from raylaunch.tools.chaos.faults import Faults, check
 from raylaunch.tools.chaos.remote import of_cluster, sandbox_of
@@ -92,8 +92,8 @@ def _inject(where: Path, run: str, given: dict[str, Any]) -> None:
         with options.interruptible():
             good = campaign.go(duration, count)
     finally:  # also after Ctrl-C
-        record = report.of(victim.run_dir, campaign.outcomes, began, time.time(), given["seed"])
-        click.echo(report.table(record))
+        record = summary.of(victim.run_dir, campaign.outcomes, began, time.time(), given["seed"])
+        click.echo(summary.table(record))
         if given["json_file"]:
             files.write_json(given["json_file"].absolute(), record)
         if given["plot"]:

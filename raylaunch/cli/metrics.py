@@ -9,7 +9,7 @@ import click
 
 from raylaunch.cli import options
 from raylaunch.cli.show import note
-from raylaunch.observe.prometheus import export as exporting
+from raylaunch.observe.prometheus import scrape_config
 from raylaunch.observe.prometheus.exporter import TOKEN_FILE
 
 
@@ -26,9 +26,9 @@ def export(out: Path, every: float | None, state_dir: Path | None) -> None:
     """Write what Prometheus and Grafana need: targets (file_sd) of all clusters that are up, a scrape configuration,
     and dashboards for raylaunch and for Ray."""
     where = options.state_dir(state_dir)
-    for name in exporting.write(where, out):
+    for name in scrape_config.write(where, out):
         click.echo(str(out / name))
     note(f"Prometheus must be able to read {where / TOKEN_FILE} (0600, yours), or a copy that you make for it.")
     while every is not None:
         time.sleep(every)
-        exporting.write_targets(where, out)
+        scrape_config.write_targets(where, out)

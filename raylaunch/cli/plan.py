@@ -24,10 +24,10 @@ from raylaunch.errors import UsageError
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.state import files
-from raylaunch.tools.plan import checkpoints, cpu_memory, estimate, from_run, gpus, memory, queue_time
+from raylaunch.tools.plan import checkpoint_size, cpu_memory, estimate, from_run, gpu_models, memory, queue_time
 from raylaunch.tools.plan.alternatives import SEVERAL
 from raylaunch.tools.plan.estimate import Estimate, Given
-from raylaunch.tools.plan.gpus import CPU, GIB, Gpu
+from raylaunch.tools.plan.gpu_models import CPU, GIB, Gpu
 from raylaunch.tools.plan.queue_time import Queue, spell
 
 
@@ -61,8 +61,8 @@ def _rate(flag: str, text: str) -> Callable[[F], F]:
     "--mfu", type=float, callback=_share_of_one,
     help="The share of the GPU's peak that is reached (0.4, say), where no pace is known.",
 )  # fmt: skip
-@_rate("--bandwidth", f"GB/s that the file system takes of a save. Default: {checkpoints.BANDWIDTH / 1e9:g}.")
-@_rate("--failures", f"Per node and hour. Default: {checkpoints.FAILURES:.2g} (Kokolis et al., 2025).")
+@_rate("--bandwidth", f"GB/s that the file system takes of a save. Default: {checkpoint_size.BANDWIDTH / 1e9:g}.")
+@_rate("--failures", f"Per node and hour. Default: {checkpoint_size.FAILURES:.2g} (Kokolis et al., 2025).")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @options.sets_option
 @options.state_dir_option
@@ -85,7 +85,7 @@ def plan(
     has = cpu_memory.of_worker(which, config, slurm)
     given = Given(
         which, config.slurm.max_nodes, batch_script.workers_per_node(config.slurm), has.size, has.why,
-        tokens_per_second, mfu, measured, bandwidth and bandwidth * 1e9, failures or checkpoints.FAILURES,
+        tokens_per_second, mfu, measured, bandwidth and bandwidth * 1e9, failures or checkpoint_size.FAILURES,
     )  # fmt: skip
     found = estimate.estimate(config, given)
     asked = queue_time.estimate(config, slurm, datetime.now().astimezone())
@@ -98,11 +98,11 @@ def plan(
 
 def _gpu(name: str | None, config: Config) -> Gpu:
     if name is not None:
-        return gpus.find(name)
+        return gpu_models.find(name)
     asked = f"{config.slurm.gpus_per_node or ''} {config.slurm.gres or ''}".split()
-    found = next(filter(None, map(gpus.asked_for, asked)), None)
+    found = next(filter(None, map(gpu_models.asked_for, asked)), None)
     if found is None and batch_script.gpus_per_node(config.slurm):
-        raise UsageError("which GPU? slurm.gpus_per_node does not say", f"--gpu NAME: {', '.join(gpus.TABLE)}.")
+        raise UsageError("which GPU? slurm.gpus_per_node does not say", f"--gpu NAME: {', '.join(gpu_models.TABLE)}.")
     return found or CPU
 
 

@@ -15,7 +15,7 @@ from raylaunch.cli import options
 from raylaunch.cli.show import table_width
 from raylaunch.errors import UsageError
 from raylaunch.observe import status
-from raylaunch.observe.why import job, log_lines, run
+from raylaunch.observe.why import job_log, log_lines, run
 from raylaunch.observe.why.verdict import Verdict, judge, on
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.state import files
@@ -58,7 +58,7 @@ def _verdict(what: str, where: Path) -> tuple[Verdict | str, str]:
     if path.exists():
         return _of_file(path), ""
     if what.isdigit():
-        return job.explain(what, Slurm()), ""
+        return job_log.explain(what, Slurm()), ""
     raise UsageError(
         f"{what} is no run in {where}, no file and no job's number", "See `raylaunch status --all`, or give a log file."
     )

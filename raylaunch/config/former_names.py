@@ -21,9 +21,11 @@ _IN_CODE_OF_USERS = {
     "trainers.compiling": "trainers.compile",
     "trainers.context": "trainers.context_parallel",
     "trainers.corpus": "trainers.text_corpus",
+    "trainers.data": "trainers.batches",
     "trainers.experts": "trainers.expert_parallel",
     "trainers.hf": "trainers.safetensors_io",
     "trainers.llama": "trainers.llama_weights",
+    "trainers.metrics": "trainers.step_metrics",
     "trainers.model": "trainers.decoder",
     "trainers.own": "trainers.user_model",
     "trainers.pipeline": "trainers.pipeline_parallel",
@@ -33,7 +35,7 @@ _IN_CODE_OF_USERS = {
     "trainers.wrapped": "trainers.module_wrapper",
 }
 _IN_LIVING_PROCESSES = {
-    "alerts.follow": "observe.alerts.sidecar",
+    "alerts.follow": "observe.alerts.sender",
     "checkpoint.process": "checkpoint.save_process",
     "driver": "training.driver",
     "export": "training.export",
@@ -41,7 +43,7 @@ _IN_LIVING_PROCESSES = {
     "metrics.serve": "observe.prometheus.exporter",
     "preflight.node": "tools.doctor.node_check",
     "raystart": "cluster.agent.ray_start",
-    "tracking.follow": "observe.trackers.sidecar",
+    "tracking.follow": "observe.trackers.uploader",
     "worker": "training.worker.main",
 }
 PACKAGES = {

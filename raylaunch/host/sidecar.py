@@ -16,7 +16,7 @@ from pathlib import Path
 
 from raylaunch.timing import BESIDE_LIMIT
 
-ALERTS, TRACKERS = "raylaunch.observe.alerts.sidecar", "raylaunch.observe.trackers.sidecar"
+ALERTS, TRACKERS = "raylaunch.observe.alerts.sender", "raylaunch.observe.trackers.uploader"
 """Modules by name: nobody who starts one imports it."""
 
 

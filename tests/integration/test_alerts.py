@@ -27,8 +27,8 @@ from raylaunch.tools.sandbox.procs import wait_for
 
 PATIENCE = 120.0
 PATH = "/services/s3cr3t"
-QUICK = "sidecar.PAUSE = 0.1"
-IMPATIENT = f"{QUICK}; sinks.HTTP_LIMIT, sidecar.LAST_LIMIT = 1.0, 3.0"
+QUICK = "sender.PAUSE = 0.1"
+IMPATIENT = f"{QUICK}; alert_sinks.HTTP_LIMIT, sender.LAST_LIMIT = 1.0, 3.0"
 
 
 class Site(ThreadingHTTPServer):
@@ -108,7 +108,7 @@ def hand_over(run: Path, **own: Any) -> None:
 
 
 def begin(run: Path, limits: str = QUICK) -> subprocess.Popen[bytes]:
-    code = f"from raylaunch.observe.alerts import sidecar, sinks; {limits}; sidecar.main()"
+    code = f"from raylaunch.observe.alerts import alert_sinks, sender; {limits}; sender.main()"
     with (run / "logs" / "driver.log").open("ab") as out:
         return subprocess.Popen([sys.executable, "-c", code, str(run)], stdin=subprocess.PIPE, stderr=out)
 
@@ -214,7 +214,7 @@ def test_between_two_drivers_nothing_is_given_up(run: Path, site: Site) -> None:
     """The end of a driver is not that of the run: its alerts wait for the next one, and rows are read once."""
     site.plan = [500] * 99
     hand_over(run, webhook=site.address("json"))
-    process = begin(run, f"{QUICK}; sidecar.HANDOVER_LIMIT = 0.5")
+    process = begin(run, f"{QUICK}; sender.HANDOVER_LIMIT = 0.5")
     wait_for("it was tried", lambda: site.asked > 0, PATIENCE)
     sidecar.end(process)
     assert told(run) == [] and site.got == {}

@@ -21,7 +21,7 @@ import yaml
 from raylaunch.cluster.telemetry import collect
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
-from raylaunch.observe.prometheus import export, exporter
+from raylaunch.observe.prometheus import exporter, scrape_config
 from raylaunch.state import files, records
 from raylaunch.state.head_state import Memory
 from raylaunch.state.records import Cluster, Head
@@ -119,17 +119,17 @@ def test_what_is_told(cluster: Path, served: str) -> None:
 
 def test_the_dashboard_asks_for_what_there_is(cluster: Path, served: str, tmp_path: Path) -> None:
     text = get(f"{served}/metrics", exporter.token(cluster.parent.parent))[1]
-    export.write(cluster.parent.parent, tmp_path)
-    asked = set(re.findall(r"raylaunch_\w+", (tmp_path / export.DASHBOARD).read_text()))
+    scrape_config.write(cluster.parent.parent, tmp_path)
+    asked = set(re.findall(r"raylaunch_\w+", (tmp_path / scrape_config.DASHBOARD).read_text()))
     assert asked and asked <= set(re.findall(r"^(raylaunch_\w+)", text, re.M))
-    assert json.loads((tmp_path / export.RAY_DASHBOARD).read_text())["panels"]
+    assert json.loads((tmp_path / scrape_config.RAY_DASHBOARD).read_text())["panels"]
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
 def test_a_real_prometheus_scrapes_it(cluster: Path, served: str, tmp_path: Path) -> None:
     """With the files that `metrics export` writes, and no others."""
-    export.write(cluster.parent.parent, tmp_path)
-    file = tmp_path / export.SCRAPE
+    scrape_config.write(cluster.parent.parent, tmp_path)
+    file = tmp_path / scrape_config.SCRAPE
     config = yaml.safe_load(file.read_text())
     config["global"]["scrape_interval"] = "1s"
     file.write_text(yaml.safe_dump(config))

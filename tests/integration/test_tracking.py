@@ -15,7 +15,7 @@ from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
 from raylaunch.host import sidecar
-from raylaunch.observe.trackers.sidecar import MEMORY
+from raylaunch.observe.trackers.uploader import MEMORY
 from raylaunch.state import files, records, runs
 from raylaunch.tools.sandbox.procs import wait_for
 

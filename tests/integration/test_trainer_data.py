@@ -17,7 +17,8 @@ from raylaunch.config.schema import Config
 from raylaunch.data import dataset, sample_order
 from raylaunch.errors import RunError
 from raylaunch.state import files
-from raylaunch.trainers import data, datasets, fsdp, parallel, text_corpus
+from raylaunch.trainers import batches as data
+from raylaunch.trainers import datasets, fsdp, parallel, text_corpus
 from raylaunch.trainers.decoder import Decoder
 
 

@@ -15,7 +15,7 @@ from raylaunch.checkpoint import store
 from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
 from raylaunch.state import files
-from raylaunch.trainers import data, datasets, fsdp, models, safetensors_io
+from raylaunch.trainers import batches, datasets, fsdp, models, safetensors_io
 
 pytestmark = pytest.mark.long
 
@@ -102,9 +102,9 @@ def test_a_trained_model_gives_the_same_loss_in_transformers(
     written = {path.name for path in safetensors_io.export(config, commit.path, tmp_path / "out")}
     assert len(written) > 3 and "model.safetensors.index.json" in written
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    plan = data.Plan(32, config.data.seed, GLOBAL_BATCH_SIZE, 2, 0, 1)
+    plan = batches.Plan(32, config.data.seed, GLOBAL_BATCH_SIZE, 2, 0, 1)
     total = count = 0.0
-    for batch in data.Loader(datasets.open_data(config, run.session()), plan, pin=False).validation(4):
+    for batch in batches.Loader(datasets.open_data(config, run.session()), plan, pin=False).validation(4):
         with torch.no_grad():
             logits = model(batch.inputs).logits
         total += float(
@@ -139,8 +139,8 @@ def val_loss(run: Run, model: Any) -> float:
     """What a model of transformers makes of the run's held-out samples."""
     config = Config.model_validate(run.config)
     total = count = 0.0
-    plan = data.Plan(32, config.data.seed, GLOBAL_BATCH_SIZE, 2, 0, 1)
-    for batch in data.Loader(datasets.open_data(config, run.session()), plan, pin=False).validation(4):
+    plan = batches.Plan(32, config.data.seed, GLOBAL_BATCH_SIZE, 2, 0, 1)
+    for batch in batches.Loader(datasets.open_data(config, run.session()), plan, pin=False).validation(4):
         with torch.no_grad():
             logits = model(batch.inputs).logits
         total += float(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum"))

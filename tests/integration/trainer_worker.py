@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from raylaunch.checkpoint import checksums, store
 from raylaunch.config.schema import Config
 from raylaunch.trainers import fsdp
-from raylaunch.trainers.data import Loader
+from raylaunch.trainers.batches import Loader
 from raylaunch.trainers.decoder import FeedForward
 from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 

@@ -12,7 +12,7 @@ from helpers import Site, python_for_all
 from shared import MAIN, Ground, Spec, Up
 
 from raylaunch.tools.sandbox import Sandbox, missing, take_down
-from raylaunch.tools.sandbox.paths import Layout
+from raylaunch.tools.sandbox.spec import Layout
 from raylaunch.tools.sandbox.teardown import leftovers
 
 _numbers = itertools.count(1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from helpers import LIMIT, NOBODY, Done, Site, wait_for
 
 from raylaunch.tools.sandbox import Sandbox
-from raylaunch.tools.sandbox.paths import Layout
+from raylaunch.tools.sandbox.spec import Layout
 from raylaunch.tools.sandbox.teardown import leftovers
 
 _numbers = itertools.count(1)

@@ -18,8 +18,8 @@ from helpers import LIMIT
 from raylaunch.cli.sandbox import sandbox as cli
 from raylaunch.errors import SandboxError, UsageError
 from raylaunch.tools.sandbox import Sandbox, daemons, missing, slurm_conf, take_down
-from raylaunch.tools.sandbox.paths import Layout, Spec
 from raylaunch.tools.sandbox.procs import Proc, wait_for
+from raylaunch.tools.sandbox.spec import Layout, Spec
 from raylaunch.tools.sandbox.teardown import leftovers
 
 pytestmark = pytest.mark.slurm

@@ -19,13 +19,13 @@ from raylaunch.config import loader, secrets
 from raylaunch.config.schema import AlertKind, AlertsConfig, Config
 from raylaunch.errors import ConfigError, UsageError
 from raylaunch.host.processes import start_time
-from raylaunch.observe.alerts import baselines, details, outbox, sinks
+from raylaunch.observe.alerts import alert_sinks, baselines, details, outbox
 from raylaunch.observe.alerts.alert import Alert, lasting, message, severity
+from raylaunch.observe.alerts.alert_rules import Memory, Rules
+from raylaunch.observe.alerts.alert_sinks import Result
 from raylaunch.observe.alerts.outbox import Due, Outbox
 from raylaunch.observe.alerts.rate_limit import Limiter
-from raylaunch.observe.alerts.rules import Memory, Rules
-from raylaunch.observe.alerts.sidecar import Follower, _last_line
-from raylaunch.observe.alerts.sinks import Result
+from raylaunch.observe.alerts.sender import Follower, _last_line
 from raylaunch.observe.trackers import sinks as trackers
 from raylaunch.scheduler.slurm import mail
 from raylaunch.state import files, records, runs
@@ -415,8 +415,11 @@ def test_when_it_is_tried_again() -> None:
 
 
 def test_retry_after_has_two_forms() -> None:
-    assert sinks._after("7") == 7 and sinks._after("") == 0 and sinks._after("soon") == 0
-    assert sinks._after("Wed, 21 Oct 2015 07:28:00 GMT") == 0 and sinks._after("Wed, 21 Oct 2099 07:28:00 GMT") > 1e9
+    assert alert_sinks._after("7") == 7 and alert_sinks._after("") == 0 and alert_sinks._after("soon") == 0
+    assert (
+        alert_sinks._after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+        and alert_sinks._after("Wed, 21 Oct 2099 07:28:00 GMT") > 1e9
+    )
 
 
 # -- how they look -----------------------------------------------------------------------------------
@@ -426,7 +429,7 @@ def test_slack_reads_no_text_as_a_link_or_a_call() -> None:
     made = message(
         Alert("failed", 'in <module>: a & b <!channel>\nFile "x"', time=0.0, severity="critical"), "r", "main"
     )
-    text = sinks.slack(made)["text"]
+    text = alert_sinks.slack(made)["text"]
     assert text.startswith(
         '*r*: in &lt;module&gt;: a &amp; b &lt;!channel&gt;\nFile "x"\n_critical: failed, cluster main'
     )
@@ -434,7 +437,7 @@ def test_slack_reads_no_text_as_a_link_or_a_call() -> None:
 
 def test_a_mail_has_one_line_of_subject() -> None:
     made = message(Alert("failed", "bad\x07 thing\nmore äö", time=0.0), "r", "main")
-    text = mail.letter(made, "me@example.org", sinks.plain(made)).decode()
+    text = mail.letter(made, "me@example.org", alert_sinks.plain(made)).decode()
     assert "\nSubject: [raylaunch] r: bad  thing\n" in text and "\nTo: me@example.org\n" in f"\n{text}"
 
 
@@ -581,7 +584,7 @@ def test_an_address_that_cannot_be_had(here: Path, given_: str, said: str, monke
 
 def test_what_a_library_says_is_not_repeated(here: Path) -> None:
     own = secrets.resolved(AlertsConfig.model_validate({"webhook": "http://s3cr3t.invalid:99999/s3cr3t"}))
-    found = asyncio.run(sinks.send("webhook", own, {"a": 1}))
+    found = asyncio.run(alert_sinks.send("webhook", own, {"a": 1}))
     assert not found.ok and found.said and "s3cr3t" not in found.said
 
 
@@ -611,7 +614,7 @@ def script(path: Path, text: str) -> Path:
 
 def test_a_command_gets_json_and_its_end_counts(tmp_path: Path) -> None:
     def run(words: list[str]) -> Result:
-        return asyncio.run(sinks.send("command", AlertsConfig(command=words), {"kind": "nan"}))
+        return asyncio.run(alert_sinks.send("command", AlertsConfig(command=words), {"kind": "nan"}))
 
     assert run(["sh", "-c", 'cat > "$1"', "-", str(tmp_path / "got")]) == Result(True)
     assert json.loads((tmp_path / "got").read_text()) == {"kind": "nan"}
@@ -622,9 +625,9 @@ def test_a_command_gets_json_and_its_end_counts(tmp_path: Path) -> None:
 
 
 def test_a_command_that_hangs_is_ended_with_all_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sinks, "COMMAND_LIMIT", 2.0)
+    monkeypatch.setattr(alert_sinks, "COMMAND_LIMIT", 2.0)
     words = ["sh", "-c", 'sleep 600 & echo $! > "$1"; wait', "-", str(tmp_path / "pid")]
-    found = asyncio.run(sinks.send("command", AlertsConfig(command=words), {}))
+    found = asyncio.run(alert_sinks.send("command", AlertsConfig(command=words), {}))
     assert found == Result(False, "no answer in 2 s")
     wait_for("its child is gone", lambda: start_time(int((tmp_path / "pid").read_text())) is None, 5)
 
@@ -635,7 +638,7 @@ def test_mail_goes_by_sendmail_else_by_mail_else_not(tmp_path: Path, monkeypatch
     made = message(Alert("nan", "no number", time=0.0), "r", "main")
 
     def send() -> Result:
-        return asyncio.run(sinks.send("mail", AlertsConfig(mail="me@x.org"), made))
+        return asyncio.run(alert_sinks.send("mail", AlertsConfig(mail="me@x.org"), made))
 
     assert send().said == "this node has neither sendmail nor mail"
     script(tmp_path / "mail", f'/bin/echo "$@" > {tmp_path}/words; /bin/cat > {tmp_path}/got')

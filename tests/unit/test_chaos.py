@@ -21,7 +21,7 @@ from raylaunch.cli.chaos import chaos
 from raylaunch.errors import UsageError
 from raylaunch.observe.history import goodput, timeline
 from raylaunch.state import files
-from raylaunch.tools.chaos import campaign, cluster_model, faults, remote, report, schedule
+from raylaunch.tools.chaos import campaign, cluster_model, faults, remote, schedule, summary
 from raylaunch.tools.chaos.campaign import Campaign
 from raylaunch.tools.chaos.faults import Aim, Broken
 from raylaunch.tools.chaos.schedule import KINDS, Planned
@@ -307,15 +307,15 @@ def test_the_ledger_of_a_campaign(tmp_path: Path) -> None:
         campaign.Outcome(5, "node", "n2", 114.5, recovered=True, restarted=True),
         campaign.Outcome(6, "head", "", 120, skipped="2 nodes are ready"),
     ]
-    record = report.of(run, outcomes, 104.0, 126.0, seed=7)
+    record = summary.of(run, outcomes, 104.0, 126.0, seed=7)
     row = next(r for r in record["faults"] if r["kind"] == "node")
     assert (row["count"], row["recovered"], row["detect_median"], row["steps_lost"]) == (1, 1, 0.25, 2)
     assert row["recovery_worst"] == pytest.approx(5.5) and record["all"]["count"] == 2
     assert record["steps"]["ok"] and 0.6 < record["goodput"] < 0.75
-    text = report.table(record)
+    text = summary.table(record)
     for words in ("0.25 s", "5.50 s", "left out: 6 head", "each exactly once; lost 0, repeated 0", "goodput"):
         assert words in text, text
-    assert report.percentile([1, 2, 3, 4], 0.5) == 2 and report.percentile([1.0], 0.95) == 1
+    assert summary.percentile([1, 2, 3, 4], 0.5) == 2 and summary.percentile([1.0], 0.95) == 1
 
 
 # --- the model ----------------------------------------------------------------------------------------

@@ -107,8 +107,8 @@ def test_a_module_that_nobody_has_is_named_as_it_was_written(user: Path) -> None
 
 
 def test_a_module_below_a_module_of_ours_is_not_ours(user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "raylaunch.trainers.data", raising=False)  # another test may have imported it
+    monkeypatch.delitem(sys.modules, "raylaunch.trainers.batches", raising=False)  # another test may have imported it
     write(user / "trainers" / "data" / "__init__.py", "")
     write(user / "trainers" / "data" / "mine.py")
     assert called("trainers.data.mine:train", user) == "mine"
-    assert "raylaunch.trainers.data" not in sys.modules
+    assert "raylaunch.trainers.batches" not in sys.modules

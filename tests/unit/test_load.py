@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylaunch.cluster.telemetry.kernel import KernelLog
+from raylaunch.cluster.telemetry.load_table import FIRST_PERIOD, POINTS, Series, Table, flat
 from raylaunch.cluster.telemetry.sample import Gpus, Sampler
-from raylaunch.cluster.telemetry.table import FIRST_PERIOD, POINTS, Series, Table, flat
 from raylaunch.host.resources import Resources
 
 HERE = Resources(cpus=2, memory=1000, object_store=1, gpus=())

@@ -20,11 +20,11 @@ from raylaunch.errors import RaylaunchError, RunError, UsageError
 from raylaunch.scheduler.slurm.client import Completed, Slurm
 from raylaunch.tools.plan import (
     alternatives,
-    checkpoints,
+    checkpoint_size,
     cpu_memory,
     estimate,
     from_run,
-    gpus,
+    gpu_models,
     memory,
     model_shape,
     queue_time,
@@ -33,7 +33,7 @@ from raylaunch.tools.plan import (
 )
 from raylaunch.tools.plan.estimate import Given
 
-H100 = gpus.find("h100-80gb")
+H100 = gpu_models.find("h100-80gb")
 LLAMA = {"size": "8B", "vocab_size": 128256}
 
 
@@ -53,15 +53,17 @@ def steps(rows: int, batch: int, **more: Any) -> dict[str, Any]:
 
 
 def test_a_gpu_is_found_by_its_name_or_the_part_that_is_its_own() -> None:
-    assert gpus.find("H100-80GB") is H100 and gpus.find("h100") is H100
+    assert gpu_models.find("H100-80GB") is H100 and gpu_models.find("h100") is H100
     with pytest.raises(UsageError, match="is one of a100-40gb, a100-80gb"):
-        gpus.find("a100")
+        gpu_models.find("a100")
     with pytest.raises(UsageError) as error:
-        gpus.find("h300")
+        gpu_models.find("h300")
     assert "mi300x-192gb" in error.value.hint and "cpu" in error.value.hint
-    assert gpus.asked_for("h100:8") is H100 and gpus.asked_for("gpu:h100:4,shard:2") is H100
-    assert gpus.asked_for("a100:8") is gpus.asked_for("8") is gpus.asked_for("gpu:2") is None
-    assert len(gpus.TABLE) > 12 and all(gpu.memory and gpu.flops for gpu in gpus.TABLE.values() if gpu is not gpus.CPU)
+    assert gpu_models.asked_for("h100:8") is H100 and gpu_models.asked_for("gpu:h100:4,shard:2") is H100
+    assert gpu_models.asked_for("a100:8") is gpu_models.asked_for("8") is gpu_models.asked_for("gpu:2") is None
+    assert len(gpu_models.TABLE) > 12 and all(
+        gpu.memory and gpu.flops for gpu in gpu_models.TABLE.values() if gpu is not gpu_models.CPU
+    )
 
 
 def test_llama_3_has_as_many_parameters_as_it_is_said_to_have() -> None:
@@ -186,7 +188,7 @@ def test_the_assumed_pace_is_that_of_torchtitan() -> None:
     made = config(model=LLAMA, data={"seq_len": 8192}, step_scheduler=steps(1, 8))
     found = throughput.assumed(made, model_shape.of(made), sharding.place(made, 1, 8), H100, None)
     assert found is not None and found.assumed and found.tokens_per_s / 8 == pytest.approx(5762, rel=0.01)
-    assert throughput.assumed(made, model_shape.of(made), sharding.place(made, 1, 8), gpus.CPU, None) is None
+    assert throughput.assumed(made, model_shape.of(made), sharding.place(made, 1, 8), gpu_models.CPU, None) is None
 
 
 def test_recomputing_and_a_pipelines_idle_ends_take_time() -> None:
@@ -201,23 +203,23 @@ def test_recomputing_and_a_pipelines_idle_ends_take_time() -> None:
 
 
 def test_youngs_and_dalys_interval() -> None:
-    assert checkpoints.young(60, 86400) == pytest.approx(3220, abs=1)
-    assert checkpoints.daly(60, 86400) == pytest.approx(3180, abs=1)  # a little less the save itself
-    assert checkpoints.daly(1, 1e9) == pytest.approx(checkpoints.young(1, 1e9), rel=1e-4)
-    assert checkpoints.daly(500, 200) == 200
-    around = [checkpoints.waste(checkpoints.daly(60, 86400) * part, 60, 86400) for part in (0.5, 1, 2)]
+    assert checkpoint_size.young(60, 86400) == pytest.approx(3220, abs=1)
+    assert checkpoint_size.daly(60, 86400) == pytest.approx(3180, abs=1)  # a little less the save itself
+    assert checkpoint_size.daly(1, 1e9) == pytest.approx(checkpoint_size.young(1, 1e9), rel=1e-4)
+    assert checkpoint_size.daly(500, 200) == 200
+    around = [checkpoint_size.waste(checkpoint_size.daly(60, 86400) * part, 60, 86400) for part in (0.5, 1, 2)]
     assert around[1] < min(around[0], around[2])
 
 
 def test_a_save_is_as_large_as_what_is_trained() -> None:
-    assert checkpoints.size(config(model=LLAMA), model_shape.of(config(model=LLAMA))) == 12 * 8_030_261_248
+    assert checkpoint_size.size(config(model=LLAMA), model_shape.of(config(model=LLAMA))) == 12 * 8_030_261_248
     with_average = config(model=LLAMA, optimizer={"ema": 0.999})
-    assert checkpoints.size(with_average, model_shape.of(with_average)) == 16 * 8_030_261_248
+    assert checkpoint_size.size(with_average, model_shape.of(with_average)) == 16 * 8_030_261_248
 
 
-def saves(nodes: int = 64, **checkpoint: Any) -> checkpoints.Saving:
+def saves(nodes: int = 64, **checkpoint: Any) -> checkpoint_size.Saving:
     made = config(model=LLAMA, checkpoint=checkpoint, step_scheduler={"ckpt_every_steps": 100})
-    return checkpoints.plan(made, model_shape.of(made), nodes, nodes * 8, 2e9, checkpoints.FAILURES, 2.0, 1e6)
+    return checkpoint_size.plan(made, model_shape.of(made), nodes, nodes * 8, 2e9, checkpoint_size.FAILURES, 2.0, 1e6)
 
 
 def test_in_the_background_steps_wait_for_the_copy_alone() -> None:
@@ -288,7 +290,7 @@ def test_an_earlier_run_gives_pace_start_and_saves(earlier: Path) -> None:
     assert (found.tokens_per_s, found.workers) == (2000.0, 2)
     assert found.start == {"workers": 4.0, "model": 1.0, "step": 2.0}
     made = config(model={"size": "125M"}, step_scheduler={"global_batch_size": 16})
-    assert found.bandwidth == checkpoints.size(made, model_shape.of(made)) / 2
+    assert found.bandwidth == checkpoint_size.size(made, model_shape.of(made)) / 2
     same = found.pace(made, model_shape.of(made), sharding.place(made, 1, 2))
     assert same.tokens_per_s == pytest.approx(2000) and "by workers" not in same.how
     twice = found.pace(made, model_shape.of(made), sharding.place(made, 1, 4))
@@ -335,16 +337,16 @@ SITE = "DefMemPerCPU            = 6026\n"
 )
 def test_a_worker_has_what_slurm_gives_the_job(slurm: dict[str, Any], site: str, mib: int | None, why: str) -> None:
     fake = Fake(sbatch=Completed(0), sinfo=SINFO, scontrol=Completed(0, PARTITIONS + site))
-    found = cpu_memory.of_worker(gpus.CPU, config(slurm=slurm), Slurm(fake))
+    found = cpu_memory.of_worker(gpu_models.CPU, config(slurm=slurm), Slurm(fake))
     assert found == cpu_memory.Room(mib and mib << 20, why)
 
 
 def test_where_slurm_does_not_say() -> None:
     """None here: this machine is the node. One that does not answer: nobody knows."""
-    found = cpu_memory.of_worker(gpus.CPU, config(), Slurm(Fake(sbatch=FileNotFoundError(2, "no"))))
+    found = cpu_memory.of_worker(gpu_models.CPU, config(), Slurm(Fake(sbatch=FileNotFoundError(2, "no"))))
     assert found.size and found.why == "this machine's"
     silent = Fake(sbatch=Completed(0), scontrol=refused("slurm_load_partitions: Unable to contact slurm controller\n"))
-    assert cpu_memory.of_worker(gpus.CPU, config(), Slurm(silent)) == cpu_memory.Room(None)
+    assert cpu_memory.of_worker(gpu_models.CPU, config(), Slurm(silent)) == cpu_memory.Room(None)
     assert cpu_memory.of_worker(H100, config(), Slurm(silent)) == cpu_memory.Room(H100.memory)
 
 

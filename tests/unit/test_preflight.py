@@ -24,16 +24,16 @@ from raylaunch.text import size
 from raylaunch.tools.doctor import (
     clock_server,
     compare_nodes,
-    gpus,
+    gpu_status,
     machine_checks,
     machine_facts,
     mailbox,
     pairwise,
     slurm_checks,
-    storage,
+    storage_check,
 )
 from raylaunch.tools.doctor.finding import Finding, failed, ok, problem, unknown, warning
-from raylaunch.tools.doctor.gpus import Gpu, Smi
+from raylaunch.tools.doctor.gpu_status import Gpu, Smi
 from raylaunch.tools.doctor.machine_facts import Facts, Interface, Port
 from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult, Pairs, Place, Reached
 
@@ -127,25 +127,27 @@ torn line
     ],
 )
 def test_the_file_system_of_a_path(path: str, kind: str) -> None:
-    assert storage.file_system(path, MOUNTS)[0] == kind
+    assert storage_check.file_system(path, MOUNTS)[0] == kind
 
 
 def test_quota() -> None:
     text = "Disk quotas for user me (uid 1000):\n Filesystem blocks quota limit grace files quota limit grace\n"
     text += "filer:/home 900* 1000 2000 0 5 0 0 0\n"
-    assert storage.parse_quota(text, "filer:/home") == storage.Quota(used=900 << 10, limit=2000 << 10)
-    assert storage.parse_quota("/scratch\n  10 5 0 - 7 0 0 -\n", None) == storage.Quota(used=10 << 10, limit=5 << 10)
-    assert storage.parse_quota("quota: none", "filer:/home") is None is storage.parse_quota("", None)
+    assert storage_check.parse_quota(text, "filer:/home") == storage_check.Quota(used=900 << 10, limit=2000 << 10)
+    assert storage_check.parse_quota("/scratch\n  10 5 0 - 7 0 0 -\n", None) == storage_check.Quota(
+        used=10 << 10, limit=5 << 10
+    )
+    assert storage_check.parse_quota("quota: none", "filer:/home") is None is storage_check.parse_quota("", None)
 
 
-def a_storage(**changes: object) -> storage.Storage:
+def a_storage(**changes: object) -> storage_check.Storage:
     usual = {"path": "/home/me/.raylaunch", "at": "/home/me", "type": "nfs4", "source": "filer:/home", "free": 900 * GIB,
              "total": 1000 * GIB, "speed": 500e6, "small": 0.002}  # fmt: skip
-    return storage.Storage.model_validate(usual | changes)
+    return storage_check.Storage.model_validate(usual | changes)
 
 
 def test_a_state_directory_as_it_should_be() -> None:
-    assert {one.status for one in storage.judge(a_storage(), shared=True)} == {"ok"}
+    assert {one.status for one in storage_check.judge(a_storage(), shared=True)} == {"ok"}
 
 
 @pytest.mark.parametrize(
@@ -163,20 +165,20 @@ def test_a_state_directory_as_it_should_be() -> None:
     ],
 )
 def test_a_state_directory_that_is_not_well(changes: dict[str, object], check: str, status: str) -> None:
-    found = by_check(storage.judge(a_storage(**changes), shared=True))[check]
+    found = by_check(storage_check.judge(a_storage(**changes), shared=True))[check]
     assert found.status == status and found.hint
 
 
 def test_measuring_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "CHUNKS", 1)
-    found = storage.measure(tmp_path / "not" / "there")
+    monkeypatch.setattr(storage_check, "CHUNKS", 1)
+    found = storage_check.measure(tmp_path / "not" / "there")
     assert found.at == str(tmp_path) and found.speed and found.small and not found.error and found.free and found.type
     assert list(tmp_path.iterdir()) == []
-    assert storage.measure(tmp_path / "x").type == storage.here(tmp_path)[0]
+    assert storage_check.measure(tmp_path / "x").type == storage_check.here(tmp_path)[0]
 
 
 def test_a_file_system_that_hangs_is_given_up(tmp_path: Path) -> None:
-    assert "no answer within 0.001 s" in storage.look(tmp_path, limit=0.001).error
+    assert "no answer within 0.001 s" in storage_check.look(tmp_path, limit=0.001).error
 
 
 # --- GPUs ----------------------------------------------------------------------------------------
@@ -205,7 +207,7 @@ SMI = """<?xml version="1.0" ?><!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12
 
 
 def test_nvidia_smi() -> None:
-    found = gpus.parse(SMI)
+    found = gpu_status.parse(SMI)
     assert (found.driver, found.cuda, len(found.gpus), found.error) == ("550.54.15", "12.4", 2, "")
     well, sick = found.gpus
     assert well == Gpu(
@@ -217,13 +219,13 @@ def test_nvidia_smi() -> None:
     said = by_check(machine_checks.gpus([sick]))
     assert said["gpu.health"].status == "problem" and "3 uncorrectable" in said["gpu.health"].text
     assert {"gpu.throttling", "gpu.link"} <= said.keys()
-    assert gpus.ours(found.gpus, ["1"]) == [sick] and gpus.ours(found.gpus, ["GPU-aa"]) == [well]
-    assert len(gpus.ours(found.gpus, ["MIG-1"])) == 2
+    assert gpu_status.ours(found.gpus, ["1"]) == [sick] and gpu_status.ours(found.gpus, ["GPU-aa"]) == [well]
+    assert len(gpu_status.ours(found.gpus, ["MIG-1"])) == 2
 
 
 @pytest.mark.parametrize("text", ["", "No devices were found", SMI[:400], "\x00\x01"])
 def test_nvidia_smi_that_says_something_else(text: str) -> None:
-    assert gpus.parse(text).error.startswith("nvidia-smi said")
+    assert gpu_status.parse(text).error.startswith("nvidia-smi said")
 
 
 @pytest.fixture
@@ -237,17 +239,17 @@ def smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_asking_a_driver_that_works_fails_and_hangs(smi_says: Path) -> None:
     smi_says.write_text(f"#!/bin/sh\ncat <<'E'\n{SMI}\nE\n")
-    assert len(gpus.ask().gpus) == 2 and asyncio.run(self_check.gpu_trouble()) == ""
+    assert len(gpu_status.ask().gpus) == 2 and asyncio.run(self_check.gpu_trouble()) == ""
     smi_says.write_text("#!/bin/sh\necho 'Unable to determine the device handle for GPU0: Unknown Error'; exit 255\n")
-    assert "Unknown Error" in gpus.ask().error and "Unknown Error" in asyncio.run(self_check.gpu_trouble())
+    assert "Unknown Error" in gpu_status.ask().error and "Unknown Error" in asyncio.run(self_check.gpu_trouble())
     smi_says.write_text("#!/bin/sh\nexec sleep 60\n")
-    assert "did not answer within 0.05 s" in gpus.ask(0.05).error
+    assert "did not answer within 0.05 s" in gpu_status.ask(0.05).error
     assert "did not end within 0.05 s" in asyncio.run(self_check.gpu_trouble(0.05))
 
 
 def test_no_nvidia_smi_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    assert asyncio.run(self_check.gpu_trouble()) == "" and gpus.ask() == Smi()
+    assert asyncio.run(self_check.gpu_trouble()) == "" and gpu_status.ask() == Smi()
 
 
 # --- one machine ---------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def a_machine(**changes: object) -> Facts:
 
 def test_a_machine_as_it_should_be() -> None:
     found = [*machine_checks.judge(a_machine()), *machine_checks.network(a_machine(), None)]
-    found += machine_checks.software(a_machine(), gpus.parse(SMI), wants_gpus=True, shared=True)
+    found += machine_checks.software(a_machine(), gpu_status.parse(SMI), wants_gpus=True, shared=True)
     assert {one.status for one in found} == {"ok"}
 
 
@@ -308,7 +310,7 @@ def test_infiniband() -> None:
 
 
 def test_software_that_does_not_fit() -> None:
-    def judged(smi: Smi = gpus.parse(SMI), **changes: object) -> dict[str, Finding]:  # noqa: B008
+    def judged(smi: Smi = gpu_status.parse(SMI), **changes: object) -> dict[str, Finding]:  # noqa: B008
         return by_check(machine_checks.software(a_machine(**changes), smi, wants_gpus=True, shared=True))
 
     assert judged(versions={"raylaunch": "1"})["software.torch"].status == "problem"
@@ -487,7 +489,7 @@ def test_who_is_cut_off() -> None:
 
 
 def gpu_node(index: int, flops: float = 700e12, smi: str = SMI, **changes: object) -> tuple[Hello, Checked]:
-    parsed = gpus.parse(smi.replace("GPU-aaaa", f"GPU-{index}"))
+    parsed = gpu_status.parse(smi.replace("GPU-aaaa", f"GPU-{index}"))
     check = GpuCheck.model_validate(
         {"local": 0, "name": "H100", "memory": 80 * GIB, "taken": GIB, "flops": flops} | changes
     )

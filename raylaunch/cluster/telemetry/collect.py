@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raylaunch.cluster.telemetry.table import Table
+from raylaunch.cluster.telemetry.load_table import Table
 from raylaunch.errors import StateError
 from raylaunch.state import files
 from raylaunch.timing import LOAD_EVERY as LATEST_EVERY

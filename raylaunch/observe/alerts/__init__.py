@@ -1,4 +1,4 @@
 """Telling people what happens to a run.
 
-rows of its files → `rules` (pure) → `rate_limit` → `sidecar`, a process beside the driver → `sinks`
+rows of its files → `alert_rules` (pure) → `rate_limit` → `sender`, a process beside the driver → `alert_sinks`
 """

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from raylaunch.observe.alerts.sinks import Result
+from raylaunch.observe.alerts.alert_sinks import Result
 
 GIVE_UP = 3600.0
 """Seconds from the first try of an alert at a sink until it is given up there."""

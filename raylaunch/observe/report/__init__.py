@@ -1,1 +1,1 @@
-"""`raylaunch report`: facts of a run (`gather`, `curves`, `cost`, `settings`) → a page (`page`, `timeline`), Markdown, JSON (`as_json`)."""
+"""`raylaunch report`: facts of a run (`gather`, `curves`, `cost`, `settings`) → a page (`page`, `timeline_chart`), Markdown, JSON (`as_json`)."""

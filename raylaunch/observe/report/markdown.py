@@ -6,7 +6,7 @@ from raylaunch.observe.report import formatting
 from raylaunch.observe.report.gather import Facts
 from raylaunch.observe.report.paragraph import appendix
 from raylaunch.observe.report.summary import cards, code_rows, cost_rows, sentence
-from raylaunch.observe.report.timeline import took
+from raylaunch.observe.report.timeline_chart import took
 
 MOST = 200
 """Rows of a table."""

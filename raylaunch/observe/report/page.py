@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from raylaunch.observe.history.recoveries import Recovery
-from raylaunch.observe.report import formatting, paragraph, settings, summary, svg, timeline
+from raylaunch.observe.report import formatting, paragraph, settings, summary, svg, timeline_chart
 from raylaunch.observe.report.gather import Facts
 
 RECOVERIES, NODES = 120, 100
@@ -28,13 +28,13 @@ def render(facts: Facts) -> str:
         f=facts,
         sentence=summary.sentence(facts),
         cards=summary.cards(facts),
-        timeline=timeline.over_time(facts),
+        timeline=timeline_chart.over_time(facts),
         ledger=_ledger(facts),
         recoveries=_recoveries(facts),
         more_recoveries=max(0, len(facts.book.recoveries) - RECOVERIES),
         nodes=facts.nodes[:NODES],
         more_nodes=max(0, len(facts.nodes) - NODES),
-        load=timeline.utilisation(facts),
+        load=timeline_chart.utilisation(facts),
         cost=summary.cost_rows(facts),
         code=summary.code_rows(facts),
         differences=[(key, _value(value)) for key, value in sorted(settings.differences(shown).items())],
@@ -114,7 +114,7 @@ def _recoveries(facts: Facts) -> list[dict[str, Any]]:
             {
                 "number": number, "kind": "resize" if one.kind == "resize" else "fault", "name": facts.named(one),
                 "when": formatting.when(one.began, seconds=True), "after": formatting.duration(facts.axis.elapsed(one.began)),
-                "workers": f"{one.workers[0]} → {one.workers[1]}", "lost": one.steps_lost, "took": timeline.took(one),
+                "workers": f"{one.workers[0]} → {one.workers[1]}", "lost": one.steps_lost, "took": timeline_chart.took(one),
                 "share": round(100 * (one.total or 0.0) / longest, 1), "bar": svg.bar(pieces, 10, told), "phases": told,
             }
         )  # fmt: skip

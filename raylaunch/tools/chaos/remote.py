@@ -22,7 +22,7 @@ from raylaunch.state import files, records
 from raylaunch.state.records import Cluster
 from raylaunch.tools.chaos import probe
 from raylaunch.tools.sandbox import Sandbox
-from raylaunch.tools.sandbox.paths import BASE, PREFIX
+from raylaunch.tools.sandbox.spec import BASE, PREFIX
 
 PROBE = (sys.executable, "-I", "-S", str(Path(probe.__file__).resolve()))
 PATIENCE = 30.0

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from raylaunch.text import plural, size
-from raylaunch.tools.doctor import gpus, machine_checks, pairwise
+from raylaunch.tools.doctor import gpu_status, machine_checks, pairwise
 from raylaunch.tools.doctor.finding import Finding, few, ok, on, problem, warning
 from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, Pairs
 
@@ -192,7 +192,7 @@ def torch_errors(found: Mapping[int, Checked], names: Names) -> Iterator[Finding
 
 def gpu_checks(found: Mapping[int, Checked], hellos: Mapping[int, Hello]) -> list[Finding]:
     """GPUs: what they did, what nvidia-smi says of them, and whether each is there once."""
-    rows = {hellos[i].node: (row, gpus.ours(row.smi.gpus, hellos[i].gpus)) for i, row in sorted(found.items()) if hellos[i].gpus}  # fmt: skip
+    rows = {hellos[i].node: (row, gpu_status.ours(row.smi.gpus, hellos[i].gpus)) for i, row in sorted(found.items()) if hellos[i].gpus}  # fmt: skip
     findings: list[Finding] = []
     owners: dict[str, list[str]] = {}
     for node, (row, listed) in rows.items():

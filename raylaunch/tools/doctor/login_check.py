@@ -15,7 +15,7 @@ from raylaunch.scheduler.slurm import batch_script
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.scheduler.slurm.site import parse_estimate
 from raylaunch.text import user
-from raylaunch.tools.doctor import gpus, machine_checks, machine_facts, slurm_checks, storage
+from raylaunch.tools.doctor import gpu_status, machine_checks, machine_facts, slurm_checks, storage_check
 from raylaunch.tools.doctor.finding import Finding, ok, problem, unknown
 
 SMI_LIMIT = 10.0
@@ -27,14 +27,14 @@ def run(config: Config, state_dir: Path, slurm: Slurm | None) -> list[Finding]:
     # As long as a cluster's own directory would be: the temp directory's name follows from it.
     key = str(state_dir / "clusters" / config.cluster.name)
     with ThreadPoolExecutor(8) as pool:
-        room = pool.submit(storage.look, state_dir)
-        driver = pool.submit(gpus.ask, SMI_LIMIT)
+        room = pool.submit(storage_check.look, state_dir)
+        driver = pool.submit(gpu_status.ask, SMI_LIMIT)
         here = machine_facts.gather(config.cluster.temp_dir, key, os.environ, None if shared else "1")
         told = _slurm(config, state_dir, slurm, pool) if slurm is not None else []
     wants_gpus = batch_script.gpus_per_node(config.slurm) > 0
     return [
         *told,
-        *storage.judge(room.result(), shared),
+        *storage_check.judge(room.result(), shared),
         *machine_checks.judge(here),
         *machine_checks.network(here, None if shared else config.cluster.interface),
         *machine_checks.software(here, driver.result(), wants_gpus, shared),

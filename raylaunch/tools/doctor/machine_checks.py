@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from raylaunch.text import size
 from raylaunch.tools.doctor.finding import Finding, few, ok, problem, unknown, warning
-from raylaunch.tools.doctor.gpus import Gpu, Smi
+from raylaunch.tools.doctor.gpu_status import Gpu, Smi
 from raylaunch.tools.doctor.machine_facts import Facts, Interface, Port
-from raylaunch.tools.doctor.storage import GIB, LOCAL, SHARED
+from raylaunch.tools.doctor.storage_check import GIB, LOCAL, SHARED
 
 TEMP, TEMP_LEAST = 5 * GIB, GIB // 4
 SHM, SHM_LEAST = 1 * GIB, 64 << 20

@@ -23,7 +23,7 @@ from raylaunch.errors import BringUpError, RaylaunchError
 from raylaunch.host.network import interface_address
 from raylaunch.host.ports import lease_ports
 from raylaunch.host.temp_dir import temp_dir_path
-from raylaunch.tools.doctor import storage
+from raylaunch.tools.doctor import storage_check
 
 RUNTIMES = ("apptainer", "singularity", "enroot", "podman", "docker", "charliecloud")
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC, "memlock": resource.RLIMIT_MEMLOCK}
@@ -88,7 +88,7 @@ def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None 
         free = shutil.disk_usage(temp_base).free
     return Facts(
         temp=temp,
-        temp_type=storage.here(Path(temp_base))[0],
+        temp_type=storage_check.here(Path(temp_base))[0],
         temp_free=free,
         temp_error=temp_error,
         shm_free=shm,
@@ -101,7 +101,7 @@ def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None 
         modules=any(env.get(name) for name in ("LMOD_CMD", "MODULESHOME", "BASH_FUNC_module%%")),
         python=platform.python_version(),
         prefix=sys.prefix,
-        prefix_type=storage.here(Path(sys.prefix))[0],
+        prefix_type=storage_check.here(Path(sys.prefix))[0],
         versions=versions(),
     )
 

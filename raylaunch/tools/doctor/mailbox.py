@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from raylaunch.errors import StateError
 from raylaunch.state import files
-from raylaunch.tools.doctor.gpus import Smi
+from raylaunch.tools.doctor.gpu_status import Smi
 from raylaunch.tools.doctor.machine_facts import Facts
 
 CANARY, CONFIG, ROSTER, SCHEDULE = "canary", "config.yaml", "roster.json", "schedule.json"

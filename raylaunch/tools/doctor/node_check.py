@@ -30,7 +30,7 @@ from raylaunch.host.resources import find_resources
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.state import records
-from raylaunch.tools.doctor import clock_server, gpus, machine_facts, mailbox, pairwise
+from raylaunch.tools.doctor import clock_server, gpu_status, machine_facts, mailbox, pairwise
 from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult, Pairs, Roster, Schedule
 
 CANARY_PATIENCE = 10.0
@@ -179,7 +179,7 @@ def checked(here: Here, roster: Roster, probes: Probes, visible: int) -> Checked
         elif "torch" in line:
             torch = str(line["torch"])
         elif "busy" in line and smi is None:  # under load: what slows it down shows then
-            smi = gpus.ask()
+            smi = gpu_status.ask()
         elif "gpu" in line:
             found[local] = GpuCheck.model_validate(line["gpu"])
         if not waiting:
@@ -189,9 +189,9 @@ def checked(here: Here, roster: Roster, probes: Probes, visible: int) -> Checked
         torch = silent if waiting else torch
     elif not torch:
         found = {local: found.get(local, GpuCheck(local=local, error=silent)) for local in range(visible)}
-        smi = smi or gpus.ask()
+        smi = smi or gpu_status.ask()
     rows = tuple(found[local] for local in sorted(found))
-    return Checked(index=here.index, time=began, reached=reached, gpus=rows, smi=smi or gpus.Smi(), torch=torch)
+    return Checked(index=here.index, time=began, reached=reached, gpus=rows, smi=smi or gpu_status.Smi(), torch=torch)
 
 
 def paired(here: Here, schedule: Schedule, probes: Probes) -> Pairs:

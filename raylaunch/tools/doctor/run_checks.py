@@ -18,8 +18,8 @@ from raylaunch.errors import BringUpError, SlurmError, StateError
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.state import files
 from raylaunch.tools.doctor import compare_nodes, mailbox, pairwise
+from raylaunch.tools.doctor.check_job import Allocation, LocalProcesses, Show, SlurmJob, StillWaiting
 from raylaunch.tools.doctor.finding import Finding, problem, unknown, warning
-from raylaunch.tools.doctor.job import Allocation, LocalProcesses, Show, SlurmJob, StillWaiting
 from raylaunch.tools.doctor.mailbox import Checked, Hello, Model, Pairs, Place, Roster, Schedule
 
 FOLDER = "doctor"

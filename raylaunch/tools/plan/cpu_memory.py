@@ -14,7 +14,7 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.host.resources import memory_limit
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.scheduler.slurm.client import Slurm
-from raylaunch.tools.plan.gpus import CPU, Gpu
+from raylaunch.tools.plan.gpu_models import CPU, Gpu
 
 MIB = 1 << 20
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError
-from raylaunch.tools.plan import alternatives, checkpoints, memory, model_shape, sharding, throughput
+from raylaunch.tools.plan import alternatives, checkpoint_size, memory, model_shape, sharding, throughput
 from raylaunch.tools.plan.alternatives import Fit
-from raylaunch.tools.plan.checkpoints import Saving
+from raylaunch.tools.plan.checkpoint_size import Saving
 from raylaunch.tools.plan.from_run import Measured
-from raylaunch.tools.plan.gpus import CPU, Gpu
+from raylaunch.tools.plan.gpu_models import CPU, Gpu
 from raylaunch.tools.plan.memory import Peak
 from raylaunch.tools.plan.model_shape import Shape
 from raylaunch.tools.plan.sharding import Place
@@ -41,7 +41,7 @@ class Given:
     mfu: float | None = None
     like: Measured | None = None
     bandwidth: float | None = None
-    failures: float = checkpoints.FAILURES
+    failures: float = checkpoint_size.FAILURES
 
 
 @dataclass
@@ -103,7 +103,7 @@ def _times(found: Estimate, config: Config, given: Given, model: Shape) -> None:
     """What needs the model's shape."""
     where = found.place
     bandwidth, found.bandwidth = _bandwidth(given)
-    found.saving = checkpoints.plan(
+    found.saving = checkpoint_size.plan(
         config, model, where.nodes - where.spare, where.world, bandwidth, given.failures, found.step, found.end
     )
     if found.pace is None:
@@ -173,7 +173,7 @@ def _bandwidth(given: Given) -> tuple[float, str]:
         return given.bandwidth, "stated"
     if given.like is not None and given.like.bandwidth is not None:
         return given.like.bandwidth, f"measured in run {given.like.run}"
-    return checkpoints.BANDWIDTH, "assumed"
+    return checkpoint_size.BANDWIDTH, "assumed"
 
 
 def as_dict(found: Estimate, config: Config) -> dict[str, Any]:

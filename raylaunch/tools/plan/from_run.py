@@ -22,7 +22,7 @@ from raylaunch.observe.history import timeline
 from raylaunch.observe.history.goodput import read_pieces
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.state import files, records
-from raylaunch.tools.plan import checkpoints, model_shape, sharding, throughput
+from raylaunch.tools.plan import checkpoint_size, model_shape, sharding, throughput
 from raylaunch.tools.plan.model_shape import Shape
 from raylaunch.tools.plan.sharding import Place
 from raylaunch.tools.plan.throughput import Pace
@@ -76,7 +76,7 @@ def read(run_dir: Path) -> Measured:
         per_node = math.gcd(workers, batch_script.workers_per_node(config.slurm))
         where = sharding.place(config, workers // per_node, per_node)
         flops = tokens_per_s * throughput.work(config, own, where) / workers
-        bandwidth = _bandwidth(events, checkpoints.size(config, own))
+        bandwidth = _bandwidth(events, checkpoint_size.size(config, own))
     return Measured(name, tokens_per_s, workers, flops, _start(events), bandwidth)
 
 

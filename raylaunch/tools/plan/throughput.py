@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from raylaunch.config.schema import Config
-from raylaunch.tools.plan.gpus import Gpu
+from raylaunch.tools.plan.gpu_models import Gpu
 from raylaunch.tools.plan.model_shape import Shape
 from raylaunch.tools.plan.sharding import Place
 

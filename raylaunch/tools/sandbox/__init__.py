@@ -3,7 +3,7 @@
 `Sandbox` is all of it; `raylaunch sandbox …` is the same by hand. Standard library only.
 """
 
-from raylaunch.tools.sandbox.paths import DEFAULT_NAME
 from raylaunch.tools.sandbox.sandbox import NodeStatus, Sandbox, Status, missing, take_down
+from raylaunch.tools.sandbox.spec import DEFAULT_NAME
 
 __all__ = ["DEFAULT_NAME", "NodeStatus", "Sandbox", "Status", "missing", "take_down"]

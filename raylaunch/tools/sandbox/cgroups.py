@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from raylaunch.errors import SandboxError
-from raylaunch.tools.sandbox.paths import BASE, PREFIX, Layout
 from raylaunch.tools.sandbox.procs import Proc, wait_for
+from raylaunch.tools.sandbox.spec import BASE, PREFIX, Layout
 
 Kind = Literal["cgroup2", "freezer"]
 

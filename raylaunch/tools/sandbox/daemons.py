@@ -15,8 +15,8 @@ from pathlib import Path
 from raylaunch.errors import SandboxError
 from raylaunch.tools.sandbox import cgroups
 from raylaunch.tools.sandbox.node import system_env, tail
-from raylaunch.tools.sandbox.paths import CONTROLLER, Layout, Spec
 from raylaunch.tools.sandbox.procs import Proc, wait_for
+from raylaunch.tools.sandbox.spec import CONTROLLER, Layout, Spec
 
 HEAD = "head"  # the cgroup of everything that is not a node
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from raylaunch.errors import SandboxError
-from raylaunch.tools.sandbox import cgroups, init, network, slurm_conf
-from raylaunch.tools.sandbox.paths import Layout, Spec
+from raylaunch.tools.sandbox import bridge, cgroups, init, slurm_conf
 from raylaunch.tools.sandbox.procs import Proc, wait_for
+from raylaunch.tools.sandbox.spec import Layout, Spec
 
 
 class NodePlan(TypedDict):
@@ -58,7 +58,7 @@ def boot(layout: Layout, spec: Spec, nodes: Sequence[str], before_go: Callable[[
                 raise SandboxError(f"{node} did not start", tail(layout.log / f"{node}.init.log"))
             pids[node] = int(line)
             Proc.of(pids[node]).save(record(layout, node))
-        network.plug(layout, spec, pids)
+        bridge.plug(layout, spec, pids)
         if before_go is not None:
             before_go()
         for node, outer in started.items():
@@ -90,7 +90,7 @@ def kill(layout: Layout, spec: Spec, node: str, silent: bool) -> None:
     if proc is None:
         raise SandboxError(f"{node} is not running", f"raylaunch sandbox start {node}")
     if silent:
-        network.unplug(layout, spec, node)
+        bridge.unplug(layout, spec, node)
     proc.kill()
     wait_for(f"{node} dead", lambda: not proc.alive(), 10)
     clear(layout, spec, node)
@@ -99,7 +99,7 @@ def kill(layout: Layout, spec: Spec, node: str, silent: bool) -> None:
 
 def clear(layout: Layout, spec: Spec, node: str) -> None:
     """Remove what a dead node leaves on the machine: commands entering it, cable, cgroups."""
-    network.unplug(layout, spec, node)
+    bridge.unplug(layout, spec, node)
     group = cgroups.group(layout, node)
     cgroups.kill(group)
     # A group that was frozen would freeze the next init, and Slurm would take groups of jobs
@@ -167,7 +167,7 @@ def _start_init(layout: Layout, spec: Spec, node: str) -> subprocess.Popen[str]:
             # No name server can be reached: an empty file makes look-ups fail at once.
             "/etc/resolv.conf": str(layout.dir / "etc" / "resolv.conf"),
         },
-        network=network.node_setup(spec, node),
+        network=bridge.node_setup(spec, node),
         command=["slurmd", "-D", "-f", str(layout.slurm_conf), "-N", node],
         env={
             "PATH": system_env()["PATH"],

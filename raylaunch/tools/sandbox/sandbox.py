@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.errors import SandboxError, UsageError
-from raylaunch.tools.sandbox import cgroups, daemons, network, node, slurm, slurm_conf, teardown
-from raylaunch.tools.sandbox.paths import DEFAULT_NAME, MAX_NODES, Layout, Spec
+from raylaunch.tools.sandbox import bridge, cgroups, daemons, node, slurm, slurm_conf, teardown
 from raylaunch.tools.sandbox.procs import Proc, write_atomic
+from raylaunch.tools.sandbox.spec import DEFAULT_NAME, MAX_NODES, Layout, Spec
 
 _COMMANDS = {
     "slurmctld": "slurmctld",
@@ -127,7 +127,7 @@ class Sandbox:
         if cgroups.ensure_mount("cgroup2", layout) is None:
             raise SandboxError("no cgroup2 file system can be mounted here", "in a container: run it --privileged")
         freezer = cgroups.ensure_mount("freezer", layout)
-        with network.network_lock():
+        with bridge.network_lock():
             spec = Spec(
                 name=layout.name,
                 nodes=nodes,
@@ -135,10 +135,10 @@ class Sandbox:
                 gpus=gpus,
                 accounting=accounting,
                 memory=_machine_memory(),
-                network=network.choose_network(layout),
+                network=bridge.choose_network(layout),
                 cgroup_proctrack=freezer is not None,
             )
-            network.add_bridge(layout, spec)
+            bridge.add_bridge(layout, spec)
         _write_configuration(layout, spec)
         daemons.start_munged(layout)
         if accounting:
@@ -218,12 +218,12 @@ class Sandbox:
     def cut(self, node_name: str) -> None:
         """Cut the node's network: nothing comes in or out, and nobody is told."""
         self._check(node_name, running=True)
-        network.cut(self.layout, self.spec, node_name)
+        bridge.cut(self.layout, self.spec, node_name)
 
     def heal(self, node_name: str) -> None:
         """Undo `cut`."""
         self._check(node_name, running=True)
-        network.heal(self.layout, self.spec, node_name)
+        bridge.heal(self.layout, self.spec, node_name)
 
     def freeze(self, node_name: str) -> None:
         """Stop every process of the node, slurmd too; returns when all stand still."""
@@ -265,7 +265,7 @@ class Sandbox:
             running=proc is not None,
             pid=proc.pid if proc else None,
             frozen=proc is not None and cgroups.frozen(cgroups.group(self.layout, name)),
-            cut=network.is_cut(self.layout, self.spec, name),
+            cut=bridge.is_cut(self.layout, self.spec, name),
             slurm=state,
             reason="" if reason == "none" else reason,
         )

@@ -7,8 +7,8 @@ from collections.abc import Collection
 
 from raylaunch.errors import SandboxError
 from raylaunch.tools.sandbox.node import system_env, tail
-from raylaunch.tools.sandbox.paths import Layout
 from raylaunch.tools.sandbox.procs import wait_for
+from raylaunch.tools.sandbox.spec import Layout
 
 # Reasons that Slurm itself gives a node; any other was set by a person and is left alone.
 _SLURMS_OWN_REASONS = ("Node unexpectedly rebooted", "Not responding")

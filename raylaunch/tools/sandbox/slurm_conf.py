@@ -6,7 +6,7 @@ that raylaunch must live with (preemption, requeue, time limits, dead nodes) wit
 
 from __future__ import annotations
 
-from raylaunch.tools.sandbox.paths import CONTROLLER, Layout, Spec
+from raylaunch.tools.sandbox.spec import CONTROLLER, Layout, Spec
 
 GPU_DEVICE = "/dev/fakegpu"  # not nvidiaN: nothing may mistake a stand-in for a real one
 

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 from raylaunch.errors import SandboxError
-from raylaunch.tools.sandbox import cgroups, network
-from raylaunch.tools.sandbox.paths import Layout
+from raylaunch.tools.sandbox import bridge, cgroups
 from raylaunch.tools.sandbox.procs import wait_for
+from raylaunch.tools.sandbox.spec import Layout
 
 
 def down(layout: Layout) -> bool:
@@ -26,7 +26,7 @@ def down(layout: Layout) -> bool:
     freezer = cgroups.freezer_group(layout)
     if freezer is not None:
         cgroups.remove(freezer)
-    network.remove_all(layout)
+    bridge.remove_all(layout)
     cgroups.unmount_own(layout)
     _remove_directory(layout)
     left = leftovers(layout)
@@ -57,7 +57,7 @@ def leftovers(layout: Layout, processes: bool = True) -> list[str]:
         root = cgroups.mount_point(kind, layout)
         if root is not None and (root / layout.cgroup).exists():
             found.append(f"cgroup {root / layout.cgroup}")
-    found += [f"network link {name}" for name in network.existing(layout)]
+    found += [f"network link {name}" for name in bridge.existing(layout)]
     if processes:
         found += [f"process {pid} in its mount namespaces" for pid in _inside(layout)]
     return found

@@ -2,7 +2,7 @@
 
     rows → rules → details → limits → outbox → one task a sink: send, try again, give up → an event "alert"
 
-    python -m raylaunch.observe.alerts.sidecar RUN_DIR [WHY]     ends when its stdin does, soon after; WHY the run ends then
+    python -m raylaunch.observe.alerts.sender RUN_DIR [WHY]     ends when its stdin does, soon after; WHY the run ends then
 
 What is read, held back and still to be sent is remembered in RUN_DIR/alerts.json before anything is sent: the next
 process, after a fault or in another allocation, goes on from there. An alert comes at least once (with the same id), in
@@ -26,11 +26,11 @@ from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import StateError, first_line
 from raylaunch.host import processes
-from raylaunch.observe.alerts import details, outbox, sinks
+from raylaunch.observe.alerts import alert_sinks, details, outbox
 from raylaunch.observe.alerts.alert import Alert, message
+from raylaunch.observe.alerts.alert_rules import Memory, Rules
 from raylaunch.observe.alerts.outbox import Outbox, Parcel
 from raylaunch.observe.alerts.rate_limit import Limiter
-from raylaunch.observe.alerts.rules import Memory, Rules
 from raylaunch.state import files, records, runs
 from raylaunch.state.runs import Run
 from raylaunch.timing import LAST_LIMIT
@@ -195,7 +195,7 @@ class Follower:
                 continue
             due = parcel.due[name]
             due.first = due.first or time.time()
-            result = await sinks.send(name, self._config.alerts, parcel.message)
+            result = await alert_sinks.send(name, self._config.alerts, parcel.message)
             due.tries, due.refusals = due.tries + 1, due.refusals + result.refused
             pause = None if result.ok else outbox.pause(due, result, time.time())
             if not result.ok and result.said != due.error:

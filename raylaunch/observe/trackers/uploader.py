@@ -1,6 +1,6 @@
 """The process beside a run's driver that reads metrics.jsonl as it grows, and passes it on.
 
-    python -m raylaunch.observe.trackers.sidecar RUN_DIR        ends when its stdin does, once all is passed on
+    python -m raylaunch.observe.trackers.uploader RUN_DIR        ends when its stdin does, once all is passed on
 
 Not in a training worker: a tracker's outage, its imports and its threads cost the training nothing there. What
 each sink has got is noted in RUN_DIR/tracking.json: the next process, after a fault, goes on from there, and a

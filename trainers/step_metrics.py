@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raylaunch.config.schema import Config
-from raylaunch.trainers.data import MicroBatch
+from raylaunch.trainers.batches import MicroBatch
 from raylaunch.trainers.nonfinite import Action, Guard
 from raylaunch.training.worker.session import NOW, Session
 

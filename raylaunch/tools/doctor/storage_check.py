@@ -1,6 +1,6 @@
 """The state directory: what it lies on, how much room there is, how quick it is.
 
-    python -m raylaunch.tools.doctor.storage PATH    → one JSON line
+    python -m raylaunch.tools.doctor.storage_check PATH    → one JSON line
 
 It runs as a process of its own (`look`): a file system whose server is gone blocks whoever asks it, for ever. The test
 writes at most 32 MiB into a directory of its own, for a second, and removes it.
@@ -87,7 +87,7 @@ def here(path: Path) -> tuple[str, str]:
 def look(path: Path, limit: float = LIMIT) -> Storage:
     """Look at a directory, from a process of its own; what could not be found out is in `error`."""
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "raylaunch.tools.doctor.storage", str(path)],
+        [sys.executable, "-P", "-m", "raylaunch.tools.doctor.storage_check", str(path)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from raylaunch.errors import SandboxError
 from raylaunch.host import locks
-from raylaunch.tools.sandbox.paths import BASE, Layout, Spec
+from raylaunch.tools.sandbox.spec import BASE, Layout, Spec
 
 LOCK_LIMIT = 60.0
 """Seconds to wait for another sandbox that is making its network."""
