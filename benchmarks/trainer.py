@@ -149,7 +149,7 @@ def data(directory: Path, rounds: int) -> None:
     batch, steps, count = 8, 1000, 100_000_000
     numbers = np.random.default_rng(0).integers(0, 256, count, dtype=np.uint16)
     numbers.tofile(directory / "tokens.bin")
-    writer = dataset.Writer(directory, "shard-00000", np.uint16, (dataset.TOKENS,))
+    writer = dataset.ShardWriter(directory, "shard-00000", np.uint16, (dataset.TOKENS,))
     writer.add(numbers)
     shard = writer.close("bench", 0)
     row = dataset.row(directory, [shard])
@@ -194,7 +194,7 @@ def prepare(directory: Path, rounds: int) -> None:
     """60 MB of JSON lines, with a byte-pair tokenizer that was trained on them."""
     import tokenizers
 
-    from raylaunch.data.prepare import Request
+    from raylaunch.data.prepare import PrepareRequest
     from raylaunch.data.prepare import prepare as run
 
     texts = [path.read_text(errors="replace") for path in sorted(Path(os.__file__).parent.rglob("*.py"))]
@@ -213,7 +213,7 @@ def prepare(directory: Path, rounds: int) -> None:
             out = directory / "out"
             shutil.rmtree(out, ignore_errors=True)
             began = time.perf_counter()
-            request = Request([str(inputs)], out, str(directory / "tokenizer.json"), piece_bytes=4 << 20)
+            request = PrepareRequest([str(inputs)], out, str(directory / "tokenizer.json"), piece_bytes=4 << 20)
             manifest = run(request, workers, lambda _: None)
             return manifest.tokens / (time.perf_counter() - began)
 

@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 118, 34
 
 if __name__ == "__main__":
     where = Path(sys.argv[2]) if len(sys.argv) > 2 else files.default_state_dir()
-    reader = snapshot.Reader(*snapshot.find(where, sys.argv[1]))
+    reader = snapshot.SnapshotReader(*snapshot.find(where, sys.argv[1]))
     reader.look()
     time.sleep(20)  # the pace is that of the steps since the first look
     picture = reader.look()

@@ -29,7 +29,7 @@ def _chunks(rank: int, size: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-class Context:
+class ContextParallel:
     """This worker's part of every sample of `seq_len` tokens, a multiple of twice the group's size."""
 
     def __init__(self, group: dist.ProcessGroup, seq_len: int, device: torch.device) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from raylaunch.config.schema import Config, ModelConfig
 from raylaunch.trainers import llama_weights
 from raylaunch.trainers.activation_checkpointing import recomputed
-from raylaunch.trainers.context_parallel import Context
+from raylaunch.trainers.context_parallel import ContextParallel
 from raylaunch.trainers.expert_parallel import MixtureOfExperts
 from raylaunch.trainers.language_model import LanguageModel
 
@@ -30,7 +30,7 @@ class Attention(nn.Module):
     """Causal grouped-query attention: n_heads query heads share n_kv_heads key and value heads. `context`: where
     the other tokens are (see `context_parallel`); None: they are all here."""
 
-    context: Context | None = None
+    context: ContextParallel | None = None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Decoder(LanguageModel):
 
     cos: Tensor
     sin: Tensor
-    context: Context | None = None
+    context: ContextParallel | None = None
 
     def __init__(self, config: ModelConfig, recompute: str = "none", stage: tuple[int, int] = (0, 1)) -> None:
         super().__init__()

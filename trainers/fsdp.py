@@ -67,7 +67,7 @@ class Training:
         self.device = device = set_up_device(session)
         self.group = saver.make_group(config.distributed.comm_timeout)
         self.data = open_data(config, session)
-        self.place = place = parallel.Place.of(config, session.rank, session.world_size)
+        self.place = place = parallel.MeshCoordinates.of(config, session.rank, session.world_size)
         self.loader = make_loader(config, session, self.data, place, pin=device.type == "cuda")
         data_ready = time.monotonic()
 
@@ -237,7 +237,7 @@ def set_up_device(session: Session) -> torch.device:
     return device
 
 
-def make_loader(config: Config, session: Session, data: Data, place: parallel.Place, *, pin: bool) -> Loader:
+def make_loader(config: Config, session: Session, data: Data, place: parallel.MeshCoordinates, *, pin: bool) -> Loader:
     """What this rank reads of the data."""
     plan = Plan(
         seq_len=config.data.seq_len,
@@ -251,7 +251,7 @@ def make_loader(config: Config, session: Session, data: Data, place: parallel.Pl
     return Loader(data, plan, pin=pin)
 
 
-def make_pipeline(model: LanguageModel, layout: parallel.Layout, config: Config) -> Pipeline:
+def make_pipeline(model: LanguageModel, layout: parallel.ParallelLayout, config: Config) -> Pipeline:
     """This worker's stage; between stages, activations are shared out as they are between blocks."""
     place = layout.place
     here = config.data.seq_len // (place.context[1] * place.tensor[1])
@@ -260,7 +260,7 @@ def make_pipeline(model: LanguageModel, layout: parallel.Layout, config: Config)
 
 def forward_backward(
     model: LanguageModel,
-    layout: parallel.Layout,
+    layout: parallel.ParallelLayout,
     pipeline: Pipeline | None,
     batches: list[MicroBatch],
     tokens_per_step: int,

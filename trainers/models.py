@@ -12,9 +12,9 @@ def make(config: Config, stage: tuple[int, int] = (0, 1)) -> LanguageModel:
     """The model, or one of so many parts of it, to be made on the meta device."""
     recompute = config.distributed.activation_checkpointing
     if config.model.hf is not None:
-        from raylaunch.trainers.transformers_model import Pretrained  # transformers takes its time
+        from raylaunch.trainers.transformers_model import PretrainedModel  # transformers takes its time
 
-        return Pretrained(config.model, recompute)
+        return PretrainedModel(config.model, recompute)
     if config.model.target is not None:
         from raylaunch.trainers.user_model import Own
 

@@ -36,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 
 from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
-from raylaunch.trainers.context_parallel import Context
+from raylaunch.trainers.context_parallel import ContextParallel
 from raylaunch.trainers.decoder import Block, Decoder
 from raylaunch.trainers.expert_parallel import MixtureOfExperts
 from raylaunch.trainers.language_model import LanguageModel
@@ -48,7 +48,7 @@ of a step: one gather a step instead of two per micro-batch. A larger one is gat
 
 
 @dataclass(frozen=True)
-class Place:
+class MeshCoordinates:
     """Where this worker stands: (index, size) among those that have other parts of the model (`stage`), that share no
     sample (`data`), that share samples and have other tokens of them (`context`), and that have the same tokens
     (`tensor`)."""
@@ -59,7 +59,7 @@ class Place:
     tensor: tuple[int, int]
 
     @classmethod
-    def of(cls, config: Config, rank: int, world_size: int) -> Place:
+    def of(cls, config: Config, rank: int, world_size: int) -> MeshCoordinates:
         """RunError for a world that the plan cannot use."""
         plan = config.distributed
         tp, cp, pp = plan.tp_size, plan.cp_size, plan.pp_size
@@ -81,18 +81,18 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """Where and how the model computes. `offload`: parameters lie in the host's memory. `mesh`: the workers of this
     stage: replicate (if there are), shard, tensor (if any); `experts`: the same as replicate, shard, expert.
     `gathered`: see GATHERED_BYTES; `balance`: see MixtureOfExperts."""
 
     device: torch.device
     offload: bool
-    place: Place
+    place: MeshCoordinates
     mesh: DeviceMesh
     dtype: torch.dtype
     gathered: bool
-    context: Context | None
+    context: ContextParallel | None
     experts: DeviceMesh | None
     balance: float
 
@@ -116,10 +116,10 @@ def copies(strategy: str, world_size: int, local_world_size: int, within: int) -
     return {"ddp": world_size // within, "hsdp": world_size // local_world_size}.get(strategy, 1)
 
 
-def make_layout(model: LanguageModel, config: Config, device: torch.device, session: Session) -> Layout:
+def make_layout(model: LanguageModel, config: Config, device: torch.device, session: Session) -> ParallelLayout:
     """The mesh and what follows from it; dtype `auto` is bfloat16 on GPU, float32 on CPU."""
     plan = config.distributed
-    place = Place.of(config, session.rank, session.world_size)
+    place = MeshCoordinates.of(config, session.rank, session.world_size)
     world = session.world_size // plan.pp_size  # of this stage
     bfloat16 = plan.dtype == "bfloat16" or (plan.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -139,15 +139,15 @@ def make_layout(model: LanguageModel, config: Config, device: torch.device, sess
     context = None
     if plan.cp_size > 1:
         apart = stage_mesh({"data": place.data[1], "context": plan.cp_size, "tensor": plan.tp_size})
-        context = Context(apart["context"].get_group(), config.data.seq_len, device)
+        context = ContextParallel(apart["context"].get_group(), config.data.seq_len, device)
     balance = config.model.router_aux_loss / session.global_batch_size
     gathered = size <= GATHERED_BYTES
-    return Layout(
+    return ParallelLayout(
         device, plan.cpu_offload, place, mesh("tensor", plan.tp_size), dtype, gathered, context, experts, balance
     )
 
 
-def shard(model: LanguageModel, layout: Layout, *, compile_blocks: bool) -> None:
+def shard(model: LanguageModel, layout: ParallelLayout, *, compile_blocks: bool) -> None:
     """Split and shard in place, block by block; what is outside the blocks is one more group."""
     if isinstance(model, Decoder):
         _split(model, layout)
@@ -170,7 +170,7 @@ def shard(model: LanguageModel, layout: Layout, *, compile_blocks: bool) -> None
             module.set_force_sum_reduction_for_comms(True)  # a plain sum, which gloo has too
 
 
-def _split(model: Decoder, layout: Layout) -> None:
+def _split(model: Decoder, layout: ParallelLayout) -> None:
     """Context parallel, and tensor parallel with sequence parallel (Korthikanti et al., 2022): products are split over
     heads and hidden units, and between them each worker has a part of the tokens."""
     model.context = layout.context
@@ -208,7 +208,7 @@ def _split(model: Decoder, layout: Layout) -> None:
         )
 
 
-def _share_out(mixture: MixtureOfExperts, layout: Layout, how: dict[str, Any]) -> None:
+def _share_out(mixture: MixtureOfExperts, layout: ParallelLayout, how: dict[str, Any]) -> None:
     """Expert parallel: each worker of a group gets some of the experts; FSDP shards those over the groups."""
     mixture.balance = layout.balance
     mixture.whole = layout.context.group if layout.context is not None else None
@@ -228,7 +228,7 @@ def _without(mesh: DeviceMesh, name: str) -> DeviceMesh:
     return mesh[tuple(dim for dim in mesh.mesh_dim_names or () if dim != name)]
 
 
-def begin_pass(model: LanguageModel, layout: Layout, *, last: bool) -> None:
+def begin_pass(model: LanguageModel, layout: ParallelLayout, *, last: bool) -> None:
     """Before each micro-batch of a step: only the last one's backward exchanges the gradients."""
     assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
@@ -236,7 +236,7 @@ def begin_pass(model: LanguageModel, layout: Layout, *, last: bool) -> None:
     model.set_reshard_after_backward(last or not layout.gathered)
 
 
-def materialize(model: LanguageModel, layout: Layout, seq_len: int) -> None:
+def materialize(model: LanguageModel, layout: ParallelLayout, seq_len: int) -> None:
     """Give the meta-device shards memory; values are still to come (`initialize` or a checkpoint)."""
     model.to_empty(device="cpu" if layout.offload else layout.device)
     model.settle(seq_len, layout.device)

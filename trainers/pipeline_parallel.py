@@ -25,7 +25,7 @@ Loss = Callable[[Tensor, MicroBatch], Tensor]
 class Pipeline:
     """This worker's stage. `shape` of the activations between stages, [B, S here, dim]."""
 
-    def __init__(self, model: LanguageModel, layout: parallel.Layout, shape: tuple[int, int, int]) -> None:
+    def __init__(self, model: LanguageModel, layout: parallel.ParallelLayout, shape: tuple[int, int, int]) -> None:
         self._model, self._layout, self._shape = model, layout, shape
         self._stage, self._stages = layout.place.stage
         step = dist.get_world_size() // self._stages

@@ -43,7 +43,7 @@ SOON = 600.0
 
 
 @dataclass(frozen=True)
-class Place:
+class TorchrunGroup:
     """Where a worker is among all, in torchrun's terms."""
 
     group_rank: int
@@ -86,7 +86,7 @@ def command(trainer: TrainerConfig) -> list[str]:
     return [*([sys.executable, "-u"] if script.endswith(".py") else []), script, *trainer.args]
 
 
-def find_place(session: Session) -> Place:
+def find_place(session: Session) -> TorchrunGroup:
     """Exchange who is where; rank 0 finds a free port on its node."""
     port = 0
     if session.rank == 0:
@@ -96,10 +96,10 @@ def find_place(session: Session) -> Place:
     everyone: list[Any] = [None] * session.world_size
     dist.all_gather_object(everyone, (session.node, port))
     nodes = list(dict.fromkeys(node for node, _ in everyone))
-    return Place(nodes.index(session.node), len(nodes), everyone[0][1])
+    return TorchrunGroup(nodes.index(session.node), len(nodes), everyone[0][1])
 
 
-def environment(session: Session, place: Place, errors: Path) -> dict[str, str]:
+def environment(session: Session, place: TorchrunGroup, errors: Path) -> dict[str, str]:
     """torchrun's variables, as torch.distributed.elastic sets them, and where this run's files lie.
 
     Source: torch/distributed/elastic/agent/server/local_elastic_agent.py (2.13). MASTER_ADDR stays as Ray Train

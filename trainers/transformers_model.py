@@ -38,7 +38,7 @@ def description(model: ModelConfig) -> Any:
         ) from error
 
 
-class Pretrained(Wrapped):
+class PretrainedModel(Wrapped):
     """`inner` is the model of transformers, or peft's around it."""
 
     def __init__(self, config: ModelConfig, recompute: str = "none") -> None:

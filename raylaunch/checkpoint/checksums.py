@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from raylaunch.checkpoint.store import Bad, Commit
+from raylaunch.checkpoint.store import Commit, InvalidCheckpoint
 
 
 def digest(path: Path) -> tuple[int, str]:
@@ -21,18 +21,20 @@ def share(commit: Commit, rank: int, world_size: int) -> list[str]:
     return sorted(commit.files)[rank::world_size]
 
 
-def check(commit: Commit, names: Iterable[str]) -> Bad | None:
+def check(commit: Commit, names: Iterable[str]) -> InvalidCheckpoint | None:
     """The first of these files that is not as it was written."""
     for name in names:
         size, sha256 = commit.files[name]
         try:
             found = digest(commit.path / name)
         except FileNotFoundError:
-            return Bad(commit.path, commit.step, name, "missing")
+            return InvalidCheckpoint(commit.path, commit.step, name, "missing")
         except OSError as error:
-            return Bad(commit.path, commit.step, name, error.strerror or str(error), damaged=False)
+            return InvalidCheckpoint(commit.path, commit.step, name, error.strerror or str(error), damaged=False)
         if found[0] != size:
-            return Bad(commit.path, commit.step, name, f"{found[0]} bytes instead of {size}")
+            return InvalidCheckpoint(commit.path, commit.step, name, f"{found[0]} bytes instead of {size}")
         if found[1] != sha256:
-            return Bad(commit.path, commit.step, name, f"sha256 {found[1][:12]}… instead of {sha256[:12]}…")
+            return InvalidCheckpoint(
+                commit.path, commit.step, name, f"sha256 {found[1][:12]}… instead of {sha256[:12]}…"
+            )
     return None

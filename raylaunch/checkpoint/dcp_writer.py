@@ -24,7 +24,7 @@ Digests = dict[str, tuple[int, str]]
 
 
 @dataclass(frozen=True)
-class Order:
+class SaveRequest:
     """One save: where it is written to, and what is said of it when it is committed (see `store.commit`)."""
 
     path: Path
@@ -42,10 +42,10 @@ class _Written(list[WriteResult]):
     files: Digests
 
 
-class Writer(FileSystemWriter):
+class CheckpointWriter(FileSystemWriter):
     """The commit lies inside DCP's last exchange: when it fails, all ranks get its error."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: SaveRequest) -> None:
         super().__init__(order.path)
         self._order = order
 

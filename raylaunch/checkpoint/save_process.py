@@ -1,6 +1,6 @@
 """Saves in a process beside the worker: none of a save's Python holds up the steps.
 
-    worker: copies into shared memory, `Order` → this process: torch.distributed.checkpoint with the other
+    worker: copies into shared memory, `SaveRequest` → this process: torch.distributed.checkpoint with the other
     workers' processes, commit → its end, or its error, back to the worker
 
 The processes of all ranks have a gloo group of their own, which meets at the store of the training's group: no port
@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from raylaunch.checkpoint import shared_memory
-from raylaunch.checkpoint.dcp_writer import Order, Writer
+from raylaunch.checkpoint.dcp_writer import CheckpointWriter, SaveRequest
 from raylaunch.errors import StateError
 from raylaunch.host import processes
 
@@ -60,7 +60,7 @@ class SaveProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[Any, Any] | None = None
 
-    def save(self, state: Mapping[str, Any], order: Order) -> Future[None]:
+    def save(self, state: Mapping[str, Any], order: SaveRequest) -> Future[None]:
         """Copy the state, and have the copies saved; the future has the save's error."""
         layout = self._copies.fill(state)
         if self._process is None:
@@ -94,7 +94,7 @@ class SaveProcess:
         self._process = subprocess.Popen(command, stdin=theirs.fileno(), env=env)
         theirs.close()
 
-    def _hand_over(self, order: Order, layout: bytes | None, over: Future[None]) -> None:
+    def _hand_over(self, order: SaveRequest, layout: bytes | None, over: Future[None]) -> None:
         assert self._connection is not None and self._process is not None
         try:
             if self._group is not None:
@@ -155,9 +155,9 @@ def _join(group: _Group) -> None:
     dist.init_process_group("gloo", store=store, rank=group.rank, world_size=group.size, timeout=timeout)
 
 
-def _save(state: Any, order: Order) -> BaseException | None:
+def _save(state: Any, order: SaveRequest) -> BaseException | None:
     try:
-        state_dict_saver.save(state, storage_writer=Writer(order))
+        state_dict_saver.save(state, storage_writer=CheckpointWriter(order))
     except (Exception, CheckpointException) as error:  # noqa: BLE001  the worker's to judge
         return error
     return None

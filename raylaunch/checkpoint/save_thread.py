@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from raylaunch.checkpoint.dcp_writer import Order, Writer
+from raylaunch.checkpoint.dcp_writer import CheckpointWriter, SaveRequest
 from raylaunch.checkpoint.shared_memory import local
 
 
@@ -21,10 +21,10 @@ class SaveThread:
     def __init__(self, device: str, group: dist.ProcessGroup) -> None:
         self._stager, self._group = _Stager(device), group
 
-    def save(self, state: Mapping[str, Any], order: Order) -> Future[Any]:
+    def save(self, state: Mapping[str, Any], order: SaveRequest) -> Future[Any]:
         """Copy the state, and save the copies; the future has the save's error."""
         written = state_dict_saver.async_save(
-            dict(state), storage_writer=Writer(order), async_stager=self._stager, process_group=self._group
+            dict(state), storage_writer=CheckpointWriter(order), async_stager=self._stager, process_group=self._group
         )
         assert isinstance(written, Future)
         return written

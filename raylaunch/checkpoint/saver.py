@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from raylaunch.checkpoint import checksums, dcp_writer, store
-from raylaunch.checkpoint.dcp_writer import Order, Writer
+from raylaunch.checkpoint.dcp_writer import CheckpointWriter, SaveRequest
 from raylaunch.checkpoint.rank import Rank
 from raylaunch.checkpoint.save_process import SaveProcess
 from raylaunch.checkpoint.save_thread import SaveThread
-from raylaunch.checkpoint.store import Bad, Commit, Fenced, Keep
+from raylaunch.checkpoint.store import Commit, Fenced, InvalidCheckpoint, RetentionPolicy
 from raylaunch.errors import StateError
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def newest(session: Rank, group: dist.ProcessGroup) -> Commit | None:
     A damaged one is told as an event and set aside; one that cannot be read is told and passed over,
     but when nothing else is left, that is a StateError: to begin anew would be the wrong answer.
     """
-    refused: dict[Path, Bad] = {}
+    refused: dict[Path, InvalidCheckpoint] = {}
     while True:
         commit = _on_rank_0(group, lambda: _candidate(session, refused))
         if commit is None:
@@ -81,7 +81,13 @@ class Saver:
     """Saves, commits and retains; one per worker and attempt."""
 
     def __init__(
-        self, session: Rank, group: dist.ProcessGroup, *, keep: Keep, background: Beside | None, timeout: float
+        self,
+        session: Rank,
+        group: dist.ProcessGroup,
+        *,
+        keep: RetentionPolicy,
+        background: Beside | None,
+        timeout: float,
     ) -> None:
         """`timeout`: of the exchanges of a process that saves, in seconds."""
         self._session, self._group, self._keep = session, group, keep
@@ -166,7 +172,7 @@ class Saver:
         failure, started = None, time.monotonic()
         try:
             order = self._order(step, facts)
-            state_dict_saver.save(dict(tensors), storage_writer=Writer(order), process_group=self._group)
+            state_dict_saver.save(dict(tensors), storage_writer=CheckpointWriter(order), process_group=self._group)
         except CheckpointException as error:
             failure = error
         return self._settle(step, started, failure)
@@ -187,9 +193,9 @@ class Saver:
         beside.save(tensors, self._order(step, facts)).add_done_callback(settle)
         self._in_flight = step, over
 
-    def _order(self, step: int, facts: dict[str, Any]) -> Order:
+    def _order(self, step: int, facts: dict[str, Any]) -> SaveRequest:
         s = self._session
-        return Order(self._pending(step), step, s.world_size, s.attempt, s.run, facts, s.incarnation)
+        return SaveRequest(self._pending(step), step, s.world_size, s.attempt, s.run, facts, s.incarnation)
 
     def _pending(self, step: int) -> Path:
         session = self._session
@@ -228,7 +234,7 @@ class Saver:
         self._collected = True
 
 
-def _candidate(session: Rank, refused: dict[Path, Bad]) -> Commit | None:
+def _candidate(session: Rank, refused: dict[Path, InvalidCheckpoint]) -> Commit | None:
     """The newest commit that is not refused (rank 0); the bad ones above it are told."""
     for one in store.walk(session.checkpoint_dir):
         if one.path in refused:
@@ -246,21 +252,21 @@ def _candidate(session: Rank, refused: dict[Path, Bad]) -> Commit | None:
     return None
 
 
-def _refuse(session: Rank, bad: Bad, refused: dict[Path, Bad]) -> None:
+def _refuse(session: Rank, bad: InvalidCheckpoint, refused: dict[Path, InvalidCheckpoint]) -> None:
     refused[bad.path] = bad
     _tell(session, "checkpoint_bad", step=bad.step, file=f"{bad.path.name}/{bad.file}", why=bad.why)
     if bad.damaged:
         _try(lambda: store.set_aside(bad))
 
 
-def _verify(commit: Commit, group: dist.ProcessGroup) -> Bad | None:
+def _verify(commit: Commit, group: dist.ProcessGroup) -> InvalidCheckpoint | None:
     """Check all files, each rank a share of them: the first that rank 0, too, finds bad.
 
     A rank alone does not condemn a checkpoint: its node may see a shared file system as it was."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     for pause in LOOKS:
         time.sleep(pause)
-        found: list[Bad | None] = [None] * size
+        found: list[InvalidCheckpoint | None] = [None] * size
         dist.all_gather_object(found, checksums.check(commit, checksums.share(commit, rank, size)), group=group)
         doubtful = {bad.file: number for number, bad in enumerate(found) if bad is not None}
         if not doubtful:

@@ -65,7 +65,7 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class Bad:
+class InvalidCheckpoint:
     """A committed checkpoint that cannot be used, and why. `damaged`: its content is wrong for certain;
     else it could not be read, which may pass."""
 
@@ -178,7 +178,7 @@ def commit(
     return made
 
 
-def walk(directory: Path) -> Iterator[Commit | Bad]:
+def walk(directory: Path) -> Iterator[Commit | InvalidCheckpoint]:
     """All checkpoints, newest (highest step) first, each looked at (commit.json, sizes) when it is asked for."""
     if not directory.exists():
         return
@@ -215,12 +215,14 @@ def committed(directory: Path) -> list[Commit]:
     return [one for one in walk(directory) if isinstance(one, Commit)][::-1]
 
 
-def inspect(path: Path) -> Commit | Bad | None:
+def inspect(path: Path) -> Commit | InvalidCheckpoint | None:
     """What a committed directory holds, as far as commit.json and sizes tell; None: it is not there."""
     step = int(path.name.removeprefix("step-"))
 
-    def bad(file: str, why: str, *, damaged: bool = True) -> Bad | None:
-        return Bad(path, step, file, why, damaged) if path.exists() else None  # deleted meanwhile: no news
+    def bad(file: str, why: str, *, damaged: bool = True) -> InvalidCheckpoint | None:
+        return (
+            InvalidCheckpoint(path, step, file, why, damaged) if path.exists() else None
+        )  # deleted meanwhile: no news
 
     try:
         made = _parse(path, json.loads((path / COMMIT_FILE).read_text(encoding="utf-8")))
@@ -244,7 +246,7 @@ def inspect(path: Path) -> Commit | Bad | None:
     return made
 
 
-def set_aside(bad: Bad) -> Path | None:
+def set_aside(bad: InvalidCheckpoint) -> Path | None:
     """Rename a bad checkpoint so that it is neither used nor deleted; its new path, None if it is gone."""
     with explained(bad.path, "set aside"):
         try:
@@ -254,7 +256,7 @@ def set_aside(bad: Bad) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Keep:
+class RetentionPolicy:
     """Which commits stay: the newest `last` (at least one), those of every `every`-th step (0: none for that), and
     with `best` the one with the lowest `val_loss` in its facts."""
 
@@ -273,7 +275,7 @@ class Keep:
         ]  # fmt: skip
 
 
-def retain(directory: Path, keep: Keep, incarnation: int, attempt: int) -> list[Commit]:
+def retain(directory: Path, keep: RetentionPolicy, incarnation: int, attempt: int) -> list[Commit]:
     """Delete the usable commits that need not stay; the deleted ones, the newest first."""
     gone = keep.surplus([one for one in walk(directory) if isinstance(one, Commit)])
     for one in gone:

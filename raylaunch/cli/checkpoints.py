@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raylaunch.checkpoint import checksums, store
-from raylaunch.checkpoint.store import Bad, Commit
+from raylaunch.checkpoint.store import Commit, InvalidCheckpoint
 from raylaunch.cli import options
 from raylaunch.cli.show import note, table_width
 from raylaunch.config import loader
@@ -91,7 +91,7 @@ def verify(given: Given, steps: tuple[int, ...]) -> None:
     """Read all files (or those of STEPS) and compare their checksums; exit code 1 when one is not as written."""
     bad = []
     for one in _chosen(given, steps):
-        found = one if isinstance(one, Bad) else _first_bad(one)
+        found = one if isinstance(one, InvalidCheckpoint) else _first_bad(one)
         click.echo(f"step {one.step}: {f'{found.file}: {found.why}' if found else 'as it was written'}")
         bad += [found] if found else []
     if bad:
@@ -141,7 +141,7 @@ def export(given: Given, step: str, to: Path, dtype: str, ema: bool) -> None:
         checkpoint = exporting.latest(run, directory)
     elif step.isdigit():
         (one,) = _chosen(given, (int(step),))
-        if isinstance(one, Bad):
+        if isinstance(one, InvalidCheckpoint):
             raise RaylaunchError(f"step {step} cannot be used: {one.file}: {one.why}", "See `ls`.")
         checkpoint = one.path
     else:
@@ -159,13 +159,13 @@ def _audit(given: Given, action: str) -> None:
     audit.add(options.state_dir(parent.params["state_dir"]), action, note, run=given[0])
 
 
-def _first_bad(commit: Commit) -> Bad | None:
+def _first_bad(commit: Commit) -> InvalidCheckpoint | None:
     with ThreadPoolExecutor(READERS) as pool:
         shares = [checksums.share(commit, rank, READERS) for rank in range(READERS)]
         return next((bad for bad in pool.map(lambda names: checksums.check(commit, names), shares) if bad), None)
 
 
-def _chosen(given: Given, steps: tuple[int, ...]) -> list[Commit | Bad]:
+def _chosen(given: Given, steps: tuple[int, ...]) -> list[Commit | InvalidCheckpoint]:
     run, _, directory = given
     there = {one.step: one for one in store.walk(directory)}
     unknown = [step for step in steps if step not in there]
@@ -175,8 +175,8 @@ def _chosen(given: Given, steps: tuple[int, ...]) -> list[Commit | Bad]:
     return [there[step] for step in sorted(steps or there)]
 
 
-def _row(one: Commit | Bad) -> dict[str, Any]:
-    if isinstance(one, Bad):
+def _row(one: Commit | InvalidCheckpoint) -> dict[str, Any]:
+    if isinstance(one, InvalidCheckpoint):
         return {"step": one.step, "bad": f"{one.file}: {one.why}"}
     return {
         "step": one.step, "time": one.time, "bytes": sum(size for size, _ in one.files.values()),

@@ -67,10 +67,12 @@ def prepare(
     \b
       raylaunch data prepare 'books/*.txt' wiki.jsonl.zst --out corpus --tokenizer tokenizer.json
     """
-    from raylaunch.data.prepare import Request
+    from raylaunch.data.prepare import PrepareRequest
     from raylaunch.data.prepare import prepare as make
 
-    request = Request([*inputs], out.absolute(), tokenizer, format_, column, skip_bad, chat_template=chat_template)
+    request = PrepareRequest(
+        [*inputs], out.absolute(), tokenizer, format_, column, skip_bad, chat_template=chat_template
+    )
     with _bar() as tell:
         manifest = make(request, workers or len(os.sched_getaffinity(0)), tell)
     if manifest.skipped:
@@ -79,7 +81,7 @@ def prepare(
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[preparation.Progress], None]]:
+def _bar() -> Iterator[Callable[[preparation.PrepareProgress], None]]:
     """A bar on a terminal, a line for every tenth elsewhere; bad documents above it."""
     console = Console(stderr=True, highlight=False)
     columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} %  {task.fields[size]}"), TimeRemainingColumn())
@@ -87,7 +89,7 @@ def _bar() -> Iterator[Callable[[preparation.Progress], None]]:
         task = bar.add_task("", total=None, size="")
         named, tenth = 0, -1
 
-        def tell(now: preparation.Progress) -> None:
+        def tell(now: preparation.PrepareProgress) -> None:
             nonlocal named, tenth
             size = f"{now.done / 1e6:,.0f} of {now.total / 1e6:,.0f} MB"
             bar.update(task, completed=now.done, total=now.total or 1, size=size)

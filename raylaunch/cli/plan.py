@@ -27,7 +27,7 @@ from raylaunch.state import files
 from raylaunch.tools.plan import checkpoint_size, cpu_memory, estimate, from_run, gpu_models, memory, queue_time
 from raylaunch.tools.plan.alternatives import SEVERAL
 from raylaunch.tools.plan.estimate import Estimate, Given
-from raylaunch.tools.plan.gpu_models import CPU, GIB, Gpu
+from raylaunch.tools.plan.gpu_models import CPU, GIB, GpuModel
 from raylaunch.tools.plan.queue_time import Queue, spell
 
 
@@ -96,7 +96,7 @@ def plan(
     return 1 if found.fits is False or found.shape is None else 0
 
 
-def _gpu(name: str | None, config: Config) -> Gpu:
+def _gpu(name: str | None, config: Config) -> GpuModel:
     if name is not None:
         return gpu_models.find(name)
     asked = f"{config.slurm.gpus_per_node or ''} {config.slurm.gres or ''}".split()

@@ -59,12 +59,12 @@ def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: P
         if submit:
             until_it_ends(cluster_dir, record)
         else:
-            _print_once(snapshot.Reader(cluster_dir, run_dir))
+            _print_once(snapshot.SnapshotReader(cluster_dir, run_dir))
         return
     thread_deaths.record(cluster_dir, node="the login node")
     if submit:
         _submit_beside(cluster_dir, record)
-    _show(snapshot.Reader(cluster_dir, run_dir), every)
+    _show(snapshot.SnapshotReader(cluster_dir, run_dir), every)
 
 
 def until_it_ends(directory: Path, record: Cluster) -> None:
@@ -95,7 +95,7 @@ def _submit_beside(directory: Path, record: Cluster) -> None:
     threading.Thread(target=work, name="submits", daemon=True).start()
 
 
-def _print_once(reader: snapshot.Reader) -> None:
+def _print_once(reader: snapshot.SnapshotReader) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     picture = reader.look()
     shown = screen.lines(picture, "main", console.width, 40)
@@ -107,7 +107,7 @@ def _print_once(reader: snapshot.Reader) -> None:
 class _Looks:
     """Looks every few seconds, in a thread: a file system that stalls must not hold the keys."""
 
-    def __init__(self, reader: snapshot.Reader, every: float) -> None:
+    def __init__(self, reader: snapshot.SnapshotReader, every: float) -> None:
         self._reader, self._every = reader, every
         self.picture = reader.look()
         threading.Thread(target=self._work, name="looks", daemon=True).start()
@@ -118,7 +118,7 @@ class _Looks:
             self.picture = self._reader.look()
 
 
-def _show(reader: snapshot.Reader, every: float) -> None:
+def _show(reader: snapshot.SnapshotReader, every: float) -> None:
     looks, view = _Looks(reader, every), "main"
     console = Console(highlight=False)
     with keyboard.keys() as key, Live(console=console, screen=True, auto_refresh=False) as live:

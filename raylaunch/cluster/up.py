@@ -140,7 +140,7 @@ def _next_incarnation(directory: Path, old: Cluster | None) -> int:
 
 
 @dataclass(frozen=True)
-class Progress:
+class BringUpProgress:
     """Where a bring-up stands. `stage`: pending, booting, head, nodes, ready."""
 
     stage: str
@@ -168,7 +168,7 @@ def _refuse_blocked(job: Job, hint: str) -> None:
 
 
 def wait_ready(
-    directory: Path, cluster: Cluster, backend: Backend, timeout: float, show: Callable[[Progress], None]
+    directory: Path, cluster: Cluster, backend: Backend, timeout: float, show: Callable[[BringUpProgress], None]
 ) -> list[dict[str, Any]]:
     """Wait until the minimum of nodes is ready; the nodes then. `timeout` counts from the job's start.
 
@@ -188,14 +188,14 @@ def wait_ready(
             except SlurmUnavailable:
                 if now - answered > SILENCE_LIMIT:
                     raise
-                show(Progress("pending", "Slurm does not answer; asking again"))
+                show(BringUpProgress("pending", "Slurm does not answer; asking again"))
             pause = min(JOBS_EVERY[1], pause * 1.3)
             ask_again = now + pause
         nodes = living_nodes(directory, cluster)
         ready = [node for node in nodes if node["state"] == "ready"]
         failures = node_failures(directory, cluster)
         if len(ready) >= cluster.min_nodes:
-            show(Progress("ready", f"{len(ready)} nodes are ready", len(ready), cluster.max_nodes))
+            show(BringUpProgress("ready", f"{len(ready)} nodes are ready", len(ready), cluster.max_nodes))
             return ready
         if not heard:
             time.sleep(FILES_EVERY)
@@ -221,16 +221,16 @@ def wait_ready(
         time.sleep(FILES_EVERY if not job.pending else min(0.5, pause))
 
 
-def _progress(directory: Path, cluster: Cluster, job: Job, ready: int, total: int) -> Progress:
+def _progress(directory: Path, cluster: Cluster, job: Job, ready: int, total: int) -> BringUpProgress:
     if job.pending:
         start = f", estimated start {job.start}" if job.start else ""
-        return Progress("pending", f"job {job.id} is pending ({job.reason or 'no reason yet'}{start})")
+        return BringUpProgress("pending", f"job {job.id} is pending ({job.reason or 'no reason yet'}{start})")
     head = Head.read(directory)
     if head is None or head.canary != cluster.canary:
-        return Progress("booting", f"job {job.id} is {job.state.lower()}; agents are booting on {total} nodes")
+        return BringUpProgress("booting", f"job {job.id} is {job.state.lower()}; agents are booting on {total} nodes")
     if ready == 0:
-        return Progress("head", f"the head starts on {head.node} ({head.address})", 0, total)
-    return Progress("nodes", f"nodes {ready} of {total}", ready, total)
+        return BringUpProgress("head", f"the head starts on {head.node} ({head.address})", 0, total)
+    return BringUpProgress("nodes", f"nodes {ready} of {total}", ready, total)
 
 
 def living_nodes(directory: Path, cluster: Cluster) -> list[dict[str, Any]]:

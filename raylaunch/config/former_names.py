@@ -42,6 +42,7 @@ _IN_LIVING_PROCESSES = {
     "keeper": "cluster.agent.supervisor",
     "metrics.serve": "observe.prometheus.exporter",
     "preflight.node": "tools.doctor.node_check",
+    "pulse": "training.worker.heartbeat",
     "raystart": "cluster.agent.ray_start",
     "tracking.follow": "observe.trackers.uploader",
     "worker": "training.worker.main",

@@ -1,6 +1,6 @@
 """Reading configuration: defaults < user file < given file < flags < `--set a.b=c`.
 
-YAML text → `Item` trees that know where each value was written → merged (mappings merge, all else
+YAML text → `LocatedValue` trees that know where each value was written → merged (mappings merge, all else
 replaces) → `${NAME}` expanded → fitted to the schema → validated → `Config`. All that is wrong is
 collected and raised as one ConfigError, a line each: `file:line: key: what is allowed`.
 It refuses: unknown and duplicate keys, conversions that guess (`yes`, base-60 numbers, dates), and
@@ -22,13 +22,13 @@ import yaml
 from pydantic import SecretStr, ValidationError
 
 from raylaunch.config.convert import nemo
-from raylaunch.config.schema import Config, Kind, Section, section_type
+from raylaunch.config.schema import Config, FieldType, Section, section_type
 from raylaunch.config.yaml_items import (
     REFERENCES,
     TAG,
-    Item,
-    Place,
+    LocatedValue,
     Reading,
+    SourceLocation,
     cut,
     from_python,
     hidden,
@@ -152,7 +152,7 @@ _Dumper.add_representer(str, _represent_text)
 
 def _resolve(reading: Reading, check_secrets: bool) -> Config:
     """Merge, expand, fit and validate; one ConfigError with all that is wrong."""
-    merged = Item(Place(0, 0, "defaults"), {})
+    merged = LocatedValue(SourceLocation(0, 0, "defaults"), {})
     for layer in reading.layers:
         written, whole = _spelled_out(layer)
         merged = replace(merged, value={key: item for key, item in merged.value.items() if key not in whole})
@@ -174,14 +174,14 @@ def _resolve(reading: Reading, check_secrets: bool) -> Config:
     raise ConfigError(f"{len(lines)} errors in the configuration:\n  " + "\n  ".join(lines))
 
 
-def _line(place: Place, message: str) -> str:
+def _line(place: SourceLocation, message: str) -> str:
     """`--set slurm.nodes=0` names its key already."""
     key, _, rest = message.partition(": ")
     line = f"{place.label}: {rest if place.label.startswith(f'--set {key}=') else message}"
     return cut(line, 1000)
 
 
-def _merge(low: Item, high: Item) -> Item:
+def _merge(low: LocatedValue, high: LocatedValue) -> LocatedValue:
     """Mappings merge key by key, and an empty one (`slurm:` with nothing under it) changes nothing."""
     if isinstance(low.value, dict) and high.value is None:
         return low
@@ -190,10 +190,10 @@ def _merge(low: Item, high: Item) -> Item:
     merged = dict(low.value)
     for key, item in high.value.items():
         merged[key] = _merge(merged[key], item) if key in merged else item
-    return Item(high.place, merged)
+    return LocatedValue(high.place, merged)
 
 
-def _spelled_out(item: Item) -> tuple[Item, set[str]]:
+def _spelled_out(item: LocatedValue) -> tuple[LocatedValue, set[str]]:
     """`trainer: a:b` as `trainer: {function: a:b}`, and the sections for which that was done: it stands for all of
     what lower layers have said of them."""
     if not isinstance(item.value, dict):
@@ -207,18 +207,18 @@ def _spelled_out(item: Item) -> tuple[Item, set[str]]:
             and child.value is not None
             and not isinstance(child.value, (dict, list))
         ):
-            values[name] = Item(child.place, {inner.shorthand: child})
+            values[name] = LocatedValue(child.place, {inner.shorthand: child})
             whole.add(name)
     return replace(item, value=values), whole
 
 
-def _with_own_model(merged: Item) -> Item:
+def _with_own_model(merged: LocatedValue) -> LocatedValue:
     """`model: {_target_: a:b, width: 3}` as `{target: a:b, kwargs: {width: 3}}`; vocab_size is both, if it is written."""
     model = merged.value.get("model")
     if model is None or not isinstance(model.value, dict) or nemo.TARGET not in model.value:
         return merged
     given = {name: item for name, item in model.value.items() if name != nemo.TARGET}
-    section = {"target": model.value[nemo.TARGET], "kwargs": Item(model.place, given)}
+    section = {"target": model.value[nemo.TARGET], "kwargs": LocatedValue(model.place, given)}
     section |= {"vocab_size": given["vocab_size"]} if "vocab_size" in given else {}
     return replace(merged, value={**merged.value, "model": replace(model, value=section)})
 
@@ -227,12 +227,12 @@ class _Fitting:
     """Items → plain values for pydantic, by the schema; collects what pydantic could not place."""
 
     def __init__(self, check_secrets: bool) -> None:
-        self.errors: list[tuple[Place, str]] = []
+        self.errors: list[tuple[SourceLocation, str]] = []
         self.broken: set[str] = set()
         """Keys left out because they are wrong: validators over several keys must not judge them."""
         self._check_secrets = check_secrets
 
-    def section(self, item: Item, model: type[Section], path: str) -> dict[str, Any]:
+    def section(self, item: LocatedValue, model: type[Section], path: str) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name, child in item.value.items():
             key = f"{path}.{name}" if path else name
@@ -240,7 +240,7 @@ class _Fitting:
                 bare = key.partition("//")[0]  # of `slack:https://…`, where a space is missing
                 self._bad(child, bare, _unknown(name, model, path))
                 continue
-            kind = Kind.of(model, name)
+            kind = FieldType.of(model, name)
             inner = section_type(model, name)
             if inner is None:
                 value = self._value(child, kind, key)
@@ -252,7 +252,7 @@ class _Fitting:
                 self._bad(child, key, f"must be a section with keys under it, got {shown(child, secret=hidden(key))}")
         return values
 
-    def _value(self, item: Item, kind: Kind, key: str) -> Any:
+    def _value(self, item: LocatedValue, kind: FieldType, key: str) -> Any:
         """The item as a plain value of about that kind; pydantic has the last word."""
         if item.broken:
             self.broken.add(re.sub(r"\[\d+\]$", "", key))
@@ -269,7 +269,7 @@ class _Fitting:
         exact = kind.takes(type(item.value)) or (isinstance(item.value, int) and kind.takes(float))
         return item.value if exact or item.value is None or not kind.takes(str) else item.text
 
-    def _expanded(self, item: Item, key: str) -> Item:
+    def _expanded(self, item: LocatedValue, key: str) -> LocatedValue:
         """`${NAME}` replaced; in slurm.env only checked, so that no secret enters a file of ours."""
         if "${" not in item.text or not isinstance(item.value, str) or key.startswith(_SHELL):
             return item
@@ -295,7 +295,7 @@ class _Fitting:
             return item
         return replace(item, value=scalar(tag_of(text), text) if item.plain else text, text=text)
 
-    def _bad(self, item: Item, key: str, message: str) -> None:
+    def _bad(self, item: LocatedValue, key: str, message: str) -> None:
         self.errors.append((item.place, f"{key}: {message}"))
         self.broken.add(re.sub(r"\[\d+\]$", "", key))
 
@@ -323,9 +323,9 @@ def _keys_named(name: str, model: type[Section], path: str) -> list[str]:
     return found
 
 
-def _reworded(error: ValidationError, merged: Item, broken: set[str]) -> list[tuple[Place, str]]:
+def _reworded(error: ValidationError, merged: LocatedValue, broken: set[str]) -> list[tuple[SourceLocation, str]]:
     """pydantic's errors, one a key, as `key: what is allowed, what was given`."""
-    found: dict[str, tuple[Place, str]] = {}
+    found: dict[str, tuple[SourceLocation, str]] = {}
     for detail in error.errors(include_url=False):
         key, kind, item = _locate(detail["loc"], merged)
         own = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else ""
@@ -341,17 +341,17 @@ def _reworded(error: ValidationError, merged: Item, broken: set[str]) -> list[tu
     return list(found.values())
 
 
-def _locate(loc: Sequence[int | str], merged: Item) -> tuple[str, Kind | None, Item]:
+def _locate(loc: Sequence[int | str], merged: LocatedValue) -> tuple[str, FieldType | None, LocatedValue]:
     """pydantic's location → key, kind and item; its names for branches of a union are left out."""
     key, item = "", merged
     model: type[Section] | None = Config
-    kind: Kind | None = None
+    kind: FieldType | None = None
     for part in loc:
         if model is not None and isinstance(part, str) and part in model.model_fields:
             key = f"{key}.{part}" if key else part
-            item = item.value.get(part, Item(item.place, None))
+            item = item.value.get(part, LocatedValue(item.place, None))
             inner = section_type(model, part)
-            kind = None if inner else Kind.of(model, part)
+            kind = None if inner else FieldType.of(model, part)
             model = inner
         elif kind is not None and isinstance(part, int) and isinstance(item.value, list):
             key, item, kind = f"{key}[{part}]", item.value[part], kind.element(list)
@@ -360,7 +360,7 @@ def _locate(loc: Sequence[int | str], merged: Item) -> tuple[str, Kind | None, I
     return key, kind, item
 
 
-def _blamed(message: str, item: Item) -> Item:
+def _blamed(message: str, item: LocatedValue) -> LocatedValue:
     """Of the keys that a message names, the one written last; else the section."""
     words = set(re.findall(r"\w+", message))
     owners = [item.value, *(c.value for c in item.value.values() if isinstance(c.value, dict))]
@@ -369,7 +369,7 @@ def _blamed(message: str, item: Item) -> Item:
     return max(scalars, key=lambda child: child.place, default=item)
 
 
-def _advice(item: Item, kind: Kind) -> str:
+def _advice(item: LocatedValue, kind: FieldType) -> str:
     """A correction, where one can be guessed."""
     if len(kind.choices) > 1 and item.text:
         near = difflib.get_close_matches(item.text, kind.choices, n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""YAML text → `Item` trees that know where each value was written. What is wrong is collected.
+"""YAML text → `LocatedValue` trees that know where each value was written. What is wrong is collected.
 
 It refuses: duplicate keys, conversions that guess (`yes`, base-60 numbers, dates), and what is no YAML.
 """
@@ -36,7 +36,7 @@ _SCALARS: tuple[tuple[str, str], ...] = (
 )
 
 
-class Place(NamedTuple):
+class SourceLocation(NamedTuple):
     """Where something was written. Sorts by layer, then line."""
 
     layer: int
@@ -46,10 +46,10 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Item:
+class LocatedValue:
     """A value and where it was written: a scalar, a list of items, or a mapping of items."""
 
-    place: Place
+    place: SourceLocation
     value: Any
     text: str = ""
     """A scalar as it was written."""
@@ -98,8 +98,8 @@ class Reading:
     """Reads layers, and collects what is wrong in them."""
 
     def __init__(self) -> None:
-        self.layers: list[Item] = []
-        self.errors: list[tuple[Place, str]] = []
+        self.layers: list[LocatedValue] = []
+        self.errors: list[tuple[SourceLocation, str]] = []
 
     def file(self, layer: int, path: Path) -> None:
         """One file. Raises ConfigError when it cannot be read or is not YAML."""
@@ -137,7 +137,7 @@ class Reading:
         words = f"{key}=..." if hidden(key, mapping="{" in value) else cut(text)
         self.layers.append(nest(key, self._compose(value, 4, "", f"--set {words}")))
 
-    def _compose(self, text: str, layer: int, name: str, label: str = "") -> Item:
+    def _compose(self, text: str, layer: int, name: str, label: str = "") -> LocatedValue:
         """YAML text as an item; places are `name:line`, or `label` where one is given."""
         kind = UsageError if label else ConfigError
         try:
@@ -152,27 +152,27 @@ class Reading:
             elif "${" in "".join(text.splitlines()[line - 1 : line]):
                 hint = 'Inside {...} and [...] write "${NAME}" in quotes.'
             raise kind(f"{label or f'{name}:{line}'}: not valid YAML: {what}", hint) from None
-        place = Place(layer, 1, label or f"{name}:1")
-        return Item(place, None) if node is None else self._item(node, place, name, DEPTH_MAX)
+        place = SourceLocation(layer, 1, label or f"{name}:1")
+        return LocatedValue(place, None) if node is None else self._item(node, place, name, DEPTH_MAX)
 
-    def _item(self, node: yaml.Node, place: Place, name: str, depth: int) -> Item:
-        def place_of(other: yaml.Node) -> Place:
+    def _item(self, node: yaml.Node, place: SourceLocation, name: str, depth: int) -> LocatedValue:
+        def place_of(other: yaml.Node) -> SourceLocation:
             line = other.start_mark.line + 1
-            return Place(place.layer, line, f"{name}:{line}") if name else place
+            return SourceLocation(place.layer, line, f"{name}:{line}") if name else place
 
         if isinstance(node, yaml.ScalarNode):
             try:
                 value = scalar(node.tag, node.value)
             except ValueError as error:
                 self.errors.append((place, str(error)))
-                return Item(place, None, broken=True)
+                return LocatedValue(place, None, broken=True)
             plain = node.style is None and node.tag == tag_of(node.value)
-            return Item(place, value, node.value, plain)
+            return LocatedValue(place, value, node.value, plain)
         if depth == 0:
-            return Item(place, [])
+            return LocatedValue(place, [])
         if isinstance(node, yaml.SequenceNode):
-            return Item(place, [self._item(child, place_of(child), name, depth - 1) for child in node.value])
-        entries: dict[str, Item] = {}
+            return LocatedValue(place, [self._item(child, place_of(child), name, depth - 1) for child in node.value])
+        entries: dict[str, LocatedValue] = {}
         for key, child in node.value:
             at = place_of(key)
             if not isinstance(key, yaml.ScalarNode):
@@ -182,7 +182,7 @@ class Reading:
                 self.errors.append((at, f"{key.value}: written twice in one mapping; first at {first}"))
             else:
                 entries[key.value] = self._item(child, at, name, depth - 1)
-        return Item(place, entries)
+        return LocatedValue(place, entries)
 
 
 def _yaml_problem(error: yaml.YAMLError, text: str) -> tuple[int, str]:
@@ -205,19 +205,19 @@ def _similar_file(path: Path) -> str:
     return f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
 
 
-def from_python(value: Any) -> Item:
+def from_python(value: Any) -> LocatedValue:
     """A flag's value."""
-    place = Place(3, 0, "command line")
+    place = SourceLocation(3, 0, "command line")
     if isinstance(value, Mapping):
-        return Item(place, {str(k): from_python(v) for k, v in value.items()})
+        return LocatedValue(place, {str(k): from_python(v) for k, v in value.items()})
     if isinstance(value, (list, tuple)):
-        return Item(place, [from_python(v) for v in value])
-    return Item(place, value, str(value).lower() if isinstance(value, bool) else str(value), literal=True)
+        return LocatedValue(place, [from_python(v) for v in value])
+    return LocatedValue(place, value, str(value).lower() if isinstance(value, bool) else str(value), literal=True)
 
 
-def nest(key: str, item: Item) -> Item:
+def nest(key: str, item: LocatedValue) -> LocatedValue:
     for part in reversed(key.split(".")):
-        item = Item(item.place, {part: item})
+        item = LocatedValue(item.place, {part: item})
     return item
 
 
@@ -226,7 +226,7 @@ def hidden(key: str, mapping: bool = False) -> bool:
     return key == "alerts" or any(key.startswith(one) or (mapping and one.startswith(f"{key}.")) for one in _HIDDEN)
 
 
-def shown(item: Item, secret: bool = False) -> str:
+def shown(item: LocatedValue, secret: bool = False) -> str:
     """A value for a message, short; a secret, or what a variable holds, is never shown."""
     if isinstance(item.value, dict):
         return "a mapping"

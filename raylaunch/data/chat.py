@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from raylaunch.data.dataset import Tokens
-from raylaunch.data.tokenize import Pretrained, Tokenizer
+from raylaunch.data.tokenize import PretrainedTokenizer, Tokenizer
 from raylaunch.errors import DataError, UsageError
 
 AUTO, PLAIN = "auto", "plain"
@@ -31,7 +31,7 @@ class Template:
         self._inner, self._text, self._specials = inner, text, specials
         self.sha256 = hashlib.sha256(text.encode()).hexdigest()
 
-    def encode(self, tokenizer: Pretrained, messages: Messages) -> tuple[Tokens, npt.NDArray[np.uint8]]:
+    def encode(self, tokenizer: PretrainedTokenizer, messages: Messages) -> tuple[Tokens, npt.NDArray[np.uint8]]:
         """The tokens, and 1 where the loss counts; DataError for a conversation that cannot be used."""
         for message in messages:
             if spelled := next((mark for mark in self._specials if mark in message["content"]), None):
@@ -68,7 +68,7 @@ def load(spec: str, tokenizer: Tokenizer) -> Template | None:
     cannot be used."""
     if spec == PLAIN or (spec == AUTO and not _has_own(tokenizer)):
         return None
-    if not isinstance(tokenizer, Pretrained):
+    if not isinstance(tokenizer, PretrainedTokenizer):
         raise UsageError(
             "a chat template needs the tokenizer of a model", "Give --tokenizer as a directory or hf:NAME."
         )
@@ -92,7 +92,7 @@ def load(spec: str, tokenizer: Tokenizer) -> Template | None:
 
 def _has_own(tokenizer: Tokenizer) -> bool:
     """Looked up beside a tokenizer.json, without loading transformers; on the hub, that is where it is asked."""
-    if not isinstance(tokenizer, Pretrained):
+    if not isinstance(tokenizer, PretrainedTokenizer):
         return False
     place = Path(_place(tokenizer.name))
     if tokenizer.name.startswith("hf:"):

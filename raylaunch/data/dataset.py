@@ -225,7 +225,7 @@ def document(directory: Path, shard: Shard, index: int) -> tuple[int, int]:
     return (ends[index - 1].as_py() if index else 0), ends[index].as_py()
 
 
-class Writer:
+class ShardWriter:
     """Writes one shard; `close` makes it count. Memory: one record batch, and 8 bytes a document."""
 
     def __init__(self, directory: Path, name: str, dtype: npt.DTypeLike, columns: tuple[str, ...]) -> None:
@@ -236,7 +236,7 @@ class Writer:
         self._buffers = [np.empty(BATCH_TOKENS, dtype), *(np.empty(BATCH_TOKENS, np.uint8) for _ in columns[1:])]
         self._filled = self._tokens = self._answered = 0
         self._ends: list[int] = []
-        self._sink = Sink(self._temporary(".arrow"))
+        self._sink = HashingFile(self._temporary(".arrow"))
         self._out = pa.ipc.new_file(self._sink, self._schema)
 
     def add(self, tokens: Tokens, loss: npt.NDArray[np.uint8] | None = None) -> None:
@@ -260,7 +260,7 @@ class Writer:
         self._flush()
         self._out.close()
         self._sink.finish()
-        ends = Sink(self._temporary(".ends.arrow"))
+        ends = HashingFile(self._temporary(".ends.arrow"))
         batch = pa.record_batch([pa.array(self._ends, pa.int64())], names=[END])
         with pa.ipc.new_file(ends, batch.schema) as out:
             out.write_batch(batch)
@@ -299,7 +299,7 @@ class Writer:
             self._filled = 0
 
 
-class Sink:
+class HashingFile:
     """A file that knows its size and sha256 when it is finished. (Arrow writes it from front to back.)"""
 
     closed = False

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from raylaunch.data import chat, dataset, sources, table, tokenize
-from raylaunch.data.dataset import Manifest, Shard, Writer
-from raylaunch.data.sources import Bad, Format, Piece
+from raylaunch.data.dataset import Manifest, Shard, ShardWriter
+from raylaunch.data.sources import BadDocument, Format, Piece
 from raylaunch.data.storage import File
 from raylaunch.errors import DataError, UsageError
 from raylaunch.host import locks, processes
@@ -35,7 +35,7 @@ SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Request:
+class PrepareRequest:
     """What a person asked for."""
 
     inputs: list[str]
@@ -49,15 +49,15 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Progress:
+class PrepareProgress:
     """Bytes of input that are done, of all; bad documents that were left out, as far as they are named."""
 
     done: int
     total: int
-    bad: tuple[Bad, ...] = ()
+    bad: tuple[BadDocument, ...] = ()
 
 
-def prepare(request: Request, workers: int, tell: Callable[[Progress], None]) -> Manifest:
+def prepare(request: PrepareRequest, workers: int, tell: Callable[[PrepareProgress], None]) -> Manifest:
     """Make the dataset, or finish it; DataError for input that cannot be used, UsageError for a directory
     with something else in it."""
     inputs = sources.list_files(request.inputs)
@@ -84,7 +84,9 @@ def prepare(request: Request, workers: int, tell: Callable[[Progress], None]) ->
     return manifest
 
 
-def _plan(request: Request, inputs: list[File], pieces: list[Piece], tokenizer: tokenize.Tokenizer) -> dict[str, Any]:
+def _plan(
+    request: PrepareRequest, inputs: list[File], pieces: list[Piece], tokenizer: tokenize.Tokenizer
+) -> dict[str, Any]:
     return {
         "version": dataset.VERSION,
         "files": [[file.name, file.size, file.stamp] for file in inputs],
@@ -125,7 +127,9 @@ def _same_plan(out: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def _shards(request: Request, pieces: list[Piece], workers: int, tell: Callable[[Progress], None]) -> list[Shard]:
+def _shards(
+    request: PrepareRequest, pieces: list[Piece], workers: int, tell: Callable[[PrepareProgress], None]
+) -> list[Shard]:
     """One shard a piece; those that are there already are kept."""
     found: dict[int, Shard] = {}
     for number in range(len(pieces)):
@@ -134,13 +138,13 @@ def _shards(request: Request, pieces: list[Piece], workers: int, tell: Callable[
             found[number] = Shard(**record)
     total, bad = sum(piece.bytes for piece in pieces), []
     done = sum(pieces[number].bytes for number in found)
-    tell(Progress(done, total))
+    tell(PrepareProgress(done, total))
     missing = [number for number in range(len(pieces)) if number not in found]
     if not missing:
         return [found[number] for number in range(len(pieces))]
     context = multiprocessing.get_context("spawn")  # forking what has threads (Arrow's) is not safe
     with ProcessPoolExecutor(max(1, min(workers, len(missing))), context, processes.die_with_parent) as pool:
-        waiting: dict[Future[tuple[Shard, list[Bad]]], int] = {
+        waiting: dict[Future[tuple[Shard, list[BadDocument]]], int] = {
             pool.submit(_make, request, number, pieces[number]): number for number in missing
         }
         try:
@@ -150,7 +154,7 @@ def _shards(request: Request, pieces: list[Piece], workers: int, tell: Callable[
                     found[number], named = future.result()
                     done += pieces[number].bytes
                     bad += named
-                    tell(Progress(done, total, tuple(bad)))
+                    tell(PrepareProgress(done, total, tuple(bad)))
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker was killed", "Out of memory? Fewer --workers need less. Run it again to go on."
@@ -174,9 +178,9 @@ def _template(spec: str, tokenizer: str) -> chat.Template | None:
     return chat.load(spec, _tokenizer(tokenizer))
 
 
-def _make(request: Request, number: int, piece: Piece) -> tuple[Shard, list[Bad]]:
+def _make(request: PrepareRequest, number: int, piece: Piece) -> tuple[Shard, list[BadDocument]]:
     """One piece → one shard, in a worker."""
-    bad: list[Bad] = []
+    bad: list[BadDocument] = []
     try:
         if piece.format == table.FORMAT:
             shard = table.write(request.out, _name(number), piece.source, sources.rows(piece))
@@ -190,19 +194,19 @@ def _make(request: Request, number: int, piece: Piece) -> tuple[Shard, list[Bad]
     return shard, bad
 
 
-def _tokens(request: Request, number: int, piece: Piece) -> tuple[Shard, list[Bad]]:
+def _tokens(request: PrepareRequest, number: int, piece: Piece) -> tuple[Shard, list[BadDocument]]:
     """A piece's documents as tokens."""
     tokenizer = _tokenizer(request.tokenizer)
     columns = (dataset.TOKENS, dataset.LOSS) if piece.format == "sft" else (dataset.TOKENS,)
     template = _template(request.chat_template, request.tokenizer) if piece.format == "sft" else None
     separator = np.array([tokenizer.separator], tokenize.dtype(tokenizer))
-    bad: list[Bad] = []
+    bad: list[BadDocument] = []
     skipped = 0
-    writer = Writer(request.out, _name(number), tokenize.dtype(tokenizer), columns)
+    writer = ShardWriter(request.out, _name(number), tokenize.dtype(tokenizer), columns)
     try:
         for document in sources.documents(piece, request.column):
-            found = document if isinstance(document, Bad) else _encode(tokenizer, template, document, piece)
-            if isinstance(found, Bad):
+            found = document if isinstance(document, BadDocument) else _encode(tokenizer, template, document, piece)
+            if isinstance(found, BadDocument):
                 if not request.skip_bad:
                     raise DataError(f"{found.where}: {found.why}", "Mend it, or leave such documents out: --skip-bad.")
                 skipped += 1
@@ -223,10 +227,10 @@ def _encode(
     """(tokens, loss or None), or Bad."""
     try:
         if isinstance(document, list) and template is not None:
-            assert isinstance(tokenizer, tokenize.Pretrained)
+            assert isinstance(tokenizer, tokenize.PretrainedTokenizer)
             return template.encode(tokenizer, document)
         if isinstance(document, list):
             return tokenize.conversation(tokenizer, document)
         return tokenizer.encode(document), None
     except DataError as error:
-        return Bad(piece.source, error.message)
+        return BadDocument(piece.source, error.message)

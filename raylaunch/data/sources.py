@@ -2,7 +2,7 @@
 
 `list_files` expands what a person names; `pieces` cuts the files, the same way on every machine and for any
 number of workers: small text files together, JSON lines by byte ranges, Parquet by row groups. `documents`
-reads one piece. A bad document is a `Bad` in the stream; what to do about it is the caller's choice.
+reads one piece. A bad document is a `BadDocument` in the stream; what to do about it is the caller's choice.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadDocument:
     """A document that cannot be used, and where it stands."""
 
     where: str
@@ -123,7 +123,7 @@ def _row_groups(name: str, kind: Format, size: int) -> list[Piece]:
     return out
 
 
-def documents(piece: Piece, column: str) -> Iterator[Document | Bad]:
+def documents(piece: Piece, column: str) -> Iterator[Document | BadDocument]:
     """The documents of a piece; empty ones are left out. `column`: of the text, in JSON lines and Parquet."""
     try:
         match piece.format:
@@ -160,7 +160,7 @@ def _open(name: str) -> Any:
     return pa.CompressedInputStream(raw, kind) if kind else raw
 
 
-def _parquet(piece: Piece, column: str) -> Iterator[Document | Bad]:
+def _parquet(piece: Piece, column: str) -> Iterator[Document | BadDocument]:
     name = piece.files[0]
     file = pq.ParquetFile(storage.opened(name))
     if column not in file.schema_arrow.names:
@@ -171,12 +171,12 @@ def _parquet(piece: Piece, column: str) -> Iterator[Document | Bad]:
         for value in batch.column(0).to_pylist():
             row += 1
             if value is not None and not isinstance(value, str | bytes):
-                yield Bad(f"{name}: row {row}", f"column {column} holds no text")
+                yield BadDocument(f"{name}: row {row}", f"column {column} holds no text")
             elif value:
                 yield value
 
 
-def _json_lines(piece: Piece, column: str) -> Iterator[Document | Bad]:
+def _json_lines(piece: Piece, column: str) -> Iterator[Document | BadDocument]:
     name, at = piece.files[0], piece.start
     source = io.BufferedReader(_open(name), 1 << 20)
     if at:
@@ -189,20 +189,20 @@ def _json_lines(piece: Piece, column: str) -> Iterator[Document | Bad]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            yield Bad(where, f"no JSON: {error}")
+            yield BadDocument(where, f"no JSON: {error}")
             continue
         yield from _document(record, piece.format, column, where)
 
 
-def _document(record: Any, format_: Format, column: str, where: str) -> Iterator[Document | Bad]:
+def _document(record: Any, format_: Format, column: str, where: str) -> Iterator[Document | BadDocument]:
     if not isinstance(record, dict):
-        yield Bad(where, "no JSON object")
+        yield BadDocument(where, "no JSON object")
         return
     if format_ == "jsonl":
         text = record.get(column)
         if not isinstance(text, str):
             known = ", ".join(map(str, list(record)[:8]))
-            yield Bad(where, f"no text in {column!r} (there are: {known})")
+            yield BadDocument(where, f"no text in {column!r} (there are: {known})")
         elif text:
             yield text
         return
@@ -213,9 +213,9 @@ def _document(record: Any, format_: Format, column: str, where: str) -> Iterator
             {"role": "assistant", "content": record["completion"]},
         ]
     if not isinstance(messages, list) or not messages or not all(_is_message(m) for m in messages):
-        yield Bad(where, 'neither "messages" of {"role", "content"} nor "prompt" and "completion"')
+        yield BadDocument(where, 'neither "messages" of {"role", "content"} nor "prompt" and "completion"')
     elif not any(m["role"] == "assistant" for m in messages):
-        yield Bad(where, "no answer in it (role assistant)")
+        yield BadDocument(where, "no answer in it (role assistant)")
     else:
         yield [{"role": m["role"], "content": m["content"]} for m in messages]
 

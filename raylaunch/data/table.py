@@ -95,7 +95,7 @@ def _plain(column: pa.ChunkedArray) -> Any:
 def write(directory: Path, name: str, source: str, rows: pa.Table) -> Shard:
     """The rows as one shard."""
     part = directory / f".{name}.arrow.tmp"
-    sink = dataset.Sink(part)
+    sink = dataset.HashingFile(part)
     try:
         with pa.ipc.new_file(sink, rows.schema) as out:
             for batch in rows.combine_chunks().to_batches(max_chunksize=ROWS):

@@ -42,10 +42,10 @@ def load(spec: str) -> Tokenizer:
         raise UsageError(f"tokenizer {spec} needs the package tokenizers", "pip install 'raylaunch[hf]'") from error
     try:
         if spec.startswith("hf:"):
-            return Pretrained(spec, tokenizers.Tokenizer.from_pretrained(spec.removeprefix("hf:")))
+            return PretrainedTokenizer(spec, tokenizers.Tokenizer.from_pretrained(spec.removeprefix("hf:")))
         path = Path(spec).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
-        return Pretrained(str(path.absolute()), tokenizers.Tokenizer.from_file(str(path)))
+        return PretrainedTokenizer(str(path.absolute()), tokenizers.Tokenizer.from_file(str(path)))
     except Exception as error:  # the package raises Exception itself
         raise UsageError(
             f"no tokenizer {spec}: {' '.join(str(error).split())}",
@@ -83,7 +83,7 @@ class Bytes:
         return bytes(tokens[tokens < self.separator].astype(np.uint8)).decode(errors="replace")
 
 
-class Pretrained:
+class PretrainedTokenizer:
     """A tokenizer of the package `tokenizers`."""
 
     def __init__(self, name: str, inner: Any) -> None:

@@ -13,7 +13,7 @@ from raylaunch.config import loader
 from raylaunch.errors import RunError, SlurmUnavailable
 from raylaunch.scheduler import backends
 from raylaunch.state import files, records, runs
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
 
@@ -60,7 +60,7 @@ def _exports(run_dir: Path, cluster_dir: Path) -> bool:
         return False
     last = files.read_events(run_dir, "queued", *runs.FINAL, "exported", "export_failed")[-1:]
     cluster = Cluster.read(cluster_dir)
-    driven = cluster is not None and Memory.read(cluster_dir, cluster).running == run_dir.name
+    driven = cluster is not None and HeadState.read(cluster_dir, cluster).running == run_dir.name
     return driven and [event["kind"] for event in last] in (["queued"], ["finished"])
 
 
@@ -69,7 +69,7 @@ def _ahead_of(run: str, cluster_dir: Path) -> tuple[str, ...]:
     cluster = Cluster.read(cluster_dir)
     if cluster is None:
         return ()
-    memory = Memory.read(cluster_dir, cluster)
+    memory = HeadState.read(cluster_dir, cluster)
     line = [name for name in (memory.running, *memory.queue) if name]
     return tuple(line[: line.index(run)] if run in line else line)
 

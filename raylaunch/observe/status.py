@@ -13,7 +13,7 @@ from raylaunch.observe.history import goodput
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import files, records, runs
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
 
@@ -109,7 +109,7 @@ def _cluster(
 
 def _wanted(directory: Path, record: Cluster) -> dict[str, Any]:
     """What the node loop aims at, and what stands in its way."""
-    memory = Memory.read(directory, record)
+    memory = HeadState.read(directory, record)
     return {
         "wanted": memory.wanted or None,
         "strikes": memory.strikes,

@@ -21,7 +21,7 @@ class Draining(Record):
 
 
 @dataclass
-class Memory(Record):
+class HeadState(Record):
     """Written by the head whenever it changes, read by the next one."""
 
     canary: str
@@ -46,7 +46,7 @@ class Memory(Record):
     """Requests that are done and may lie there yet (see `requests`)."""
 
     @classmethod
-    def read(cls, directory: Path, cluster: Cluster) -> Memory:
+    def read(cls, directory: Path, cluster: Cluster) -> HeadState:
         """Of this life of the cluster; a fresh one at its beginning."""
         value: dict[str, Any] | None = files.read_json(directory / records.DUTIES_FILE)
         if value is None or value.get("canary") != cluster.canary:

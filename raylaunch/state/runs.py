@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.checkpoint import store
-from raylaunch.checkpoint.store import Keep
+from raylaunch.checkpoint.store import RetentionPolicy
 from raylaunch.config import loader, secrets
 from raylaunch.config.schema import STDLIB, Config, TrainerConfig, continuation_differences
 from raylaunch.errors import RunError, StateError, UsageError
@@ -214,10 +214,10 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(update={"data": data, "checkpoint": checkpoint, "trainer": trainer, "model": model})
 
 
-def keep(config: Config) -> Keep:
+def keep(config: Config) -> RetentionPolicy:
     """Which checkpoints stay."""
     own = config.checkpoint
-    return Keep(own.keep_last_n_checkpoints, own.keep_every_n_steps, own.keep_best)
+    return RetentionPolicy(own.keep_last_n_checkpoints, own.keep_every_n_steps, own.keep_best)
 
 
 def with_global_batch(config: Config, size: int | None) -> Config:

@@ -24,16 +24,16 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 
 from raylaunch.state.records import WORKER_RESOURCE
 from raylaunch.training.failure_cause import classify
-from raylaunch.training.policy import Ending
+from raylaunch.training.policy import AttemptOutcome
 from raylaunch.training.worker import main
-from raylaunch.training.worker_group import Newest, Order, RayNode
+from raylaunch.training.worker_group import Newest, RayNode, WorkerGroupSpec
 
 log = logging.getLogger("raylaunch.attempt")
 
 NODE_LABEL = "ray.io/node-id"
 
 
-class Ray:
+class ConnectedRay:
     """The cluster's Ray, to which this process is connected (see `worker_group.Ray`)."""
 
     def __init__(self) -> None:
@@ -50,19 +50,19 @@ class Ray:
         ids = set(state.get_draining_nodes())
         return frozenset(node.name for node in self.alive().values() if node.id in ids) if ids else frozenset()
 
-    def group(self, order: Order) -> Group:
+    def group(self, order: WorkerGroupSpec) -> TrainerGroup:
         """With all places free: between two attempts nobody has any."""
         give_back()
-        return Group(_trainer(order))
+        return TrainerGroup(_trainer(order))
 
 
-class Group:
+class TrainerGroup:
     """One TorchTrainer (see `worker_group.Group`)."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
 
-    def fit(self) -> Ending | None:
+    def fit(self) -> AttemptOutcome | None:
         assert threading.current_thread() is threading.main_thread(), "fit shows its controller there only"
         try:
             self._trainer.fit()
@@ -122,7 +122,7 @@ if not hasattr(TorchTrainer, "_create_default_callbacks"):
     log.warning("this Ray does not show its callbacks: it starts processes that nothing here needs")
 
 
-def _trainer(order: Order) -> Trainer:
+def _trainer(order: WorkerGroupSpec) -> Trainer:
     """Each worker pinned to its node."""
     gpus = all(node.gpus for node in order.nodes)
     places = [{NODE_LABEL: node.id} for node in order.nodes for _ in range(order.workers_per_node)]

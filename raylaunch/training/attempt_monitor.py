@@ -20,12 +20,12 @@ from pathlib import Path
 from raylaunch.config.schema import ElasticConfig
 from raylaunch.state import files, runs
 from raylaunch.training import hang_detector, policy
-from raylaunch.training.cluster_view import Roster
-from raylaunch.training.heartbeat_server import Server
-from raylaunch.training.policy import Abort, Ending, GoOn, Resize, View, Withdraw
+from raylaunch.training.cluster_view import ClusterView
+from raylaunch.training.heartbeat_server import HeartbeatServer
+from raylaunch.training.policy import Abort, AttemptOutcome, AttemptSnapshot, Continue, Resize, Withdraw
 from raylaunch.training.stack_dump import where_it_stands
 from raylaunch.training.stop_request import AT_COMMIT
-from raylaunch.training.worker_group import Group, Ray
+from raylaunch.training.worker_group import RayCluster, WorkerGroup
 
 log = logging.getLogger("raylaunch.watch")
 
@@ -53,19 +53,19 @@ class Watched:
 
 
 @dataclass
-class Watch:
+class AttemptMonitor:
     """Looks after one attempt from `start` to `end`."""
 
     attempt: Watched
-    roster: Roster
-    ray: Ray
-    group: Group
-    pulse: Server
-    pace: hang_detector.Pace
+    roster: ClusterView
+    ray: RayCluster
+    group: WorkerGroup
+    pulse: HeartbeatServer
+    pace: hang_detector.ProgressTracker
     event: Callable[..., None]
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    verdict: Ending | None = field(default=None, init=False)
+    verdict: AttemptOutcome | None = field(default=None, init=False)
     """Why it was aborted, None if it was not."""
     asked: Resize | None = field(default=None, init=False)
     last_asked: Resize | None = field(default=None, init=False)
@@ -138,7 +138,7 @@ class Watch:
             os._exit(runs.DRIVER_FENCED)
         view = self._view()
         match move := policy.during(view, self.attempt.elastic):
-            case GoOn():
+            case Continue():
                 return False
             case Withdraw():
                 self.asked = None
@@ -157,7 +157,7 @@ class Watch:
                 self.group.abort()
                 return True
 
-    def _view(self, hang: bool = True) -> View:
+    def _view(self, hang: bool = True) -> AttemptSnapshot:
         attempt, now = self.attempt, self.clock()
         if now - self._asked_ray_at > RAY_EVERY:
             self._asked_ray_at, self._draining = now, self.ray.draining()
@@ -165,7 +165,7 @@ class Watch:
         self.pace.observe(now, beats)
         age = now - self._began
         found = hang_detector.judge(beats, attempt.world, age, self.pace, attempt.elastic) if hang else None
-        return View(
+        return AttemptSnapshot(
             on=attempt.on,
             nodes=self.roster.look(),
             age=age,
@@ -187,11 +187,11 @@ class Watch:
             self.verdict = self._hung(hang)
         else:
             node = ", ".join(move.nodes)
-            self.verdict = Ending("fault", f"{move.cause} {node}", move.reason, None, move.cause, node, step)
+            self.verdict = AttemptOutcome("fault", f"{move.cause} {node}", move.reason, None, move.cause, node, step)
         found = self.verdict
         self.event("fault", cause=found.cause, node=found.node, rank=found.rank, step=step, reason=found.text)
 
-    def _hung(self, hang: hang_detector.Hang) -> Ending:
+    def _hung(self, hang: hang_detector.Hang) -> AttemptOutcome:
         """Let all workers write their stacks, and find the line at which the missing one stands."""
         self.pulse.dump()
         rank = hang.ranks[0]
@@ -208,4 +208,4 @@ class Watch:
             reason=hang.reason, setting=hang.setting,
         )  # fmt: skip
         text = f"rank {rank} on {node} hangs at step {hang.step}: {line}" if hang.phase != "start" else hang.reason
-        return Ending("fault", f"hang of rank {rank}: {line}", text, rank, "hang", node, hang.step)
+        return AttemptOutcome("fault", f"hang of rank {rank}: {line}", text, rank, "hang", node, hang.step)

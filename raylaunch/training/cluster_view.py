@@ -15,7 +15,7 @@ from typing import Any
 from raylaunch.host.ports import Ports
 from raylaunch.state import files, records
 from raylaunch.state.records import Head
-from raylaunch.training.policy import Node
+from raylaunch.training.policy import TrainingNode
 
 
 class _Cached:
@@ -46,7 +46,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-class Roster:
+class ClusterView:
     """The nodes and the head, for the driver of one incarnation."""
 
     def __init__(self, directory: Path, incarnation: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,7 +55,7 @@ class Roster:
         self._duties = _Cached(directory / records.DUTIES_FILE)
         self._ready_since: dict[str, float] = {}
 
-    def look(self) -> dict[str, Node]:
+    def look(self) -> dict[str, TrainingNode]:
         """Every node, by name; {} while the table is an older head's."""
         table = self._members.read() or {}
         if int(table.get("incarnation", self.incarnation)) < self.incarnation:
@@ -67,7 +67,7 @@ class Roster:
         found = {}
         for name, what in states.items():
             since = self._ready_since.setdefault(name, now) if what == "ready" else now
-            found[name] = Node(what, now - since)
+            found[name] = TrainingNode(what, now - since)
         return found
 
     def excluded(self) -> frozenset[str]:

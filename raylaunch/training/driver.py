@@ -26,14 +26,14 @@ def main(cluster_dir: Path, run_dir: Path) -> int:
     from raylaunch.state.records import Cluster
     from raylaunch.state.runs import Run
     from raylaunch.training import attempt
-    from raylaunch.training.training_loop import Driver, NewerHead
+    from raylaunch.training.training_loop import NewerHead, TrainingLoop
 
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     cluster, run = Cluster.read(cluster_dir), Run.read(run_dir)
     assert cluster is not None and run is not None
     incarnation = int(os.environ.get("RAYLAUNCH_INCARNATION") or cluster.incarnation)
     config = loader.load_resolved(run_dir / records.CONFIG_FILE)
-    driver = Driver(cluster_dir, run_dir, cluster, config, run, attempt.Ray(), incarnation)
+    driver = TrainingLoop(cluster_dir, run_dir, cluster, config, run, attempt.ConnectedRay(), incarnation)
     threads.tell_deaths(driver.thread_died)
     helpers = [
         sidecar.start(module, run_dir)

@@ -6,7 +6,7 @@ import re
 
 from ray.exceptions import RayActorError
 
-from raylaunch.training.policy import Ending
+from raylaunch.training.policy import AttemptOutcome
 
 # What a survivor says when somebody else died: never the run's own fault.
 _COMMUNICATION = re.compile(
@@ -26,7 +26,7 @@ _STORAGE = re.compile(
 _LACKING = re.compile(r"doesn't have \w+ built in|not compiled with", re.IGNORECASE)
 
 
-def classify(error: Exception) -> Ending:
+def classify(error: Exception) -> AttemptOutcome:
     """Whether an attempt ended by a fault of the machines or by an error of the code.
 
     A lost actor or node anywhere makes it a fault: what the others then say is only the cascade.
@@ -39,32 +39,36 @@ def classify(error: Exception) -> Ending:
         inner = getattr(failure, "health_check_failure", failure)
         if isinstance(inner, RayActorError):
             text = f"lost rank {rank}: {_last_line(inner)}"
-            return Ending("fault", fingerprint=f"lost rank {rank}", text=text, rank=rank, cause="worker_lost")
+            return AttemptOutcome("fault", fingerprint=f"lost rank {rank}", text=text, rank=rank, cause="worker_lost")
     for rank, failure in sorted(failures.items()):
         text = f"rank {rank}: {_last_line(failure)}"
         if type(failure).__name__ == "Fenced":  # a newer driver exists: ours finds out before its next attempt
-            return Ending("fault", fingerprint="fenced", text=text, rank=rank, cause="fenced")
+            return AttemptOutcome("fault", fingerprint="fenced", text=text, rank=rank, cause="fenced")
         if _HARDWARE.search(str(failure)):
-            return Ending("fault", fingerprint=f"hardware of rank {rank}", text=text, rank=rank, cause="hardware")
+            return AttemptOutcome(
+                "fault", fingerprint=f"hardware of rank {rank}", text=text, rank=rank, cause="hardware"
+            )
         if _STORAGE.search(str(failure)):
-            return Ending("fault", fingerprint="the storage cannot be reached", text=text, rank=rank, cause="storage")
+            return AttemptOutcome(
+                "fault", fingerprint="the storage cannot be reached", text=text, rank=rank, cause="storage"
+            )
         if not _COMMUNICATION.search(str(failure)):
             line = f"{type(failure).__name__}: {_last_line(failure)}"
             print_ = re.sub(r"0x[0-9a-f]+|\d+", "#", line)
-            return Ending("error", fingerprint=print_, text=f"rank {rank}: {line}", rank=rank, cause="error")
+            return AttemptOutcome("error", fingerprint=print_, text=f"rank {rank}: {line}", rank=rank, cause="error")
     rank, failure = min(failures.items())
     text = f"rank {rank}: {_last_line(failure)}"
-    return Ending("fault", fingerprint="communication", text=text, rank=rank, cause="communication")
+    return AttemptOutcome("fault", fingerprint="communication", text=text, rank=rank, cause="communication")
 
 
-def _of_controller(error: Exception) -> Ending:
+def _of_controller(error: Exception) -> AttemptOutcome:
     """What no worker's code raised: Ray's own trouble, but for what torch lacks on every node alike."""
     inner = getattr(error, "controller_failure", error)
     inner = getattr(inner, "cause", None) or inner  # a RayTaskError's
     text = f"{type(inner).__name__}: {_last_line(inner)}"
     if _LACKING.search(str(inner)):
-        return Ending("error", fingerprint=text, text=text, cause="error")
-    return Ending("fault", fingerprint=type(inner).__name__, text=text, cause="ray")
+        return AttemptOutcome("error", fingerprint=text, text=text, cause="error")
+    return AttemptOutcome("fault", fingerprint=type(inner).__name__, text=text, cause="ray")
 
 
 def _last_line(error: Exception) -> str:

@@ -28,7 +28,7 @@ _ORDER = {"load": 0, "step": 1, "sync": 2, "validate": 3, "save": 4}
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """One rank, as the driver knows it now. `age`: seconds since it began its phase; `silent`: since it
     said anything at all. A rank that has not called `progress` yet has no phase."""
 
@@ -59,7 +59,7 @@ class Hang:
     setting: str
 
 
-class Pace:
+class ProgressTracker:
     """How fast an attempt goes: fed with the beats now and then, by the caller's clock."""
 
     def __init__(self, from_step: int, longest_save: float = 0.0) -> None:
@@ -79,7 +79,7 @@ class Pace:
         """The median time of a step; 0 before there is one."""
         return statistics.median(self._steps) if self._steps else 0.0
 
-    def observe(self, now: float, beats: Sequence[Beat]) -> None:
+    def observe(self, now: float, beats: Sequence[Heartbeat]) -> None:
         """Take note of where the foremost rank is."""
         front = max((beat.step for beat in beats), default=self.step)
         if front > self.step:
@@ -94,7 +94,7 @@ class Pace:
             self._saving, self._at = None, now  # a save is no step: time counts anew from here
 
 
-def limit(beats: Sequence[Beat], pace: Pace, elastic: ElasticConfig) -> tuple[float, str]:
+def limit(beats: Sequence[Heartbeat], pace: ProgressTracker, elastic: ElasticConfig) -> tuple[float, str]:
     """Seconds that nothing may move, and the setting behind it."""
     steps = elastic.hang_factor * pace.step_seconds
     normal = max(elastic.hang_timeout, steps)
@@ -107,7 +107,9 @@ def limit(beats: Sequence[Beat], pace: Pace, elastic: ElasticConfig) -> tuple[fl
     return normal, setting or f"elastic.hang_timeout={elastic.hang_timeout:g}"
 
 
-def judge(beats: Sequence[Beat], world: int, age: float, pace: Pace, elastic: ElasticConfig) -> Hang | None:
+def judge(
+    beats: Sequence[Heartbeat], world: int, age: float, pace: ProgressTracker, elastic: ElasticConfig
+) -> Hang | None:
     """Whether the attempt, begun `age` seconds ago with `world` workers, hangs.
 
     Until all workers have started counts from its beginning, then from the first call of `progress` by anybody: a
@@ -137,7 +139,7 @@ def judge(beats: Sequence[Beat], world: int, age: float, pace: Pace, elastic: El
     )  # fmt: skip
 
 
-def _not_started(beats: Sequence[Beat], world: int, age: float, elastic: ElasticConfig) -> Hang | None:
+def _not_started(beats: Sequence[Heartbeat], world: int, age: float, elastic: ElasticConfig) -> Hang | None:
     """Workers that never came, and nobody says why."""
     ranks, most = _unheard(beats, world), START_FACTOR * elastic.hang_timeout
     if not ranks or age <= most:
@@ -146,5 +148,5 @@ def _not_started(beats: Sequence[Beat], world: int, age: float, elastic: Elastic
     return Hang(tuple(ranks), age, 0, "start", reason, f"elastic.hang_timeout={elastic.hang_timeout:g}")
 
 
-def _unheard(beats: Sequence[Beat], world: int) -> list[int]:
+def _unheard(beats: Sequence[Heartbeat], world: int) -> list[int]:
     return sorted(set(range(world)) - {beat.rank for beat in beats})

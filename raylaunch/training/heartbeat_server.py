@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from raylaunch.host import wire
-from raylaunch.training.hang_detector import Beat
-from raylaunch.training.worker.heartbeat import HANDSHAKE_LIMIT, LINE_LIMIT, Place
+from raylaunch.training.hang_detector import Heartbeat
+from raylaunch.training.worker.heartbeat import HANDSHAKE_LIMIT, LINE_LIMIT, DriverAddress
 
 log = logging.getLogger("raylaunch.pulse")
 
@@ -40,7 +40,7 @@ class _Seen:
     dumped: str | None = None
 
 
-class Server:
+class HeartbeatServer:
     """The driver's side, of one attempt: a thread with an event loop of its own."""
 
     def __init__(self, address: str, ports: Iterable[int], world: int, clock: Callable[[], float] = time.monotonic):
@@ -53,15 +53,15 @@ class Server:
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
 
-    def place(self, stuck: float = 0.0) -> Place:
+    def place(self, stuck: float = 0.0) -> DriverAddress:
         """What a worker needs to connect; holds the secret."""
-        return Place(self.address, self.port, self.secret, stuck)
+        return DriverAddress(self.address, self.port, self.secret, stuck)
 
-    def beats(self) -> list[Beat]:
+    def beats(self) -> list[Heartbeat]:
         """Every worker that has ever connected, as it stands now."""
         now = self._clock()
         return [
-            Beat(s.rank, s.node, s.pid, s.step, s.phase, now - s.since, now - s.heard, s.connected)
+            Heartbeat(s.rank, s.node, s.pid, s.step, s.phase, now - s.since, now - s.heard, s.connected)
             for s in list(self._seen.values())
         ]
 

@@ -2,7 +2,7 @@
 
     patient  which nodes to begin with:  wait for more, or go with these
     decide   between two attempts:       Start | Hold | Finish
-    during   while one runs:             GoOn | Resize | Withdraw | Abort
+    during   while one runs:             Continue | Resize | Withdraw | Abort
     ending   behind it:                  why it ended, of all that is said about that
 
 The driver gathers the facts, executes the decision and writes it down with its reason and the
@@ -24,7 +24,7 @@ MAX_BACKOFF = 60.0
 
 
 @dataclass(frozen=True)
-class Ending:
+class AttemptOutcome:
     """How the last attempt ended.
 
     `error`: the user's code raised; the same again is the same bug. `fault`: a process, node or
@@ -45,16 +45,16 @@ LOSSES_PER_STRIKE = 3
 
 
 @dataclass(frozen=True)
-class Tally:
+class FailureCounts:
     """What repeats from attempt to attempt without a commit between."""
 
-    last: Ending | None = None
+    last: AttemptOutcome | None = None
     same_error: int = 0
     idle_attempts: int = 0
     losses: tuple[str, int] = ("", 0)
     """The node that lost a worker last, and how often in a row."""
 
-    def count(self, ending: Ending, progress: bool) -> tuple[Tally, str | None]:
+    def count(self, ending: AttemptOutcome, progress: bool) -> tuple[FailureCounts, str | None]:
         """After one more ending, of an attempt that made a commit or not; and the node that gets a strike."""
         same = self.last is not None and ending.fingerprint == self.last.fingerprint and not progress
         idle = self.idle_attempts + (ending.kind in {"fault", "error"})
@@ -64,7 +64,7 @@ class Tally:
             losses = (ending.node, losses[1] + 1 if losses[0] == ending.node else 1)
             if ending.cause == "hardware" or losses[1] >= LOSSES_PER_STRIKE:
                 strike, losses = ending.node, ("", 0)
-        return Tally(ending, self.same_error + 1 if same else 1, 0 if progress else idle, losses), strike
+        return FailureCounts(ending, self.same_error + 1 if same else 1, 0 if progress else idle, losses), strike
 
 
 def usable(nodes: int, workers_per_node: int, together: int) -> int:
@@ -73,14 +73,14 @@ def usable(nodes: int, workers_per_node: int, together: int) -> int:
 
 
 @dataclass(frozen=True)
-class Facts:
+class TrainingFacts:
     """What the training loop knows when it has to decide."""
 
     nodes: int
     """Nodes that an attempt can use: ready, not draining, and alive for Ray."""
     workers_per_node: int
     stop_reason: str | None = None
-    last: Ending | None = None
+    last: AttemptOutcome | None = None
     same_error: int = 0
     """How often in a row the last error came, with no commit between."""
     idle_attempts: int = 0
@@ -125,7 +125,7 @@ class Finish:
 Decision = Start | Hold | Finish
 
 
-def decide(facts: Facts, elastic: ElasticConfig) -> Decision:
+def decide(facts: TrainingFacts, elastic: ElasticConfig) -> Decision:
     """The training loop's next move between two attempts."""
     last = facts.last
     if last is not None and last.kind == "finished":
@@ -171,7 +171,7 @@ def decide(facts: Facts, elastic: ElasticConfig) -> Decision:
     return Start(nodes * facts.workers_per_node, _delay(facts, elastic), reason, f"elastic.backoff={elastic.backoff:g}")
 
 
-def _delay(facts: Facts, elastic: ElasticConfig) -> float:
+def _delay(facts: TrainingFacts, elastic: ElasticConfig) -> float:
     """Seconds before the next attempt: more and more, while none makes a commit."""
     if facts.idle_attempts <= 1 or facts.rested:
         return 0.0
@@ -179,7 +179,7 @@ def _delay(facts: Facts, elastic: ElasticConfig) -> float:
 
 
 @dataclass(frozen=True)
-class Node:
+class TrainingNode:
     """A node as the agents have it. `ready_for`: seconds that it has been ready without a break."""
 
     state: str
@@ -196,7 +196,7 @@ RETURN_LIMIT = 15.0
 class Gathering:
     """What is known of the nodes before an attempt."""
 
-    nodes: Mapping[str, Node]
+    nodes: Mapping[str, TrainingNode]
     """As their agents have them, who know first of a death."""
     alive: frozenset[str]
     """Those that Ray holds for alive: its word counts only for nodes that are ready for their agents."""
@@ -204,7 +204,7 @@ class Gathering:
     """Those that Ray itself drains."""
     waited: float = 0.0
     """Seconds since we began to look."""
-    last: Ending | None = None
+    last: AttemptOutcome | None = None
     age: float = 0.0
     """Seconds since this driver began."""
     stopping: bool = False
@@ -232,12 +232,12 @@ def patient(known: Gathering) -> bool:
 
 
 @dataclass(frozen=True)
-class View:
+class AttemptSnapshot:
     """What is known while an attempt runs."""
 
     on: frozenset[str]
     """The nodes that carry its ranks."""
-    nodes: Mapping[str, Node]
+    nodes: Mapping[str, TrainingNode]
     """Every node of the cluster; one that is not in here is unknown, which says nothing."""
     age: float
     """Seconds since the attempt began."""
@@ -255,11 +255,11 @@ class View:
     hang: Hang | None = None
     workers_per_node: int = 1
     together: int = 1
-    """As in `Facts`."""
+    """As in `TrainingFacts`."""
 
 
 @dataclass(frozen=True)
-class GoOn:
+class Continue:
     """Nothing to do."""
 
 
@@ -292,10 +292,10 @@ class Abort:
     nodes: tuple[str, ...] = field(default=())
 
 
-Move = GoOn | Resize | Withdraw | Abort
+Move = Continue | Resize | Withdraw | Abort
 
 
-def during(view: View, elastic: ElasticConfig) -> Move:
+def during(view: AttemptSnapshot, elastic: ElasticConfig) -> Move:
     """The training loop's next move while an attempt runs."""
     gone = {n: view.nodes[n].state for n in sorted(view.on) if n in view.nodes}
     gone = {n: s for n, s in gone.items() if s not in {"ready", "draining"}}
@@ -313,32 +313,32 @@ def during(view: View, elastic: ElasticConfig) -> Move:
     )
     if leaving:
         if view.asked == NOW:
-            return GoOn()
+            return Continue()
         return Resize(NOW, "drain", leaving, f"{', '.join(sorted(leaving))} must be left")
     if view.stopping or view.asked == NOW:
-        return GoOn()
+        return Continue()
     waiting = _may_join(view, 0.0)
     setting = f"elastic.grow_after={elastic.grow_after:g}"
     if view.asked == AT_COMMIT:
         if view.asked_for & waiting and _gains(view, waiting):
-            return GoOn()
+            return Continue()
         return Withdraw(f"{', '.join(sorted(view.asked_for))} cannot be used any more", setting)
     # Not soon after a start, and only onto nodes that stay: a node that comes and goes costs nothing then.
     if not view.begun or view.age < elastic.grow_after:
-        return GoOn()
+        return Continue()
     steady = _may_join(view, elastic.grow_after)
     if not _gains(view, steady):
-        return GoOn()
+        return Continue()
     reason = f"{', '.join(sorted(steady))} ready for {elastic.grow_after:g} s"
     return Resize(AT_COMMIT, "grow", steady, reason, setting)
 
 
-def _gains(view: View, more: frozenset[str]) -> bool:
+def _gains(view: AttemptSnapshot, more: frozenset[str]) -> bool:
     """An attempt could use more nodes than this one does."""
     return usable(len(view.on | more), view.workers_per_node, view.together) > len(view.on)
 
 
-def _may_join(view: View, ready_for: float) -> frozenset[str]:
+def _may_join(view: AttemptSnapshot, ready_for: float) -> frozenset[str]:
     """Nodes that the attempt does not use and could."""
     return frozenset(
         name
@@ -352,14 +352,14 @@ LONG_ATTEMPT = 600.0
 """Seconds after which a script's attempt that the machines ended counts as progress: we do not see what it saves."""
 
 
-def progressed(ending: Ending, from_step: int, committed: int, seconds: float, script: bool) -> bool:
+def progressed(ending: AttemptOutcome, from_step: int, committed: int, seconds: float, script: bool) -> bool:
     """Whether an attempt of so many seconds has brought the run on. `script`: it tells no steps."""
     unseen = script and ending.kind == "fault" and ending.cause != "hang"
     return committed > from_step or (unseen and seconds > LONG_ATTEMPT)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainerOutcome:
     """The trainer's own word: how its attempt ended, and at which step (0: it tells none)."""
 
     outcome: str
@@ -367,18 +367,22 @@ class Outcome:
 
 
 def ending(
-    outcome: Outcome | None, seen: Ending | None, told: Ending | None, asked: Resize | None, entry: str
-) -> Ending:
+    outcome: TrainerOutcome | None,
+    seen: AttemptOutcome | None,
+    told: AttemptOutcome | None,
+    asked: Resize | None,
+    entry: str,
+) -> AttemptOutcome:
     """Why an attempt ended: the trainer's own word first, then what we saw ourselves, then what Ray told.
 
     `asked`: what we asked the trainer for, also when it was withdrawn since (it may have left already); None when
     somebody else asked the run to stop. `entry`: the trainer's name."""
     if outcome is None:
         text = f"{entry} returned without session.finish() (leave a Loop by loop.end(), not by break)"
-        return seen or told or Ending("error", fingerprint=text, text=text, cause="error")
+        return seen or told or AttemptOutcome("error", fingerprint=text, text=text, cause="error")
     text = f"step {outcome.step}" if outcome.step else "its script ended"
     if outcome.outcome == "finished":
-        return Ending("finished", text=text)
+        return AttemptOutcome("finished", text=text)
     if asked is not None:
-        return Ending("resized", text=f"{asked.reason} ({text})")
-    return Ending("stopped", text=text)
+        return AttemptOutcome("resized", text=f"{asked.reason} ({text})")
+    return AttemptOutcome("stopped", text=text)

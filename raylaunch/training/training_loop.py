@@ -27,13 +27,22 @@ from raylaunch.state import files, records, runs
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
 from raylaunch.training import consolidate, policy
-from raylaunch.training.attempt_monitor import Watch, Watched
-from raylaunch.training.cluster_view import Roster
-from raylaunch.training.hang_detector import Pace
-from raylaunch.training.heartbeat_server import Server
-from raylaunch.training.policy import Ending, Facts, Finish, Gathering, Hold, Outcome, Start, Tally
-from raylaunch.training.worker.main import Spec
-from raylaunch.training.worker_group import Order, Ray, RayNode
+from raylaunch.training.attempt_monitor import AttemptMonitor, Watched
+from raylaunch.training.cluster_view import ClusterView
+from raylaunch.training.hang_detector import ProgressTracker
+from raylaunch.training.heartbeat_server import HeartbeatServer
+from raylaunch.training.policy import (
+    AttemptOutcome,
+    FailureCounts,
+    Finish,
+    Gathering,
+    Hold,
+    Start,
+    TrainerOutcome,
+    TrainingFacts,
+)
+from raylaunch.training.worker.main import WorkerSpec
+from raylaunch.training.worker_group import RayCluster, RayNode, WorkerGroupSpec
 
 log = logging.getLogger("raylaunch.driver")
 T = TypeVar("T")
@@ -48,7 +57,7 @@ class NewerHead(Exception):
 
 
 @dataclass
-class Driver:
+class TrainingLoop:
     """One run on one cluster, from here to its end."""
 
     cluster_dir: Path
@@ -56,11 +65,11 @@ class Driver:
     cluster: Cluster
     config: Config
     run: Run
-    ray: Ray
+    ray: RayCluster
     incarnation: int = 1
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
-    tally: Tally = field(default_factory=Tally)
+    tally: FailureCounts = field(default_factory=FailureCounts)
     held_since: float | None = None
     longest_save: float = 0.0
     checkpoints: Path = field(init=False)
@@ -69,7 +78,7 @@ class Driver:
         self.checkpoints = runs.checkpoint_dir(self.run_dir, self.config)
         self.term = self.run.base + self.incarnation
         """The incarnation as the run's checkpoints and events know it."""
-        self.roster = Roster(self.cluster_dir, self.incarnation, self.clock)
+        self.roster = ClusterView(self.cluster_dir, self.incarnation, self.clock)
         script = self.config.trainer.script is not None
         self.together = 1 if script else self.config.distributed.model_parallel
         self.left: set[str] = set()
@@ -117,9 +126,9 @@ class Driver:
             self._save(state="holding", reason=decision.reason)
         self.sleep(0.5)
 
-    def facts(self, nodes: int, rested: bool) -> Facts:
+    def facts(self, nodes: int, rested: bool) -> TrainingFacts:
         """What the policy needs to know now."""
-        return Facts(
+        return TrainingFacts(
             nodes=nodes,
             workers_per_node=self.cluster.workers_per_node,
             together=self.together,
@@ -176,12 +185,12 @@ class Driver:
         if strike is not None:
             self._request("strike", node=strike, reason=ending.text)
 
-    def _fit(self, number: int, chosen: list[RayNode], from_step: int) -> tuple[Ending, int]:
+    def _fit(self, number: int, chosen: list[RayNode], from_step: int) -> tuple[AttemptOutcome, int]:
         """Run it; how it ended, and the last step that is known."""
         address, ports = self.roster.pulse_place()
-        pace = Pace(from_step, self.longest_save)
+        pace = ProgressTracker(from_step, self.longest_save)
         with (
-            closing(Server(address, ports, len(chosen) * self.cluster.workers_per_node)) as pulse,
+            closing(HeartbeatServer(address, ports, len(chosen) * self.cluster.workers_per_node)) as pulse,
             closing(self._watch(number, self._order(number, chosen, pulse), pulse, pace)) as watch,
         ):
             watch.start()
@@ -191,24 +200,26 @@ class Driver:
         last = self._insist(lambda: runs.last_metrics(self.run_dir))
         return ending, max(pace.step, int(last["step"]) if last.get("attempt") == number else 0)
 
-    def _order(self, number: int, chosen: list[RayNode], pulse: Server) -> Order:
+    def _order(self, number: int, chosen: list[RayNode], pulse: HeartbeatServer) -> WorkerGroupSpec:
         size = self.config.step_scheduler.global_batch_size or 0
         place = pulse.place(stuck=max(30.0, self.config.elastic.hang_timeout / 2))
-        return Order(
+        return WorkerGroupSpec(
             f"{self.run.name}-{number:04d}", tuple(chosen), self.cluster.workers_per_node,
-            Spec(self.run_dir, number, self.term, size, place), self.run_dir / "ray",
+            WorkerSpec(self.run_dir, number, self.term, size, place), self.run_dir / "ray",
             self.config.distributed.comm_timeout, "gloo" if self.config.trainer.script is not None else None,
         )  # fmt: skip
 
-    def _watch(self, number: int, order: Order, pulse: Server, pace: Pace) -> Watch:
+    def _watch(
+        self, number: int, order: WorkerGroupSpec, pulse: HeartbeatServer, pace: ProgressTracker
+    ) -> AttemptMonitor:
         """The group, and who looks after it."""
         unseen = self.config.trainer.script is not None and self.config.trainer.grow
         attempt = Watched(self.run_dir, number, order.on, order.world, self.config.elastic, self.together, unseen)
-        return Watch(
+        return AttemptMonitor(
             attempt, self.roster, self.ray, self.ray.group(order), pulse, pace, self._event, self.clock, self.sleep
         )
 
-    def _settle(self, number: int, watch: Watch, found: Ending | None) -> Ending:
+    def _settle(self, number: int, watch: AttemptMonitor, found: AttemptOutcome | None) -> AttemptOutcome:
         """Behind `fit`: why it ended, and what is left of it is ended, too."""
         # The survivors' broken connections come first, the news of whose they were a moment later.
         patience = NEWS_LIMIT if found is not None and found.cause in {"communication", "ray"} else 0.0
@@ -224,9 +235,9 @@ class Driver:
         self._insist(watch.stop_workers)
         return ending
 
-    def _ending(self, number: int, watch: Watch, found: Ending | None) -> Ending:
+    def _ending(self, number: int, watch: AttemptMonitor, found: AttemptOutcome | None) -> AttemptOutcome:
         word = files.read_json(files.attempt_dir(self.run_dir, number) / "outcome.json")
-        outcome = Outcome(word["outcome"], int(word["step"] or 0)) if word is not None else None
+        outcome = TrainerOutcome(word["outcome"], int(word["step"] or 0)) if word is not None else None
         asked = watch.last_asked if runs.stop_reason(self.run_dir) is None else None
         return policy.ending(outcome, watch.verdict, found, asked, self.config.trainer.entry)
 
@@ -253,7 +264,7 @@ class Driver:
         committed = commit.step if commit else 0
         step = max(committed, int(last["step"]) if last.get("attempt") == self.run.attempt else 0)
         text = "the head was lost" if cause == "head_lost" else "the driver was lost"
-        self.tally = Tally(Ending("fault", cause, text, None, cause, None, step))
+        self.tally = FailureCounts(AttemptOutcome("fault", cause, text, None, cause, None, step))
         self._event("fault", cause=cause, node=None, rank=None, step=step, reason=text)
         self._event("attempt_ended", how="fault", error=text, cause=cause, rank=None, node=None, step=step,
                     committed=committed)  # fmt: skip
@@ -297,7 +308,7 @@ class Driver:
         if self.roster.fenced():
             raise NewerHead("a newer head was elected")
 
-    def _tell_drained(self, table: dict[str, policy.Node], on: frozenset[str]) -> None:
+    def _tell_drained(self, table: dict[str, policy.TrainingNode], on: frozenset[str]) -> None:
         """Tell the head which draining nodes no attempt uses (any more), once each."""
         draining = {name for name, node in table.items() if node.state == "draining"}
         for name in sorted(draining - on - self.left):

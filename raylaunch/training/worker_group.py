@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from raylaunch.training.policy import Ending
-from raylaunch.training.worker.main import Spec
+from raylaunch.training.policy import AttemptOutcome
+from raylaunch.training.worker.main import WorkerSpec
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class RayNode:
 
 
 @dataclass(frozen=True)
-class Order:
+class WorkerGroupSpec:
     """The worker group of one attempt."""
 
     name: str
     nodes: tuple[RayNode, ...]
     workers_per_node: int
-    spec: Spec
+    spec: WorkerSpec
     storage: Path
     """For Ray Train's own files."""
     comm_timeout: int
@@ -43,17 +43,17 @@ class Order:
         return frozenset(node.name for node in self.nodes)
 
 
-class Group(Protocol):
+class WorkerGroup(Protocol):
     """Workers that train together."""
 
-    def fit(self) -> Ending | None:
+    def fit(self) -> AttemptOutcome | None:
         """Run it to its end; how it ended, as far as Ray can tell: None without an error."""
 
     def abort(self) -> None:
         """End it at once, from another thread; `fit` then returns."""
 
 
-class Ray(Protocol):
+class RayCluster(Protocol):
     """Ray on this cluster."""
 
     def alive(self) -> Mapping[str, RayNode]:
@@ -62,7 +62,7 @@ class Ray(Protocol):
     def draining(self) -> frozenset[str]:
         """Those of them that Ray itself drains."""
 
-    def group(self, order: Order) -> Group:
+    def group(self, order: WorkerGroupSpec) -> WorkerGroup:
         """A group that is ready to `fit`."""
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from raylaunch.checkpoint import store
 from raylaunch.data import prepare
-from raylaunch.data.prepare import Request
+from raylaunch.data.prepare import PrepareRequest
 from raylaunch.state import files
 from raylaunch.training.worker.session import Session
 
@@ -132,5 +132,5 @@ def assert_same_curve(one: Run, other: Run, first: int = 1, rel: float = 1e-4) -
 
 
 def prepared(text: Path, out: Path, **more: Any) -> str:
-    prepare.prepare(Request([str(text)], out, **more), 1, lambda _: None)
+    prepare.prepare(PrepareRequest([str(text)], out, **more), 1, lambda _: None)
     return str(out)

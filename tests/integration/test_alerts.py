@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from raylaunch.cluster.head.context import Context
+from raylaunch.cluster.head.context import HeadContext
 from raylaunch.cluster.head.drivers import Drivers
 from raylaunch.config.schema import Config
 from raylaunch.host import sidecar
@@ -241,7 +241,7 @@ def test_a_driver_that_died_without_a_word_is_spoken_for(run: Path, site: Site, 
 
     async def speak() -> None:
         ignore: Any = None
-        context = Context(cluster, Cluster("main", "local", 1, "c", 0.0, 1, 1, 1), Config(), ignore, ignore, ignore)
+        context = HeadContext(cluster, Cluster("main", "local", 1, "c", 0.0, 1, 1, 1), Config(), ignore, ignore, ignore)
         await Drivers(context, dict(os.environ)).tell(run, 25.0, *why)
 
     asyncio.run(speak())

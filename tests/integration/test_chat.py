@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raylaunch.data import chat, dataset, inspect, prepare, tokenize
-from raylaunch.data.prepare import Request
+from raylaunch.data.prepare import PrepareRequest
 from raylaunch.errors import DataError, UsageError
 
 pytestmark = pytest.mark.long
@@ -49,7 +49,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_loss_counts_the_answers_with_their_end_marks(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
     out = tmp_path / "out"
-    prepare.prepare(Request([str(tmp_path / "talk.jsonl")], out, str(tokenizer), "sft"), 1, lambda _: None)
+    prepare.prepare(PrepareRequest([str(tmp_path / "talk.jsonl")], out, str(tokenizer), "sft"), 1, lambda _: None)
     manifest = dataset.read(out)
     (sample,) = inspect.samples(out, manifest, 1, 0)
     assert sample.text == (
@@ -65,7 +65,7 @@ def test_the_loss_counts_the_answers_with_their_end_marks(tokenizer: Path, tmp_p
 
 def test_what_cannot_be_cut_into_answers_is_a_bad_document(tokenizer: Path, tmp_path: Path) -> None:
     known = tokenize.load(str(tokenizer))
-    assert isinstance(known, tokenize.Pretrained)
+    assert isinstance(known, tokenize.PretrainedTokenizer)
     own = chat.load(chat.AUTO, known)
     assert own is not None
     with pytest.raises(DataError, match="no such role"):

@@ -23,7 +23,7 @@ from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.observe.prometheus import exporter, scrape_config
 from raylaunch.state import files, records
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
 
@@ -44,7 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, now in ((1, "ready"), (2, "lost"))
     ]
     files.write_json(directory / records.MEMBERS_FILE, {"canary": "canary", "nodes": nodes})
-    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(directory / records.DUTIES_FILE)
+    HeadState("canary", running="r", wanted=2, strikes={"n2": 1}).write(directory / records.DUTIES_FILE)
     loads = {"n1": {"time": NOW, "cpu": 0.5, "memory": 0.25, "gpu": 0.9, "gpu_memory": 0.8, "watts": 700,
                     "temperature": 61, "ecc_errors": 0, "oom_kills": 2}, "n2": {"time": NOW, "cpu": 0.1, "memory": 0.2}}  # fmt: skip
     files.write_json(directory / collect.LATEST_FILE, {"canary": "canary", "nodes": loads})

@@ -180,5 +180,6 @@ def test_copies_and_limits_are_the_trainers() -> None:
             real = parallel.copies(strategy, nodes * workers, workers, config.distributed.model_parallel)
             assert sharding.place(config, nodes, workers).replicas == real
             assert (
-                parallel.Place.of(config, 0, nodes * workers).data[1] == sharding.place(config, nodes, workers).samples
+                parallel.MeshCoordinates.of(config, 0, nodes * workers).data[1]
+                == sharding.place(config, nodes, workers).samples
             )

@@ -13,7 +13,7 @@ import pytest
 from attempts import Run, assert_same_curve, prepared
 
 from raylaunch.data import dataset, prepare, storage
-from raylaunch.data.prepare import Request
+from raylaunch.data.prepare import PrepareRequest
 from raylaunch.errors import DataError
 
 
@@ -111,7 +111,7 @@ def test_input_at_a_url_is_the_same_documents(server: Server, tmp_path: Path) ->
     (tmp_path / "served" / "in.jsonl").write_text(rows)
     here, there = tmp_path / "here", tmp_path / "there"
     for out, name in ((here, str(tmp_path / "served" / "in.jsonl")), (there, f"{server.url}/in.jsonl")):
-        prepare.prepare(Request([name], out, piece_bytes=1000), 1, lambda _: None)
+        prepare.prepare(PrepareRequest([name], out, piece_bytes=1000), 1, lambda _: None)
     assert dataset.read(here).digest == dataset.read(there).digest
     with pytest.raises(DataError, match=r"nothing matches|cannot read"):
-        prepare.prepare(Request([f"{server.url}/nothing.jsonl"], tmp_path / "no"), 1, lambda _: None)
+        prepare.prepare(PrepareRequest([f"{server.url}/nothing.jsonl"], tmp_path / "no"), 1, lambda _: None)

@@ -123,7 +123,7 @@ def loaders(run: Run, world_size: int) -> list[data.Loader]:
     """Of all ranks, as the trainer makes them."""
     config = Config.model_validate(run.config)
     sessions = [run.session(rank, world_size) for rank in range(world_size)]
-    places = [parallel.Place.of(config, rank, world_size) for rank in range(world_size)]
+    places = [parallel.MeshCoordinates.of(config, rank, world_size) for rank in range(world_size)]
     return [
         fsdp.make_loader(config, session, datasets.open_data(config, session), place, pin=False)
         for session, place in zip(sessions, places, strict=True)

@@ -46,9 +46,9 @@ def arrange_faults(case: dict[str, Any], session: Session) -> None:
     if case.get("blind_rank") == session.rank:  # sees an old state of the shared file system at its first look
         looks, check = itertools.count(), checksums.check
 
-        def see(commit: store.Commit, names: Iterable[str]) -> store.Bad | None:
+        def see(commit: store.Commit, names: Iterable[str]) -> store.InvalidCheckpoint | None:
             if next(looks) == 0:
-                return store.Bad(commit.path, commit.step, "__0_0.distcp", "missing")
+                return store.InvalidCheckpoint(commit.path, commit.step, "__0_0.distcp", "missing")
             return check(commit, names)
 
         checksums.check = see  # type: ignore[assignment]

@@ -12,7 +12,7 @@ from helpers import Site, python_for_all
 from shared import MAIN, Ground, Spec, Up
 
 from raylaunch.tools.sandbox import Sandbox, missing, take_down
-from raylaunch.tools.sandbox.spec import Layout
+from raylaunch.tools.sandbox.spec import SandboxLayout
 from raylaunch.tools.sandbox.teardown import leftovers
 
 _numbers = itertools.count(1)
@@ -69,7 +69,7 @@ def _grounds(item: pytest.Item) -> dict[str, Ground]:
 
 def _take_down(sandbox: Sandbox) -> None:
     sandbox.down()
-    assert leftovers(Layout(sandbox.spec.name)) == []
+    assert leftovers(SandboxLayout(sandbox.spec.name)) == []
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +144,7 @@ def spare_name() -> Iterator[str]:
     name = f"test-{os.getpid()}-spare"
     yield name
     take_down(name)
-    assert leftovers(Layout(name)) == []
+    assert leftovers(SandboxLayout(name)) == []
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from pathlib import Path
 from helpers import LIMIT, NOBODY, Done, Site, wait_for
 
 from raylaunch.tools.sandbox import Sandbox
-from raylaunch.tools.sandbox.spec import Layout
+from raylaunch.tools.sandbox.spec import SandboxLayout
 from raylaunch.tools.sandbox.teardown import leftovers
 
 _numbers = itertools.count(1)
@@ -119,7 +119,7 @@ class Ground:
         sandbox, self._sandbox = self._sandbox, None
         if sandbox is not None:
             sandbox.down()
-            assert leftovers(Layout(sandbox.spec.name)) == []
+            assert leftovers(SandboxLayout(sandbox.spec.name)) == []
 
 
 SECRET = "correct-horse-battery-staple"

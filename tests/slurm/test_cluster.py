@@ -18,7 +18,7 @@ import pytest
 from helpers import BIN, LIMIT, NOBODY, Done, Site, wait_for
 from shared import SECRET, Ground, Up
 
-from raylaunch.cluster.membership.control_channel import Link, Refused
+from raylaunch.cluster.membership.control_channel import ControlClient, Refused
 from raylaunch.host.ports import PORTS_FROM, PORTS_TO
 from raylaunch.host.temp_dir import temp_dir_path
 from raylaunch.state import files
@@ -182,7 +182,7 @@ def test_a_wrong_token_is_refused(main: Up) -> None:
     ours = (main.directory / "token").read_text().strip()
 
     async def knock(token: str, incarnation: int) -> None:
-        link = await Link.connect(head["address"], head["control_port"], token, incarnation, "node9", {})
+        link = await ControlClient.connect(head["address"], head["control_port"], token, incarnation, "node9", {})
         link.close()
 
     with pytest.raises(Refused, match="wrong token"):
@@ -295,7 +295,9 @@ def test_two_users_on_the_same_nodes_do_not_meet(main: Up, busy: Ground, common_
     head = files.read_json(other.cluster("main") / "head.json")
     token = (main.directory / "token").read_text().strip()
     with pytest.raises(Refused, match="wrong token"):
-        asyncio.run(Link.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", {}))
+        asyncio.run(
+            ControlClient.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", {})
+        )
 
     other.run("down").expect(0, "is down: no job, process or temp directory is left")
     other.wait_clean()

@@ -19,7 +19,7 @@ from raylaunch.cli.sandbox import sandbox as cli
 from raylaunch.errors import SandboxError, UsageError
 from raylaunch.tools.sandbox import Sandbox, daemons, missing, slurm_conf, take_down
 from raylaunch.tools.sandbox.procs import Proc, wait_for
-from raylaunch.tools.sandbox.spec import Layout, Spec
+from raylaunch.tools.sandbox.spec import SandboxLayout, SandboxSpec
 from raylaunch.tools.sandbox.teardown import leftovers
 
 pytestmark = pytest.mark.slurm
@@ -353,7 +353,7 @@ def test_down_after_kills_leaves_nothing_and_may_be_repeated(spare_name: str) ->
 
 @pytest.mark.long
 def test_down_after_up_was_killed(spare_name: str) -> None:
-    layout = Layout(spare_name)
+    layout = SandboxLayout(spare_name)
     moments = (layout.dir, layout.slurm_conf, *(daemons.record(layout, name) for name in ("munged", "slurmctld")))
     for made in (*moments, layout.run / "node1.json", layout.spec):
         up = subprocess.Popen([*COMMAND, "up", "--name", spare_name], stdout=subprocess.DEVNULL)
@@ -368,7 +368,7 @@ def test_down_after_up_was_killed(spare_name: str) -> None:
 
 
 def test_an_up_that_fails_takes_itself_down(spare_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def text(spec: Spec, layout: Layout) -> str:
+    def text(spec: SandboxSpec, layout: SandboxLayout) -> str:
         return real(spec, layout) + "NoSuchSetting=1\n"
 
     real = slurm_conf.slurm_conf
@@ -376,7 +376,7 @@ def test_an_up_that_fails_takes_itself_down(spare_name: str, monkeypatch: pytest
     with pytest.raises(SandboxError, match="slurmctld ended") as caught:
         Sandbox.up(spare_name, nodes=2)
     assert "NoSuchSetting" in caught.value.hint
-    assert leftovers(Layout(spare_name)) == []
+    assert leftovers(SandboxLayout(spare_name)) == []
 
 
 # --- the command line -----------------------------------------------------------------------

@@ -11,8 +11,8 @@ from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.state import files, records, runs
 from raylaunch.state.records import Cluster
-from raylaunch.training.policy import Ending
-from raylaunch.training.worker_group import Order, RayNode
+from raylaunch.training.policy import AttemptOutcome
+from raylaunch.training.worker_group import RayNode, WorkerGroupSpec
 
 
 class Clock:
@@ -79,14 +79,14 @@ class Made:
         files.write_json(folder / "outcome.json", {"outcome": outcome, "step": step})
 
 
-Work = Callable[[Order], Ending | None]
+Work = Callable[[WorkerGroupSpec], AttemptOutcome | None]
 
 
 class FakeGroup:
-    def __init__(self, order: Order, work: Work) -> None:
+    def __init__(self, order: WorkerGroupSpec, work: Work) -> None:
         self.order, self._work, self.aborted = order, work, 0
 
-    def fit(self) -> Ending | None:
+    def fit(self) -> AttemptOutcome | None:
         return self._work(self.order)
 
     def abort(self) -> None:
@@ -107,6 +107,6 @@ class FakeRay:
     def draining(self) -> frozenset[str]:
         return self.leaving
 
-    def group(self, order: Order) -> FakeGroup:
+    def group(self, order: WorkerGroupSpec) -> FakeGroup:
         self.groups.append(FakeGroup(order, self.work.pop(0)))
         return self.groups[-1]

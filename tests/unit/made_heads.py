@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from raylaunch.cluster.head import HeadDuties
-from raylaunch.cluster.membership.control_channel import Member, Members
+from raylaunch.cluster.head import HeadController
+from raylaunch.cluster.membership.control_channel import ControlServer, Member
 from raylaunch.config.schema import Config
 from raylaunch.state import files, records, runs
 from raylaunch.state.records import Cluster, Head
@@ -31,11 +31,11 @@ class Place:
     def head(self, incarnation: int) -> Head:
         return Head("canary", incarnation, "n1", "n1", "127.0.0.1", 1, "", 1, float(incarnation), self.life)
 
-    def lead(self, incarnation: int, config: Config | None = None, nodes: int = 4) -> HeadDuties:
+    def lead(self, incarnation: int, config: Config | None = None, nodes: int = 4) -> HeadController:
         """The head of the next incarnation, which has claimed it."""
         assert records.claim(self.directory, incarnation, "n1")
-        head = HeadDuties(
-            self.directory, self.cluster, config or Config(), self.head(incarnation), Members("t", lambda: "lost"), {},
+        head = HeadController(
+            self.directory, self.cluster, config or Config(), self.head(incarnation), ControlServer("t", lambda: "lost"), {},
             self.stopped.append, self.resigned.append, nodes,
         )  # fmt: skip
         head.context.recall(nodes)
@@ -60,13 +60,13 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(work())  # type: ignore[arg-type]
 
 
-def joined(head: HeadDuties, *nodes: str, job: str = "1") -> None:
+def joined(head: HeadController, *nodes: str, job: str = "1") -> None:
     """These nodes are here and ready, without anything being told of it."""
     for index, node in enumerate(nodes):
         head.table.members.table[node] = Member(node, {"state": "ready", "pid": index, "job": job})
 
 
-def lost(head: HeadDuties, *nodes: str, ago: float = 0.0) -> None:
+def lost(head: HeadController, *nodes: str, ago: float = 0.0) -> None:
     for node in nodes:
         member = head.table.members.table[node]
         member.alive, member.since = False, member.since - ago

@@ -11,7 +11,7 @@ import asyncio, sys
 from raylaunch.host.ports import lease_ports
 from raylaunch.host.temp_dir import TempDir
 from raylaunch.cluster.agent.agent import Agent
-from raylaunch.cluster.membership.control_channel import Members
+from raylaunch.cluster.membership.control_channel import ControlServer
 
 class Broken:
     exit_code = 0
@@ -21,7 +21,7 @@ class Broken:
 agent = Agent.__new__(Agent)
 agent.duties, agent.link, agent.again, agent.reason = Broken(), None, False, "down"
 agent.temp, agent.lease = TempDir(sys.argv[1], "here", None), lease_ports()
-agent.members = Members("token", lambda: "sees")
+agent.members = ControlServer("token", lambda: "sees")
 agent.temp.claim()
 assert agent.temp.path.exists()
 asyncio.run(agent.close())

@@ -339,7 +339,7 @@ def first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         return node.link
 
     node._connect = connect
-    monkeypatch.setattr(agent, "HeadDuties", Duties)
+    monkeypatch.setattr(agent, "HeadController", Duties)
     monkeypatch.setattr(Duties, "failures", [])
     monkeypatch.setattr(Duties, "begun", [])
     return node

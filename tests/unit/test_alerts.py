@@ -21,11 +21,11 @@ from raylaunch.errors import ConfigError, UsageError
 from raylaunch.host.processes import start_time
 from raylaunch.observe.alerts import alert_sinks, baselines, details, outbox
 from raylaunch.observe.alerts.alert import Alert, lasting, message, severity
-from raylaunch.observe.alerts.alert_rules import Memory, Rules
+from raylaunch.observe.alerts.alert_rules import Rules, RuleState
 from raylaunch.observe.alerts.alert_sinks import Result
 from raylaunch.observe.alerts.outbox import Due, Outbox
 from raylaunch.observe.alerts.rate_limit import Limiter
-from raylaunch.observe.alerts.sender import Follower, _last_line
+from raylaunch.observe.alerts.sender import AlertSender, _last_line
 from raylaunch.observe.trackers import sinks as trackers
 from raylaunch.scheduler.slurm import mail
 from raylaunch.state import files, records, runs
@@ -41,7 +41,7 @@ class Told:
         steps = {"max_steps": 10000, "ckpt_every_steps": 100, "val_every_steps": 0}
         self.config = Config.model_validate({"step_scheduler": steps, **sections})
         self.now = 1000.0
-        self.rules = Rules(self.config, Memory(), self.now)
+        self.rules = Rules(self.config, RuleState(), self.now)
         self.attempt = self.step = 0
 
     def event(self, kind: str, **fields: Any) -> list[Alert]:
@@ -68,7 +68,7 @@ class Told:
 
     def again(self) -> None:
         """Another process goes on with what this one knew, by way of a file."""
-        self.rules = Rules(self.config, Memory.parse(json.loads(json.dumps(asdict(self.rules.memory)))), self.now)
+        self.rules = Rules(self.config, RuleState.parse(json.loads(json.dumps(asdict(self.rules.memory)))), self.now)
 
 
 def one(found: list[Alert], kind: AlertKind) -> Alert:
@@ -311,7 +311,7 @@ FIELDS = st.sampled_from(["from_step", "on", "nodes", "workers", "reason", "step
 @settings(max_examples=50)
 @given(st.lists(st.tuples(KINDS, st.dictionaries(FIELDS, ODD, max_size=6)), max_size=12), ODD)
 def test_rows_of_any_kind_make_no_error(rows: list[tuple[str, dict[str, Any]]], other: Any) -> None:
-    rules = Rules(Config(), Memory(), 0.0)
+    rules = Rules(Config(), RuleState(), 0.0)
     events = [{"time": n, "kind": kind, **fields} for n, (kind, fields) in enumerate(rows)]
     found = rules.take([other, *events], [other, *events], [other, *events], 1.0)
     found += rules.tick(1e6, 1e9, 1e9 + 5) + rules.close(1e9, "x")
@@ -668,10 +668,10 @@ def test_what_a_loss_usually_is_outlives_a_handing_over(here: Path) -> None:
         pass
     run = runs.Run.read(run_dir)
     assert run is not None
-    memory = asdict(Memory(begun=True, attempt=7, losses=[1.5, 1.4]))
+    memory = asdict(RuleState(begun=True, attempt=7, losses=[1.5, 1.4]))
     limits = Limiter(1.0, 9).memory()
     files.write_json(run_dir / "alerts.json", {"run": "another", "limits": limits, "outbox": [], "memory": memory})
-    assert Follower(run_dir, Config(), run)._rules.memory == Memory(losses=[1.5, 1.4])
+    assert AlertSender(run_dir, Config(), run)._rules.memory == RuleState(losses=[1.5, 1.4])
 
 
 def test_the_alerts_of_a_run_are_listed_whatever_lies_there(here: Path) -> None:

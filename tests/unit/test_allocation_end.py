@@ -15,7 +15,7 @@ import pytest
 from raylaunch.errors import SlurmError, SlurmUnavailable
 from raylaunch.host import locks
 from raylaunch.scheduler.slurm import allocation
-from raylaunch.scheduler.slurm.allocation import Look, Onward, Word
+from raylaunch.scheduler.slurm.allocation import Continuation, JobSnapshot, Word
 from raylaunch.scheduler.slurm.rows import JobDetail, JobRow, JobState
 from raylaunch.state import records
 from raylaunch.state.records import Cluster
@@ -24,22 +24,22 @@ from raylaunch.state.records import Cluster
 @pytest.mark.parametrize(
     ("look", "why"),
     [
-        (Look("RUNNING", 60.0), ""),
-        (Look("COMPLETING", None), ""),  # of a job that a person cancels
-        (Look("COMPLETING", None, preempted=True), "preempted"),
-        (Look("TIMEOUT", 0.0), "timeout"),
-        (Look("COMPLETING", None, reason="JobLaunchFailure"), "JobLaunchFailure"),
-        (Look("COMPLETING", None, reason="TimeLimit"), "TimeLimit"),
-        (Look("COMPLETING", None, reason="Dependency"), ""),
-        (Look("COMPLETING", None, again=True), "requeued"),  # preempted, or by a person's `scontrol requeue`
-        (Look("COMPLETING", None, again=False), ""),
-        (Look("COMPLETING", None, signal=1), "node_fail"),  # its batch host booted before it was found dead
-        (Look("RUNNING", 60.0, signal=1), ""),
-        (Look("COMPLETING", None, signal=15), ""),
-        (Look("COMPLETING", None, signal=9), ""),
+        (JobSnapshot("RUNNING", 60.0), ""),
+        (JobSnapshot("COMPLETING", None), ""),  # of a job that a person cancels
+        (JobSnapshot("COMPLETING", None, preempted=True), "preempted"),
+        (JobSnapshot("TIMEOUT", 0.0), "timeout"),
+        (JobSnapshot("COMPLETING", None, reason="JobLaunchFailure"), "JobLaunchFailure"),
+        (JobSnapshot("COMPLETING", None, reason="TimeLimit"), "TimeLimit"),
+        (JobSnapshot("COMPLETING", None, reason="Dependency"), ""),
+        (JobSnapshot("COMPLETING", None, again=True), "requeued"),  # preempted, or by a person's `scontrol requeue`
+        (JobSnapshot("COMPLETING", None, again=False), ""),
+        (JobSnapshot("COMPLETING", None, signal=1), "node_fail"),  # its batch host booted before it was found dead
+        (JobSnapshot("RUNNING", 60.0, signal=1), ""),
+        (JobSnapshot("COMPLETING", None, signal=15), ""),
+        (JobSnapshot("COMPLETING", None, signal=9), ""),
     ],
 )
-def test_why_slurm_ends_a_job(look: Look, why: str) -> None:
+def test_why_slurm_ends_a_job(look: JobSnapshot, why: str) -> None:
     assert look.taken == why
 
 
@@ -77,12 +77,12 @@ def row(state: str, reason: str = "") -> dict[str, JobRow]:
 
 def test_what_squeue_says_counts_where_scontrol_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, jobs=[row("COMPLETING", "JobLaunchFailure")], detail=[SILENT])
-    assert allocation.look("7") == Look("COMPLETING", 60, reason="JobLaunchFailure")
+    assert allocation.look("7") == JobSnapshot("COMPLETING", 60, reason="JobLaunchFailure")
 
 
 def test_slurm_may_be_silent_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, jobs=[SILENT, row("COMPLETING")], detail=[JobDetail(False, 3, 0, None)])
-    assert allocation.look("7", restarts=2) == Look("COMPLETING", 60, again=True)
+    assert allocation.look("7", restarts=2) == JobSnapshot("COMPLETING", 60, again=True)
     asked(monkeypatch, jobs=[SILENT, SILENT])
     assert allocation.look("7") is None
 
@@ -133,7 +133,7 @@ def test_the_next_allocation(
 ) -> None:
     asked(monkeypatch, **answers)
     (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
-    assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "walltime", Onward.REQUEUE)] == done
+    assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "walltime", Continuation.REQUEUE)] == done
 
 
 def test_a_submission_that_may_have_been_taken_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_a_submission_that_may_have_been_taken_is_not_repeated(tmp_path: Path, m
     late.__cause__ = subprocess.TimeoutExpired("sbatch", 10)
     slurm = asked(monkeypatch, submit=[late, "8"])
     (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
-    done = [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Onward.SUCCESSOR)]
+    done = [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Continuation.SUCCESSOR)]
     assert done == ["successor_refused"] and slurm.done == ["submit"]
 
 
@@ -149,7 +149,7 @@ def test_a_successor_that_cannot_be_written_down_is_one(tmp_path: Path, monkeypa
     asked(monkeypatch, submit=["8"])
     (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
     (tmp_path / records.CLUSTER_FILE).write_text("{")
-    assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Onward.SUCCESSOR)] == ["successor"]
+    assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Continuation.SUCCESSOR)] == ["successor"]
 
 
 def test_a_lock_that_somebody_frozen_holds_keeps_no_successor_back(
@@ -162,6 +162,6 @@ def test_a_lock_that_somebody_frozen_holds_keeps_no_successor_back(
     seconds = count(0.0, 1.0)
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
     with allocation.locked(tmp_path):
-        done = list(allocation.go_on(tmp_path, "7", "timeout", Onward.SUCCESSOR))
+        done = list(allocation.go_on(tmp_path, "7", "timeout", Continuation.SUCCESSOR))
     assert [kind for kind, _ in done] == ["lock_held", "successor"]
     assert Cluster.read(tmp_path) == replace(cluster, jobs=("7", "8"))

@@ -11,32 +11,32 @@ from hypothesis import strategies as st
 from raylaunch.cluster.head import allocation_policy
 from raylaunch.cluster.head.allocation_policy import (
     JOB_ENDS,
+    AllocationFacts,
+    BatchJob,
     Course,
     Decision,
     Drain,
     End,
     Event,
-    Facts,
-    Job,
     Leave,
     Resign,
     Save,
     Work,
     decide,
 )
-from raylaunch.scheduler.slurm.allocation import Onward
+from raylaunch.scheduler.slurm.allocation import Continuation
 
-RUNNING, ENDING = Job("RUNNING", 60.0), Job("COMPLETING")
-PREEMPTED = Job("COMPLETING", preempted=True, taken="preempted", again=False)
+RUNNING, ENDING = BatchJob("RUNNING", 60.0), BatchJob("COMPLETING")
+PREEMPTED = BatchJob("COMPLETING", preempted=True, taken="preempted", again=False)
 REQUEUED = replace(PREEMPTED, again=True)
 
 
-def signal(job: Job | None = ENDING, **more: object) -> Facts:
-    return replace(Facts(Event.SIGTERM, job=job), **more)  # type: ignore[arg-type]
+def signal(job: BatchJob | None = ENDING, **more: object) -> AllocationFacts:
+    return replace(AllocationFacts(Event.SIGTERM, job=job), **more)  # type: ignore[arg-type]
 
 
-def notice(left: float | None, notice: float = 60.0, **more: object) -> Facts:
-    return replace(Facts(Event.NOTICE, job=Job("RUNNING", left), notice=notice), **more)  # type: ignore[arg-type]
+def notice(left: float | None, notice: float = 60.0, **more: object) -> AllocationFacts:
+    return replace(AllocationFacts(Event.NOTICE, job=BatchJob("RUNNING", left), notice=notice), **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def notice(left: float | None, notice: float = 60.0, **more: object) -> Facts:
         (notice(60.0, longest_save=300.0), Save("walltime", limit=50.0)),
         (notice(8.0), Save("walltime", limit=5.0)),
         (notice(None), Save("walltime", limit=25.0, after=25.0)),  # a job without a limit: as long as the notice says
-        (Facts(Event.NOTICE), Save("walltime", limit=25.0, after=25.0)),  # Slurm is silent
+        (AllocationFacts(Event.NOTICE), Save("walltime", limit=25.0, after=25.0)),  # Slurm is silent
         # With much more time left it is a preemption, whose grace nobody knows: save at once.
         (notice(3600.0), Save("preempted", limit=50.0)),
-        (notice(30.0, job=Job("RUNNING", 30.0, preempted=True)), Save("preempted", limit=20.0)),
+        (notice(30.0, job=BatchJob("RUNNING", 30.0, preempted=True)), Save("preempted", limit=20.0)),
         # SIGTERM while the job runs: the grace before a preemption.
-        (signal(Job("RUNNING", 3600.0)), Save("preempted", limit=50.0)),
+        (signal(BatchJob("RUNNING", 3600.0)), Save("preempted", limit=50.0)),
         # The job is over. What Slurm took goes on, what a person ended does not.
         (signal(), End("")),
         (signal(None), End("")),
@@ -61,12 +61,12 @@ def notice(left: float | None, notice: float = 60.0, **more: object) -> Facts:
         (signal(REQUEUED), End("preempted", "itself")),
         (signal(cause="time limit"), End("time limit")),
         (signal(None, cause="node failure"), End("node failure", "itself")),  # Slurm is silent: mostly it does
-        (signal(Job("COMPLETING", taken="node_fail")), End("node_fail", "itself")),
-        (signal(Job("COMPLETING", taken="node_fail", again=False)), End("node_fail")),  # --no-requeue
+        (signal(BatchJob("COMPLETING", taken="node_fail")), End("node_fail", "itself")),
+        (signal(BatchJob("COMPLETING", taken="node_fail", again=False)), End("node_fail")),  # --no-requeue
         (signal(cancelled=True), End("", cancelled=True)),
-        (signal(Job("COMPLETING", again=False)), End("", cancelled=True)),  # Slurm knows of no other reason
+        (signal(BatchJob("COMPLETING", again=False)), End("", cancelled=True)),  # Slurm knows of no other reason
         # Where joiners can go on, they do.
-        (signal(Job("COMPLETING", taken="JobLaunchFailure"), others=True),
+        (signal(BatchJob("COMPLETING", taken="JobLaunchFailure"), others=True),
          Resign("the base job ends (JobLaunchFailure), and the joiners go on", base_lost="JobLaunchFailure")),
         (signal(REQUEUED, others=True), End("preempted", "itself")),
         (signal(others=True), End("")),  # a person's scancel of the base job ends the cluster
@@ -78,15 +78,15 @@ def notice(left: float | None, notice: float = 60.0, **more: object) -> Facts:
         (signal(in_base=False), End("")),
         (signal(REQUEUED, in_base=False), End("the last joiner: preempted")),  # a joiner is not run again
         # The end of a joiner's job.
-        (Facts(Event.JOINER_ENDS, own=True, why="time"), Save("time", limit=60.0)),
-        (Facts(Event.JOINER_ENDS, own=True, others=True, why="time"), Drain("time")),
-        (Facts(Event.JOINER_ENDS, own=False, why="time"), Drain("time")),
+        (AllocationFacts(Event.JOINER_ENDS, own=True, why="time"), Save("time", limit=60.0)),
+        (AllocationFacts(Event.JOINER_ENDS, own=True, others=True, why="time"), Drain("time")),
+        (AllocationFacts(Event.JOINER_ENDS, own=False, why="time"), Drain("time")),
         # Not ours to see to any more.
         (signal(PREEMPTED, fenced=True), Resign("a newer incarnation has begun")),
         (notice(60.0, fenced=True), Resign("a newer incarnation has begun")),
     ],
 )  # fmt: skip
-def test_decisions(facts: Facts, expected: Decision) -> None:
+def test_decisions(facts: AllocationFacts, expected: Decision) -> None:
     assert decide(facts) == expected
 
 
@@ -94,7 +94,7 @@ def test_decisions(facts: Facts, expected: Decision) -> None:
     ("facts", "job", "cause"),
     [
         (notice(60.0), True, False),
-        (Facts(Event.JOINER_ENDS), False, False),
+        (AllocationFacts(Event.JOINER_ENDS), False, False),
         (signal(None), True, True),
         (signal(RUNNING), True, False),
         (signal(PREEMPTED), True, False),
@@ -102,7 +102,7 @@ def test_decisions(facts: Facts, expected: Decision) -> None:
         (signal(fenced=True), False, False),
     ],
 )
-def test_what_is_asked(facts: Facts, job: bool, cause: bool) -> None:
+def test_what_is_asked(facts: AllocationFacts, job: bool, cause: bool) -> None:
     """Each question costs seconds at the end of an allocation."""
     assert (facts.wants_job, facts.wants_cause) == (job, cause)
 
@@ -113,10 +113,17 @@ def test_what_is_asked(facts: Facts, job: bool, cause: bool) -> None:
     cancelled=st.booleans(),
 )  # fmt: skip
 def test_what_is_not_asked_for_decides_nothing(
-    event: Event, fenced: bool, in_base: bool, others: bool, own: bool, job: Job | None, cause: str, cancelled: bool
+    event: Event,
+    fenced: bool,
+    in_base: bool,
+    others: bool,
+    own: bool,
+    job: BatchJob | None,
+    cause: str,
+    cancelled: bool,
 ) -> None:
     word = {"cause": "", "cancelled": True} if cancelled else {"cause": cause, "cancelled": False}
-    facts = Facts(event, fenced, in_base, others, own=own)
+    facts = AllocationFacts(event, fenced, in_base, others, own=own)
     known = replace(facts, job=job) if facts.wants_job else facts
     known = replace(known, **word) if known.wants_cause else known  # type: ignore[arg-type]
     full = replace(facts, job=job)
@@ -127,7 +134,7 @@ def test_what_is_not_asked_for_decides_nothing(
 
 def test_every_way_can_be_gone() -> None:
     for way in ("requeue", "itself", "successor"):
-        assert Onward(way)
+        assert Continuation(way)
 
 
 def test_the_limit_of_requeues() -> None:
@@ -143,8 +150,8 @@ ENDS = {  # what Slurm says of a job that it ended for reasons of its own: (look
     "preempted": (REQUEUED, ""),
     "cancelled by preemption": (PREEMPTED, ""),
     "time limit": (ENDING, "time limit"),
-    "batch host back": (Job("COMPLETING", taken="JobLaunchFailure", again=False), ""),
-    "batch host new": (Job("COMPLETING", taken="node_fail", again=True), ""),
+    "batch host back": (BatchJob("COMPLETING", taken="JobLaunchFailure", again=False), ""),
+    "batch host new": (BatchJob("COMPLETING", taken="node_fail", again=True), ""),
     "node failed": (None, "node failure"),
 }
 
@@ -171,12 +178,12 @@ class World:
     def hear(self, what: str, left: float) -> None:
         """Something happens to the allocation."""
         before = self.course
-        facts = Facts(Event.SIGTERM, in_base=self.in_base, others=self.others)
+        facts = AllocationFacts(Event.SIGTERM, in_base=self.in_base, others=self.others)
         match what:
             case "time is nearly up":
-                self.do(replace(facts, event=Event.NOTICE, job=Job("RUNNING", left), longest_save=left / 3))
+                self.do(replace(facts, event=Event.NOTICE, job=BatchJob("RUNNING", left), longest_save=left / 3))
             case "grace":
-                self.do(replace(facts, job=Job("RUNNING", 3600.0)))
+                self.do(replace(facts, job=BatchJob("RUNNING", 3600.0)))
             case "scancel":
                 # while the end is under way, everybody leaves
                 others = self.others and not before.ending
@@ -199,7 +206,7 @@ class World:
                 self.do(replace(facts, job=job, cause=cause, others=self.others and not before.ending))
         assert not before.ending or self.course.reason == before.reason, "an allocation ends once"
 
-    def do(self, facts: Facts) -> Decision:
+    def do(self, facts: AllocationFacts) -> Decision:
         """Decide, check that the decision rests on facts, and do it."""
         decision = decide(facts)
         before, work = self.course, self.work()

@@ -303,9 +303,9 @@ def test_the_ledger_of_a_campaign(tmp_path: Path) -> None:
             with (run / name).open("a") as out:
                 out.write(json.dumps(row) + "\n")
     outcomes = [
-        campaign.Outcome(4, "slurmd", "n1", 110, recovered=True),
-        campaign.Outcome(5, "node", "n2", 114.5, recovered=True, restarted=True),
-        campaign.Outcome(6, "head", "", 120, skipped="2 nodes are ready"),
+        campaign.FaultOutcome(4, "slurmd", "n1", 110, recovered=True),
+        campaign.FaultOutcome(5, "node", "n2", 114.5, recovered=True, restarted=True),
+        campaign.FaultOutcome(6, "head", "", 120, skipped="2 nodes are ready"),
     ]
     record = summary.of(run, outcomes, 104.0, 126.0, seed=7)
     row = next(r for r in record["faults"] if r["kind"] == "node")

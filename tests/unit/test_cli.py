@@ -24,7 +24,7 @@ from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
 from raylaunch.scheduler.slurm.client import Completed, Slurm
 from raylaunch.state import files, records, runs
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 
 train_module = sys.modules[_Lines.__module__]  # the package has a command of that name
@@ -127,7 +127,7 @@ def test_a_queued_run_says_behind_which_it_is(here: Path, capsys: pytest.Capture
             pass
 
     def said(name: str, running: str, *queue: str) -> str:
-        Memory(record.canary, list(queue), running).write(directory / records.DUTIES_FILE)
+        HeadState(record.canary, list(queue), running).write(directory / records.DUTIES_FILE)
         _Lines(1).take(next(follow_run.follow(files.run_dir(here, name), directory)))
         return capsys.readouterr().err
 

@@ -17,8 +17,8 @@ from raylaunch.config.schema import (
     SIZES,
     Config,
     ElasticConfig,
+    FieldType,
     JoinConfig,
-    Kind,
     Section,
     continuation_differences,
     section_type,
@@ -583,7 +583,7 @@ def fields(model: type[Section] = Config, path: str = "") -> list[tuple[type[Sec
 
 @pytest.mark.parametrize(("model", "name", "key"), fields(), ids=[f[2] for f in fields()])
 def test_every_field_can_say_what_it_allows(model: type[Section], name: str, key: str) -> None:
-    words = str(Kind.of(model, name))
+    words = str(FieldType.of(model, name))
     assert words and "typing" not in words and "<" not in words and "a section" not in words
     wrong = "{a: {b: [1]}}" if key != "model.kwargs" else "3"  # whose values may be anything
     line = errors("{}", f"{key}={wrong}")

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from raylaunch.cli.data import inspect
 from raylaunch.data import dataset, prepare, sources, tokenize
 from raylaunch.data import inspect as looking
-from raylaunch.data.dataset import Manifest, Writer
-from raylaunch.data.prepare import Progress, Request
-from raylaunch.data.sources import Bad, Piece
+from raylaunch.data.dataset import Manifest, ShardWriter
+from raylaunch.data.prepare import PrepareProgress, PrepareRequest
+from raylaunch.data.sources import BadDocument, Piece
 from raylaunch.data.storage import File
 from raylaunch.errors import DataError, UsageError
 
@@ -80,7 +80,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, lengt
     directory, before = tmp_path_factory.mktemp("shard"), dataset.BATCH_TOKENS
     dataset.BATCH_TOKENS = 16
     try:
-        writer = Writer(directory, "shard-00000", "uint16", ("tokens", "loss"))
+        writer = ShardWriter(directory, "shard-00000", "uint16", ("tokens", "loss"))
         documents = [np.arange(length, dtype=np.uint16) + 100 * number for number, length in enumerate(lengths)]
         for document in documents:
             writer.add(document, (document % 2).astype(np.uint8))
@@ -98,7 +98,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, lengt
 
 
 def make(out: Path, *inputs: Path, **more: object) -> Manifest:
-    return prepare.prepare(Request([str(path) for path in inputs], out, **more), 1, lambda _: None)  # type: ignore[arg-type]
+    return prepare.prepare(PrepareRequest([str(path) for path in inputs], out, **more), 1, lambda _: None)  # type: ignore[arg-type]
 
 
 def test_a_conversation_counts_its_answers(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_a_bad_line_is_named_or_left_out(tmp_path: Path, line: str, why: str) ->
     with pytest.raises(DataError, match="byte 17") as caught:
         make(tmp_path / "out", path)
     assert why in caught.value.message and "--skip-bad" in caught.value.hint
-    seen: list[Progress] = []
-    manifest = prepare.prepare(Request([str(path)], tmp_path / "out", skip_bad=True), 1, seen.append)
+    seen: list[PrepareProgress] = []
+    manifest = prepare.prepare(PrepareRequest([str(path)], tmp_path / "out", skip_bad=True), 1, seen.append)
     assert (manifest.documents, manifest.skipped) == (2, 1)
-    assert [type(bad) for bad in seen[-1].bad] == [Bad] and texts(tmp_path / "out") == ["good", "too"]
+    assert [type(bad) for bad in seen[-1].bad] == [BadDocument] and texts(tmp_path / "out") == ["good", "too"]
 
 
 def test_conversations_without_an_answer_are_bad(tmp_path: Path) -> None:

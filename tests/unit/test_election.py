@@ -10,17 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylaunch.cluster.membership import election
-from raylaunch.cluster.membership.election import PATIENCE, TURN, VERDICT, Answer, Claim, Facts, Leave, Wait
+from raylaunch.cluster.membership.election import PATIENCE, TURN, VERDICT, Answer, Claim, ElectionFacts, Leave, Wait
 from raylaunch.state import records
 
 
 def facts(
     *, me: str = "b", candidates: tuple[str, ...] = ("b", "c", "d"), silent: float = 0.0, **more: object
-) -> Facts:
+) -> ElectionFacts:
     base: dict[str, object] = {
         "answers": {n: "lost" for n in candidates if n != me}, "gone": True, "disowned": False, "head": "a",
     }  # fmt: skip
-    return Facts(me=me, candidates=candidates, silent=silent, **{**base, **more})  # type: ignore[arg-type]
+    return ElectionFacts(me=me, candidates=candidates, silent=silent, **{**base, **more})  # type: ignore[arg-type]
 
 
 def test_the_first_claims_at_once_the_next_waits_for_its_turn() -> None:
@@ -81,7 +81,7 @@ class Site:
     links: set[str] = field(default_factory=set)
     """Agents that are connected to the head."""
 
-    def facts(self, me: str, head: str, silent: float) -> Facts:
+    def facts(self, me: str, head: str, silent: float) -> ElectionFacts:
         def reaches(other: str) -> bool:
             return other not in self.dead and self.island[other] == self.island[me]
 
@@ -89,7 +89,7 @@ class Site:
             n: "sees" if n in self.links else "lost" for n in self.nodes if n not in {me, head} and reaches(n)
         }
         head_lives = head not in self.dead
-        return Facts(
+        return ElectionFacts(
             me=me, candidates=tuple(n for n in self.nodes if n != head), answers=answers, silent=silent,
             gone=head in self.dead and self.island[head] == self.island[me],
             # The directory is reached from every island here: the hardest case, for all see the same files.

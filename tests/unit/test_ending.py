@@ -13,11 +13,11 @@ import pytest
 from made_heads import Place, joined, run
 from test_run_queue import FakeDrivers
 
-from raylaunch.cluster.head import HeadDuties, ending
+from raylaunch.cluster.head import HeadController, ending
 from raylaunch.config.schema import Config
 from raylaunch.errors import SlurmError
 from raylaunch.scheduler.slurm import allocation
-from raylaunch.scheduler.slurm.allocation import Look, Onward, Word
+from raylaunch.scheduler.slurm.allocation import Continuation, JobSnapshot, Word
 from raylaunch.state import files, records, runs
 from raylaunch.state.records import Cluster
 
@@ -26,7 +26,7 @@ class FakeSlurm:
     """What the head is told of its job, and what it asks for. It is told by patches of `allocation`'s functions."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.look: Look | None = Look("COMPLETING", None)
+        self.look: JobSnapshot | None = JobSnapshot("COMPLETING", None)
         self.word, self.refuses = Word(), False
         self.asked: list[str] = []
         self.done: list[str] = []
@@ -64,7 +64,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     return FakeSlurm(monkeypatch)
 
 
-def lead(place: Place, running: str = "r", requeues: int = 3, nodes: tuple[str, ...] = ("n1", "n2")) -> HeadDuties:
+def lead(place: Place, running: str = "r", requeues: int = 3, nodes: tuple[str, ...] = ("n1", "n2")) -> HeadController:
     config = Config.model_validate({"elastic": {"max_requeues": requeues}})
     head = place.lead(1, config)
     head.ending._drivers = FakeDrivers()  # type: ignore[assignment]
@@ -74,7 +74,7 @@ def lead(place: Place, running: str = "r", requeues: int = 3, nodes: tuple[str, 
     return head
 
 
-async def end(head: HeadDuties) -> None:
+async def end(head: HeadController) -> None:
     """As the agent does it, once it was told to stop."""
     for member in head.table.members.table.values():
         member.alive = member.node == "n1"  # the others' agents have ended
@@ -83,12 +83,12 @@ async def end(head: HeadDuties) -> None:
     await asyncio.to_thread(head.write_end, "signal SIGTERM", 0)
 
 
-async def noticed(head: HeadDuties) -> None:
+async def noticed(head: HeadController) -> None:
     head.notice()
     await head.context.all_done()
 
 
-async def signalled(head: HeadDuties) -> None:
+async def signalled(head: HeadController) -> None:
     assert head.terminated()
     await head.context.all_done()
 
@@ -96,16 +96,16 @@ async def signalled(head: HeadDuties) -> None:
 @pytest.mark.parametrize(
     ("look", "cause", "done"),
     [
-        (Look("COMPLETING", None, preempted=True, again=False), "", ["submit"]),
-        (Look("COMPLETING", None, again=True), "", []),  # Slurm queues it anew by itself
-        (Look("COMPLETING", None, signal=1, again=True), "", []),  # its batch host booted
-        (Look("COMPLETING", None, signal=1, again=False), "", ["submit"]),
-        (Look("COMPLETING", None), "time limit", ["submit"]),
+        (JobSnapshot("COMPLETING", None, preempted=True, again=False), "", ["submit"]),
+        (JobSnapshot("COMPLETING", None, again=True), "", []),  # Slurm queues it anew by itself
+        (JobSnapshot("COMPLETING", None, signal=1, again=True), "", []),  # its batch host booted
+        (JobSnapshot("COMPLETING", None, signal=1, again=False), "", ["submit"]),
+        (JobSnapshot("COMPLETING", None), "time limit", ["submit"]),
         (None, "node failure", []),
     ],
 )
 def test_what_slurm_takes_goes_on_once(
-    place: Place, slurm: FakeSlurm, look: Look | None, cause: str, done: list[str]
+    place: Place, slurm: FakeSlurm, look: JobSnapshot | None, cause: str, done: list[str]
 ) -> None:
     place.run("r", "running")
     slurm.look, slurm.word = look, Word(cause)
@@ -141,7 +141,7 @@ def test_a_finished_run_is_nothing_to_go_on_with(
 ) -> None:
     """Slurm takes the allocation while the driver writes the weights."""
     place.run("r", "finished")
-    slurm.look = Look("COMPLETING", None, preempted=True)
+    slurm.look = JobSnapshot("COMPLETING", None, preempted=True)
 
     async def story() -> None:
         head = lead(place)
@@ -154,7 +154,7 @@ def test_a_finished_run_is_nothing_to_go_on_with(
 
 def test_the_notice_saves_and_has_the_job_requeued(place: Place, slurm: FakeSlurm) -> None:
     directory = place.run("r", "running")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
 
     async def story() -> None:
         head = lead(place)
@@ -170,7 +170,7 @@ def test_the_notice_saves_and_has_the_job_requeued(place: Place, slurm: FakeSlur
 
 def test_where_a_requeue_is_refused_a_successor_follows(place: Place, slurm: FakeSlurm) -> None:
     place.run("r", "running")
-    slurm.look, slurm.refuses = Look("RUNNING", 20.0), True
+    slurm.look, slurm.refuses = JobSnapshot("RUNNING", 20.0), True
 
     async def story() -> None:
         head = lead(place)
@@ -184,7 +184,7 @@ def test_where_a_requeue_is_refused_a_successor_follows(place: Place, slurm: Fak
 
 def test_the_limit_of_requeues_is_told(place: Place, slurm: FakeSlurm) -> None:
     place.run("r", "running")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
 
     async def story() -> None:
         head = lead(place, requeues=0)
@@ -197,7 +197,7 @@ def test_the_limit_of_requeues_is_told(place: Place, slurm: FakeSlurm) -> None:
 
 def test_a_run_that_finishes_while_it_is_saved_does_not_go_on(place: Place, slurm: FakeSlurm) -> None:
     directory = place.run("r", "running")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
 
     async def story() -> None:
         head = lead(place)
@@ -215,7 +215,7 @@ def test_a_run_that_finishes_while_it_is_saved_does_not_go_on(place: Place, slur
 def test_down_while_the_allocation_ends(place: Place, slurm: FakeSlurm) -> None:
     """A person's word counts: the job is not requeued."""
     place.run("r", "running")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
 
     async def story() -> None:
         head = lead(place)
@@ -230,22 +230,26 @@ def test_down_while_the_allocation_ends(place: Place, slurm: FakeSlurm) -> None:
 @pytest.mark.parametrize(
     ("look", "word", "done"),
     [
-        (Look("COMPLETING", None), Word(cancelled=True), []),  # a person wants no next allocation either
-        (Look("COMPLETING", None, again=False), Word(), []),
-        (Look("COMPLETING", None, again=True), Word(), []),  # Slurm runs the job again by itself: no second allocation
-        (Look("COMPLETING", None, preempted=True, again=False), Word(), ["submit"]),
-        (Look("COMPLETING", None), Word("time limit"), ["submit"]),
-        (Look("COMPLETING", None), Word(), ["requeue 7"]),  # nobody says why
+        (JobSnapshot("COMPLETING", None), Word(cancelled=True), []),  # a person wants no next allocation either
+        (JobSnapshot("COMPLETING", None, again=False), Word(), []),
+        (
+            JobSnapshot("COMPLETING", None, again=True),
+            Word(),
+            [],
+        ),  # Slurm runs the job again by itself: no second allocation
+        (JobSnapshot("COMPLETING", None, preempted=True, again=False), Word(), ["submit"]),
+        (JobSnapshot("COMPLETING", None), Word("time limit"), ["submit"]),
+        (JobSnapshot("COMPLETING", None), Word(), ["requeue 7"]),  # nobody says why
         (None, Word(), ["requeue 7"]),
     ],
 )
 @pytest.mark.parametrize("signalled_first", [True, False])
 def test_the_job_ends_while_the_run_is_saved(
-    place: Place, slurm: FakeSlurm, look: Look | None, word: Word, done: list[str], signalled_first: bool
+    place: Place, slurm: FakeSlurm, look: JobSnapshot | None, word: Word, done: list[str], signalled_first: bool
 ) -> None:
     """Slurm ends it, or a person, and SIGTERM comes, or comes when the agent does not hear any more."""
     place.run("r", "running")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
 
     async def story() -> None:
         head = lead(place)
@@ -257,13 +261,13 @@ def test_the_job_ends_while_the_run_is_saved(
         await end(head)
 
     run(story)
-    by_a_person = word.cancelled or look == Look("COMPLETING", None, again=False)
+    by_a_person = word.cancelled or look == JobSnapshot("COMPLETING", None, again=False)
     assert slurm.done == done and (place.directory / records.ENDED_FILE).exists() == by_a_person
 
 
 def test_sigterm_of_the_grace_lets_the_save_go_on(place: Place, slurm: FakeSlurm) -> None:
     place.run("r", "running")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
 
     async def story() -> None:
         head = lead(place)
@@ -286,7 +290,7 @@ def test_sigterm_of_the_grace_lets_the_save_go_on(place: Place, slurm: FakeSlurm
 def test_a_stop_is_not_forgotten_by_the_notice(place: Place, slurm: FakeSlurm) -> None:
     directory = place.run("r", "running")
     runs.request_stop(directory, "raylaunch stop")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
 
     async def story() -> None:
         head = lead(place)
@@ -312,7 +316,7 @@ def test_a_storage_that_stalls_at_the_very_end(place: Place, slurm: FakeSlurm, m
     monkeypatch.setattr(ending, "STORAGE_LIMIT", 0.01)
     monkeypatch.setattr(ending, "STALLED_LIMIT", 0.01)
     place.run("r", "running")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
     stalls = threading.Event()
 
     async def story() -> None:
@@ -332,7 +336,7 @@ def test_a_storage_that_stalls_at_the_very_end(place: Place, slurm: FakeSlurm, m
 
 def test_down_while_the_run_is_paused_is_told(place: Place, slurm: FakeSlurm) -> None:
     directory = place.run("r", "running")
-    slurm.look = Look("RUNNING", 20.0)
+    slurm.look = JobSnapshot("RUNNING", 20.0)
 
     async def story() -> None:
         head = lead(place)
@@ -376,7 +380,7 @@ def test_a_joiner_that_leads_is_left_where_others_can_go_on(
 
 
 def test_the_base_job_is_lost_and_the_joiners_go_on(place: Place, slurm: FakeSlurm) -> None:
-    slurm.look = Look("COMPLETING", None, reason="JobLaunchFailure")
+    slurm.look = JobSnapshot("COMPLETING", None, reason="JobLaunchFailure")
 
     async def story() -> None:
         head = lead(place)
@@ -404,7 +408,7 @@ def test_the_end_of_a_joiner_s_job(place: Place, slurm: FakeSlurm, own: bool) ->
 
 
 def test_a_fenced_head_sees_to_no_end(place: Place, slurm: FakeSlurm) -> None:
-    slurm.look = Look("COMPLETING", None, preempted=True)
+    slurm.look = JobSnapshot("COMPLETING", None, preempted=True)
 
     async def story() -> None:
         head = lead(place)
@@ -447,7 +451,7 @@ def test_the_last_word(place: Place, slurm: FakeSlurm) -> None:
 
 
 def test_every_way_is_one_of_the_allocation_s() -> None:
-    assert {way.value for way in Onward} == {"requeue", "itself", "successor"}
+    assert {way.value for way in Continuation} == {"requeue", "itself", "successor"}
 
 
 def test_a_storage_that_stalls_keeps_nobody_from_the_end(
@@ -455,7 +459,7 @@ def test_a_storage_that_stalls_keeps_nobody_from_the_end(
 ) -> None:
     """Slurm ends the job meanwhile: what it took goes on."""
     monkeypatch.setattr(ending, "STORAGE_LIMIT", 0.01)
-    slurm.look = Look("COMPLETING", None, preempted=True)
+    slurm.look = JobSnapshot("COMPLETING", None, preempted=True)
     stalls = threading.Event()
 
     async def story() -> None:

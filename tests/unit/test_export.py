@@ -17,7 +17,7 @@ from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.observe import follow_run
 from raylaunch.state import export_files, files, records, runs
 from raylaunch.state.export_files import target
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 from raylaunch.training import consolidate, export
 
@@ -218,7 +218,7 @@ def test_who_watches_a_run_waits_for_its_weights(tmp_path: Path) -> None:
         made.save(run, state="finished")
 
     def waits(running: str, *kinds: str) -> bool:
-        Memory("c", running=running).write(cluster / records.DUTIES_FILE)
+        HeadState("c", running=running).write(cluster / records.DUTIES_FILE)
         for kind in kinds:
             files.append_event(run, kind)
         return follow_run._exports(run, cluster)

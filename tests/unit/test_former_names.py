@@ -31,6 +31,15 @@ def test_each_leads_to_a_module(name: str) -> None:
     assert importlib.util.find_spec(former_names.NAMES[name]) is not None
 
 
+def test_what_a_driver_pickles_by_a_former_name_is_found() -> None:
+    """It is handed to workers that start after the upgrade."""
+    from raylaunch.training.worker.heartbeat import DriverAddress
+    from raylaunch.training.worker.main import WorkerSpec
+
+    assert importlib.import_module("raylaunch.worker").Spec is WorkerSpec
+    assert importlib.import_module("raylaunch.pulse").Place is DriverAddress
+
+
 def test_a_process_can_be_started_by_a_former_name() -> None:
     command = [sys.executable, "-P", "-m"]
     said = [

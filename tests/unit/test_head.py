@@ -20,16 +20,16 @@ from made_heads import Place, joined, lost, run
 
 from raylaunch.cli import cli
 from raylaunch.cluster import down
-from raylaunch.cluster.head import HeadDuties
+from raylaunch.cluster.head import HeadController
 from raylaunch.cluster.head.context import Replaced
 from raylaunch.cluster.membership.control_channel import Member
-from raylaunch.cluster.node_loop.node_loop import Turn
+from raylaunch.cluster.node_loop.node_loop import LoopResult
 from raylaunch.config.schema import Config
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import files, records, requests, runs
 from raylaunch.state.head_state import Draining
 from raylaunch.state.records import Cluster
-from raylaunch.training.cluster_view import Roster
+from raylaunch.training.cluster_view import ClusterView
 
 
 @pytest.fixture
@@ -276,7 +276,7 @@ def test_the_next_life_removes_whatever_lies_among_the_requests(place: Place) ->
 
 def test_a_head_is_replaced_while_it_writes_what_it_took(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was frozen after its look at the fence; its successor has read duties.json before it thaws and writes."""
-    newer: list[HeadDuties] = []
+    newer: list[HeadController] = []
 
     async def story() -> None:
         old = place.lead(1)
@@ -453,7 +453,7 @@ def test_the_end_of_this_allocation_s_time_is_heard_though_a_head_died_behind_th
 def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
     """Unless another agent has come in place of the one that was to go."""
 
-    def connect(head: HeadDuties, pid: int) -> None:
+    def connect(head: HeadController, pid: int) -> None:
         head.table.members.table["n2"] = Member("n2", {"state": "ready", "pid": pid})
         head.table.changed(head.table.members.table["n2"], "joined")
 
@@ -475,9 +475,9 @@ def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
 
 def test_a_drained_node_that_does_not_hear_its_end_is_told_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection is down when the driver says, once, that it has left; this head or the next hears from it again."""
-    ended: list[HeadDuties] = []
+    ended: list[HeadController] = []
 
-    def connect(head: HeadDuties) -> None:
+    def connect(head: HeadController) -> None:
         head.table.members.table["n2"] = Member("n2", {"state": "ready", "pid": 22})
         monkeypatch.setattr(head.table.members, "order", lambda *_, only: only.alive and ended.append(head))
         head.table.changed(head.table.members.table["n2"], "joined")
@@ -591,9 +591,9 @@ def test_the_node_loop_begins_when_the_storage_answers(place: Place, monkeypatch
     answers = [stale, stale, lambda *_: SimpleNamespace(turn=turn)]
     turned: list[bool] = []
 
-    def turn(*_: object) -> Turn:
+    def turn(*_: object) -> LoopResult:
         turned.append(True)
-        return Turn(pause=1000.0)
+        return LoopResult(pause=1000.0)
 
     async def story() -> None:
         head = place.lead(1)
@@ -623,15 +623,15 @@ def test_a_mistake_in_the_node_loop_is_told_once_and_shown_until_it_is_over(
         head.context.ready.set()
         over = asyncio.Event()
 
-        def turn(*_: object) -> Turn:
+        def turn(*_: object) -> LoopResult:
             shown.append(dict(head.context.errors.present))
             if not faults:
                 head.table.closed = True
                 loop.call_soon_threadsafe(over.set)
-                return Turn(pause=1000.0)
+                return LoopResult(pause=1000.0)
             if (fault := faults.pop(0)) is not None:
                 raise fault
-            return Turn(pause=0.0)
+            return LoopResult(pause=0.0)
 
         loop = asyncio.get_running_loop()
         monkeypatch.setattr("raylaunch.cluster.head.node_duty.NodeLoop.turn", lambda _self, *rest: turn(*rest))
@@ -671,11 +671,11 @@ def test_the_end_waits_for_a_joiner_that_is_being_submitted(place: Place, monkey
     """The jobs are read for the last time after that; the turn's thread cannot be cancelled."""
     submitting, answer = threading.Event(), threading.Event()
 
-    def turn(*_: object) -> Turn:
+    def turn(*_: object) -> LoopResult:
         submitting.set()
         assert answer.wait(10)
         replace(place.cluster, jobs=("local", "joiner")).write(place.directory / records.CLUSTER_FILE)
-        return Turn()
+        return LoopResult()
 
     async def story() -> None:
         head = place.lead(1)
@@ -783,7 +783,7 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
 def test_a_driver_opens_what_it_looks_at(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a client of NFS knows of head.json by its name may be a minute old."""
     place.head(1).write(place.directory / records.HEAD_FILE)
-    seen = Roster(place.directory, 1)
+    seen = ClusterView(place.directory, 1)
     old = (place.directory / records.HEAD_FILE).stat()
     assert not seen.fenced()
     place.head(2).write(place.directory / records.HEAD_FILE)

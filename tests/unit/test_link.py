@@ -11,7 +11,14 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from raylaunch.cluster.membership.control_channel import AlreadyHere, Closed, Link, Member, Members, Refused
+from raylaunch.cluster.membership.control_channel import (
+    AlreadyHere,
+    Closed,
+    ControlClient,
+    ControlServer,
+    Member,
+    Refused,
+)
 from raylaunch.host.wire import proof
 
 TOKEN = "correct horse"
@@ -23,10 +30,10 @@ async def until(condition: Callable[[], bool], limit: float = 60.0) -> None:
             await asyncio.sleep(0.01)
 
 
-def run(scenario: Callable[[Members, int, list[tuple[str, str]]], Awaitable[None]]) -> None:
+def run(scenario: Callable[[ControlServer, int, list[tuple[str, str]]], Awaitable[None]]) -> None:
     async def main() -> None:
         seen: list[tuple[str, str]] = []
-        members = Members(TOKEN, lambda: "lost")
+        members = ControlServer(TOKEN, lambda: "lost")
         members.lead(7, lambda m, what: seen.append((m.node, what)))
         await members.serve("127.0.0.1", 0)
         assert members._server is not None
@@ -40,8 +47,8 @@ def run(scenario: Callable[[Members, int, list[tuple[str, str]]], Awaitable[None
 
 
 def test_joins_tells_and_leaves() -> None:
-    async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
-        link = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting"})
+    async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
+        link = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting"})
         link.tell(state="ready")
         await until(lambda: "node1" in members.table and members.table["node1"].info["state"] == "ready")
         members.order("end")
@@ -55,10 +62,10 @@ def test_joins_tells_and_leaves() -> None:
 
 @pytest.mark.parametrize(("token", "incarnation", "why"), [("wrong", 7, "wrong token"), (TOKEN, 6, "incarnation")])
 def test_refuses_at_once(token: str, incarnation: int, why: str) -> None:
-    async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
+    async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
         async with asyncio.timeout(60):
             with pytest.raises(Refused, match=why):
-                await Link.connect("127.0.0.1", port, token, incarnation, "node1", {})
+                await ControlClient.connect("127.0.0.1", port, token, incarnation, "node1", {})
         assert not members.table and not seen
 
     run(scenario)
@@ -67,11 +74,11 @@ def test_refuses_at_once(token: str, incarnation: int, why: str) -> None:
 def test_another_job_s_agent_does_not_get_a_node_that_is_taken() -> None:
     """The same job's does: it was killed and came back."""
 
-    async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
-        first = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready", "job": "1"})
+    async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
+        first = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready", "job": "1"})
         with pytest.raises(AlreadyHere, match="by job 1"):
-            await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "2"})
-        second = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "1"})
+            await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "2"})
+        second = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "1"})
         first.close()
         await until(lambda: len(seen) >= 2)
         assert members.table["node1"].alive and members.table["node1"].info["state"] == "starting"
@@ -90,16 +97,16 @@ def test_an_impostor_head_is_refused() -> None:
 
         server = await asyncio.start_server(impostor, "127.0.0.1", 0)
         with pytest.raises(Refused, match="does not know"):
-            await Link.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+            await ControlClient.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
         server.close()
 
     asyncio.run(main())
 
 
 def test_a_returning_node_replaces_itself_and_is_not_lost_by_its_old_connection() -> None:
-    async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
-        first = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting"})
-        second = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready"})
+    async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
+        first = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting"})
+        second = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready"})
         await until(lambda: members.table["node1"].info["state"] == "ready")
         first.close()
         await asyncio.sleep(0)
@@ -110,13 +117,13 @@ def test_a_returning_node_replaces_itself_and_is_not_lost_by_its_old_connection(
 
 
 def test_garbage_does_no_harm() -> None:
-    async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
+    async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
         for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"\xff\xfe\n", b"x" * 200_000):
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(garbage)
             writer.write_eof()
             writer.close()
-        link = await Link.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready"})
+        link = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready"})
         await until(lambda: "node1" in members.table)
         assert set(members.table) == {"node1"}
         link.close()
@@ -148,7 +155,7 @@ BAD_GREETINGS = {
 def test_who_cannot_greet_is_refused_with_one_line(greeting: bytes, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
-    async def scenario(members: Members, port: int, seen: list[tuple[str, str]]) -> None:
+    async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(greeting)
         writer.write_eof()
@@ -181,7 +188,7 @@ def test_an_impostor_that_says_nonsense_is_no_head(nonce: str, answer: str) -> N
 
         async with asyncio.timeout(60), await asyncio.start_server(impostor, "127.0.0.1", 0) as server:
             with pytest.raises((Refused, OSError)):
-                await Link.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+                await ControlClient.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
 
     asyncio.run(main())
 
@@ -206,7 +213,7 @@ def test_pings_are_answered_while_the_agent_does_something_else() -> None:
             writer.close()
 
         async with asyncio.timeout(60), await asyncio.start_server(head, "127.0.0.1", 0) as server:
-            link = await Link.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+            link = await ControlClient.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
             assert [json.loads(await answers.get()) for _ in range(2)] == [{"pong": 1}, {"pong": 2}]
             assert await link.orders() == "join"
             for _ in range(2):

@@ -19,7 +19,7 @@ from raylaunch.observe.live import braille_plot, screen, snapshot
 from raylaunch.observe.live.snapshot import Picture, Point
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import files, records
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
 
@@ -105,7 +105,7 @@ def directory(tmp_path: Path) -> Path:
     """A local cluster whose processes are gone, with a run of 40,000 steps."""
     made = files.make_dir(tmp_path / "clusters" / "c")
     Cluster("c", "local", 1, "canary", NOW, 1, 2, 1).write(made / records.CLUSTER_FILE)
-    Memory("canary", running="r", wanted=2, strikes={"n2": 1}).write(made / records.DUTIES_FILE)
+    HeadState("canary", running="r", wanted=2, strikes={"n2": 1}).write(made / records.DUTIES_FILE)
     files.write_json(made / records.MEMBERS_FILE, {"canary": "canary", "nodes": [
         {"name": "n1", "role": "head", "state": "ready"}, {"name": "n2", "role": "worker", "state": "ready"}]})  # fmt: skip
     run = files.make_dir(tmp_path / "runs" / "r")
@@ -121,7 +121,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def test_a_long_run_is_read_thinly_and_goes_on(directory: Path) -> None:
-    reader = snapshot.Reader(directory, None)
+    reader = snapshot.SnapshotReader(directory, None)
     first = reader.look()
     assert first.state == "interrupted: its job is gone" and first.nodes == ()
     assert len(first.points) <= snapshot.POINTS + 1 and first.points[0].step < 500 and first.points[-1].step > 39_000
@@ -141,13 +141,13 @@ def test_it_is_found_by_the_name_of_the_run_or_of_the_cluster(directory: Path) -
     files.write_json(directory / records.ENDED_FILE, {"reason": "down"})
     with pytest.raises(UsageError, match="0 clusters are up"):
         snapshot.find(where, None)
-    assert snapshot.Reader(directory, None).look().state == "down: down"
+    assert snapshot.SnapshotReader(directory, None).look().state == "down: down"
 
 
 def test_broken_files_leave_the_rest(directory: Path) -> None:
     (directory / records.MEMBERS_FILE).write_text("{")
     (directory.parent.parent / "runs/r" / records.CONFIG_FILE).write_bytes(b"\x00\xff")
-    found = snapshot.Reader(directory, None).look()
+    found = snapshot.SnapshotReader(directory, None).look()
     assert found.events and found.time
     assert text(found)
 
@@ -155,23 +155,23 @@ def test_broken_files_leave_the_rest(directory: Path) -> None:
 def test_a_mistake_of_ours_is_shown(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the rest of the picture, too; nothing is written into the cluster's directory."""
 
-    def _run(_self: snapshot.Reader) -> dict[str, Any]:
+    def _run(_self: snapshot.SnapshotReader) -> dict[str, Any]:
         raise AttributeError("no such name")
 
-    monkeypatch.setattr(snapshot.Reader, "_run", _run)
-    found = snapshot.Reader(directory, None).look()
+    monkeypatch.setattr(snapshot.SnapshotReader, "_run", _run)
+    found = snapshot.SnapshotReader(directory, None).look()
     assert found.events and "internal error (run): AttributeError: no such name" in text(found, width=150)
 
 
 def test_a_mistake_in_the_metrics_is_an_event(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from raylaunch.observe.prometheus.collector import Reader
+    from raylaunch.observe.prometheus.collector import ClusterCollector
 
     def _of_nodes(*_: object) -> Iterator[object]:
         raise KeyError("cpu")
         yield
 
-    monkeypatch.setattr(Reader, "_of_nodes", _of_nodes)
-    reader = Reader(directory)
+    monkeypatch.setattr(ClusterCollector, "_of_nodes", _of_nodes)
+    reader = ClusterCollector(directory)
     for _ in range(3):
         assert "raylaunch_run_step" in {family.name for family in reader.collect()}
     (told,) = files.read_events(directory, "internal_error")

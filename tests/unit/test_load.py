@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raylaunch.cluster.telemetry.kernel import KernelLog
-from raylaunch.cluster.telemetry.load_table import FIRST_PERIOD, POINTS, Series, Table, flat
+from raylaunch.cluster.telemetry.load_table import FIRST_PERIOD, POINTS, LoadSeries, LoadTable, flat
 from raylaunch.cluster.telemetry.sample import Gpus, Sampler
 from raylaunch.host.resources import Resources
 
@@ -52,7 +52,7 @@ def test_gpus_of_a_node_in_one_line() -> None:
 
 
 def test_news_is_told_once() -> None:
-    table = Table()
+    table = LoadTable()
     assert table.take("n1", {"oom_kills": 2, "gpus": [{**GPU, "ecc_errors": 5}]}, 0) == []  # of before our time
     assert table.take("n1", {"oom_kills": 3, "gpus": [{**GPU, "ecc_errors": 6}]}, 5) == [
         {"kind": "oom_kill", "node": "n1", "count": 1},
@@ -93,7 +93,7 @@ def test_what_the_kernel_says(tmp_path: Path, cgroup: str, uid: int, is_ours: bo
 
 
 def test_the_kernel_s_word_comes_before_the_counts() -> None:
-    table = Table()
+    table = LoadTable()
     table.take("n1", {"oom_kills": 0}, 0)
     told = table.take("n1", {"oom_kills": 1, "kernel": [{"kind": "oom_kill", "pid": 77, "task": "python3"}]}, 5)
     assert told == [{"kind": "oom_kill", "pid": 77, "task": "python3", "node": "n1"}]
@@ -101,7 +101,7 @@ def test_the_kernel_s_word_comes_before_the_counts() -> None:
 
 
 def test_all_nodes_in_one_line() -> None:
-    table = Table()
+    table = LoadTable()
     table.take("n1", {"cpu": 0.2, "memory": 0.5, "gpus": [GPU]}, 100.0)
     table.take("n2", {"cpu": 0.4, "memory": 0.7, "gpus": [{**GPU, "util": 0.1}]}, 101.0)
     table.take("gone", {"cpu": 1.0, "memory": 1.0}, 10.0)
@@ -109,7 +109,7 @@ def test_all_nodes_in_one_line() -> None:
         "time": 102.0, "nodes": 2, "cpu": 0.3, "memory": 0.6, "gpu": 0.3, "gpu_memory": 0.25, "watts": 600,
         "temperature": 60, "least": "n2",
     }  # fmt: skip
-    heir = Table()
+    heir = LoadTable()
     heir.inherit(json.loads(json.dumps(table.histories())))
     assert heir.histories() == table.histories()
     table.keep(["n1"])
@@ -118,7 +118,7 @@ def test_all_nodes_in_one_line() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 5000), st.floats(0, 1)), min_size=1, max_size=300))
 def test_a_history_stays_small_and_covers_it_all(steps: list[tuple[float, float]]) -> None:
-    series, now = Series(0.0), 0.0
+    series, now = LoadSeries(0.0), 0.0
     for pause, value in steps:
         now += pause
         series.add(now, [value, None, None, None])

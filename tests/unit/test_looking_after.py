@@ -15,25 +15,25 @@ from waiting import until
 from raylaunch.config.schema import ElasticConfig
 from raylaunch.state import files, runs
 from raylaunch.training import attempt_monitor
-from raylaunch.training.attempt_monitor import Watch, Watched
-from raylaunch.training.cluster_view import Roster
-from raylaunch.training.hang_detector import Beat, Pace
+from raylaunch.training.attempt_monitor import AttemptMonitor, Watched
+from raylaunch.training.cluster_view import ClusterView
+from raylaunch.training.hang_detector import Heartbeat, ProgressTracker
 from raylaunch.training.stop_request import AT_COMMIT, NOW
-from raylaunch.training.worker.heartbeat import Place
-from raylaunch.training.worker.main import Spec
-from raylaunch.training.worker_group import Order, RayNode
+from raylaunch.training.worker.heartbeat import DriverAddress
+from raylaunch.training.worker.main import WorkerSpec
+from raylaunch.training.worker_group import RayNode, WorkerGroupSpec
 
 
 class FakePulse:
     """Has heard these beats; remembers its orders."""
 
     def __init__(self) -> None:
-        self.heard: list[Beat] = []
+        self.heard: list[Heartbeat] = []
         self.stops: list[int] = []
         self.dumps: dict[int, str] = {}
         self.left: list[int] = []
 
-    def beats(self) -> list[Beat]:
+    def beats(self) -> list[Heartbeat]:
         return self.heard
 
     def stop(self, when: int, reason: str) -> None:
@@ -60,16 +60,16 @@ class Bench:
         self.events: list[tuple[str, dict[str, Any]]] = []
         elastic = ElasticConfig(grow_after=5, hang_timeout=5)
         given = Watched(self.made.run_dir, 1, frozenset("ab"), 4, elastic, **attempt)
-        spec = Spec(self.made.run_dir, 1, 1, 4, Place("", 0, ""))
-        order = Order("r-1", (RayNode("a", "1", 0), RayNode("b", "2", 0)), 2, spec, tmp_path, 60)
-        self.group, self.pace = FakeGroup(order, lambda _: None), Pace(0)
-        self.watch = Watch(
-            given, Roster(self.made.directory, 1, self.clock), self.ray, self.group, self.pulse, self.pace,  # type: ignore[arg-type]
+        spec = WorkerSpec(self.made.run_dir, 1, 1, 4, DriverAddress("", 0, ""))
+        order = WorkerGroupSpec("r-1", (RayNode("a", "1", 0), RayNode("b", "2", 0)), 2, spec, tmp_path, 60)
+        self.group, self.pace = FakeGroup(order, lambda _: None), ProgressTracker(0)
+        self.watch = AttemptMonitor(
+            given, ClusterView(self.made.directory, 1, self.clock), self.ray, self.group, self.pulse, self.pace,  # type: ignore[arg-type]
             lambda kind, **fields: self.events.append((kind, fields)), self.clock, self.clock.sleep,
         )  # fmt: skip
 
     def beats(self, step: int, age: float = 0.0, ranks: int = 4) -> None:
-        self.pulse.heard = [Beat(rank, "a", 1, step, "step", age) for rank in range(ranks)]
+        self.pulse.heard = [Heartbeat(rank, "a", 1, step, "step", age) for rank in range(ranks)]
 
     def kinds(self) -> list[str]:
         return [kind for kind, _ in self.events]
@@ -146,7 +146,10 @@ def test_a_hang_is_told_with_the_line_of_the_missing_rank(bench: Bench, tmp_path
                      '  File "/x/raylaunch/training/worker/main.py", line 9 in work\n')  # fmt: skip
     bench.beats(3)
     bench.watch.tick()
-    bench.pulse.heard = [Beat(0, "a", 1, 3, "sync", 60.0), *(Beat(r, "b", 1, 3, "step", 60.0) for r in (1, 2, 3))]
+    bench.pulse.heard = [
+        Heartbeat(0, "a", 1, 3, "sync", 60.0),
+        *(Heartbeat(r, "b", 1, 3, "step", 60.0) for r in (1, 2, 3)),
+    ]
     bench.pulse.dumps = dict.fromkeys((1, 2, 3), str(stack))
     assert bench.watch.tick() and bench.pulse.stops == [-1] and bench.group.aborted == 1
     hang, fault = bench.events

@@ -16,10 +16,10 @@ from raylaunch.observe.prometheus import exporter
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[exporter.Server]:
+def server(tmp_path: Path) -> Iterator[exporter.MetricsServer]:
     cluster = tmp_path / "clusters" / "c"
     cluster.mkdir(parents=True)
-    with exporter.Server(cluster, "127.0.0.1", 0) as made:
+    with exporter.MetricsServer(cluster, "127.0.0.1", 0) as made:
         thread = threading.Thread(target=made.serve_forever, args=(0.01,))
         thread.start()
         yield made
@@ -27,7 +27,7 @@ def server(tmp_path: Path) -> Iterator[exporter.Server]:
         thread.join()
 
 
-def answer(server: exporter.Server, request: bytes) -> bytes:
+def answer(server: exporter.MetricsServer, request: bytes) -> bytes:
     with socket.create_connection(server.server_address[:2], timeout=60) as client:  # type: ignore[arg-type]
         client.sendall(request)
         client.shutdown(socket.SHUT_WR)
@@ -37,13 +37,15 @@ def answer(server: exporter.Server, request: bytes) -> bytes:
 @pytest.mark.parametrize(
     "given", [b"", b"Bearer", b"Bearer h\xe9llo", b"\xff\xfe\x00", b"Bearer \xed\xa0\x80", b"Basic " + b"x" * 9000]
 )
-def test_only_the_token_opens_it(server: exporter.Server, given: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_the_token_opens_it(
+    server: exporter.MetricsServer, given: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
     said = answer(server, b"GET /metrics HTTP/1.0\r\nAuthorization: " + given + b"\r\n\r\n")
     assert b" 401 " in said.splitlines()[0]
     assert capfd.readouterr().err == ""
 
 
-def test_whoever_knows_the_token_is_answered(server: exporter.Server) -> None:
+def test_whoever_knows_the_token_is_answered(server: exporter.MetricsServer) -> None:
     token = exporter.token(server.state_dir).encode()
     assert (
         b" 200 "
@@ -61,14 +63,14 @@ def test_whoever_knows_the_token_is_answered(server: exporter.Server) -> None:
     ],
 )
 def test_what_is_no_request_is_refused(
-    server: exporter.Server, request_: bytes, capfd: pytest.CaptureFixture[str]
+    server: exporter.MetricsServer, request_: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert b"Error response" in answer(server, request_)
     assert capfd.readouterr().err == ""
 
 
 def test_a_failure_is_one_line(
-    server: exporter.Server, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    server: exporter.MetricsServer, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The storage does not answer, say."""
     (server.state_dir / exporter.TOKEN_FILE).unlink()

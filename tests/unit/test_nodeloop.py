@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from raylaunch.cluster.node_loop import node_loop, scheduler_view, submitter
-from raylaunch.cluster.node_loop.node_loop import NodeLoop, Turn
+from raylaunch.cluster.node_loop.node_loop import LoopResult, NodeLoop
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.host import locks
@@ -90,7 +90,7 @@ class Place:
         self.now += 100.0
         self.rows = [{**r, "state": "lost"} if r["name"] == name else r for r in self.rows]
 
-    def turn(self, loop: NodeLoop | None = None, strikes: dict[str, int] | None = None, wanted: int = 2) -> Turn:
+    def turn(self, loop: NodeLoop | None = None, strikes: dict[str, int] | None = None, wanted: int = 2) -> LoopResult:
         self.now += 2.0
         return (loop or self.loop).turn(self.rows, wanted, strikes or {})
 
@@ -105,7 +105,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path / "main")
 
 
-def kinds(turn: Turn) -> list[str]:
+def kinds(turn: LoopResult) -> list[str]:
     return [str(event.get("decision", event["kind"])) for event in turn.events]
 
 

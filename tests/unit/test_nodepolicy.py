@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raylaunch.cluster.node_loop import policy
-from raylaunch.cluster.node_loop.facts import ALIVE, SHORT_LIFE, Base, Facts, Joiner, Joiners, Node
+from raylaunch.cluster.node_loop.facts import ALIVE, SHORT_LIFE, Base, Joiner, Joiners, Node, NodeLoopFacts
 from raylaunch.cluster.node_loop.policy import Amend, Drain, GiveUp, Hold, Join, Release, Resume, decide
 from raylaunch.config.schema import ElasticConfig, JoinConfig
 from raylaunch.timing import BOOT_LIMIT
@@ -25,7 +25,7 @@ def base(*nodes: str, state: str = "running", age: float = 600.0, ended: str = "
     return Base("1", state, count, nodes, age, ended)
 
 
-FULL = Facts(wanted=3, max_nodes=4, members=members("a", "b", "c"), base=base("a", "b", "c"))
+FULL = NodeLoopFacts(wanted=3, max_nodes=4, members=members("a", "b", "c"), base=base("a", "b", "c"))
 LOST = members("a", "b") + members("c", state="lost", age=90.0)
 
 
@@ -33,8 +33,8 @@ def waits(job: str, count: int = 1, exclude: tuple[str, ...] = ("a", "b")) -> Jo
     return Joiner(job, True, count, exclude=exclude)
 
 
-def facts(**changes: object) -> Facts:
-    return Facts(**{**FULL.__dict__, **changes})  # type: ignore[arg-type]
+def facts(**changes: object) -> NodeLoopFacts:
+    return NodeLoopFacts(**{**FULL.__dict__, **changes})  # type: ignore[arg-type]
 
 
 def test_nothing_to_do() -> None:
@@ -201,7 +201,7 @@ class World:
     def alive(self) -> list[str]:
         return [n for n, m in self.table.items() if m.state in ALIVE]
 
-    def facts(self) -> Facts:
+    def facts(self) -> NodeLoopFacts:
         alive = sorted(self.alive())
         rows = tuple(
             Node(m.name, m.state, m.job, self.clock - self.since[m.name], bool(alive) and m.name == alive[0])
@@ -211,7 +211,7 @@ class World:
             self.below = None
         elif self.below is None:
             self.below = self.clock
-        return Facts(
+        return NodeLoopFacts(
             wanted=self.wanted, max_nodes=self.max_nodes, ceiling=self.ceiling, members=rows,
             joiners=tuple(self.jobs.values()),
             base=Base("1", "running" if self.base else "gone", 0, tuple(sorted(self.base)), 600 + self.clock, "node_fail"),
@@ -276,7 +276,7 @@ class World:
         self._go_on()
         return decisions
 
-    def _do(self, decision: policy.Decision, now: Facts) -> None:
+    def _do(self, decision: policy.Decision, now: NodeLoopFacts) -> None:
         match decision:
             case Join():
                 assert not self.refused

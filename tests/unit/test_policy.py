@@ -16,18 +16,18 @@ from raylaunch.training.hang_detector import Hang
 from raylaunch.training.policy import (
     MAX_BACKOFF,
     Abort,
-    Ending,
-    Facts,
+    AttemptOutcome,
+    AttemptSnapshot,
+    Continue,
+    FailureCounts,
     Finish,
     Gathering,
-    GoOn,
     Hold,
-    Node,
-    Outcome,
     Resize,
     Start,
-    Tally,
-    View,
+    TrainerOutcome,
+    TrainingFacts,
+    TrainingNode,
     Withdraw,
     decide,
     during,
@@ -38,12 +38,12 @@ from raylaunch.training.policy import (
 )
 from raylaunch.training.stop_request import AT_COMMIT, NOW
 
-FAULT = Ending("fault", "lost rank 3", "lost rank 3: SIGKILL", 3)
-ERROR = Ending("error", "ValueError: #", "rank 0: ValueError: 7", 0)
+FAULT = AttemptOutcome("fault", "lost rank 3", "lost rank 3: SIGKILL", 3)
+ERROR = AttemptOutcome("error", "ValueError: #", "rank 0: ValueError: 7", 0)
 
 
-def facts(**given: object) -> Facts:
-    return Facts(**{"nodes": 4, "workers_per_node": 2, **given})  # type: ignore[arg-type]
+def facts(**given: object) -> TrainingFacts:
+    return TrainingFacts(**{"nodes": 4, "workers_per_node": 2, **given})  # type: ignore[arg-type]
 
 
 def test_starts_with_every_worker_of_every_node() -> None:
@@ -79,10 +79,10 @@ def test_holds_until_the_plan_fits() -> None:
 
 
 def test_grows_by_as_many_nodes_as_the_plan_can_share() -> None:
-    nodes = {n: Node("ready", 99) for n in "abc"}
+    nodes = {n: TrainingNode("ready", 99) for n in "abc"}
     two = view(on=frozenset("ab"), nodes=nodes, together=2)
-    assert during(two, ElasticConfig()) == GoOn()  # three nodes of one worker are no multiple of two
-    four = view(on=frozenset("ab"), nodes=nodes | {"d": Node("ready", 99)}, together=2)
+    assert during(two, ElasticConfig()) == Continue()  # three nodes of one worker are no multiple of two
+    four = view(on=frozenset("ab"), nodes=nodes | {"d": TrainingNode("ready", 99)}, together=2)
     grow = during(four, ElasticConfig())
     assert isinstance(grow, Resize) and grow.nodes == frozenset("cd")
     gone = view(on=frozenset("ab"), nodes=nodes, together=2, asked=AT_COMMIT, asked_for=frozenset("cd"))
@@ -97,9 +97,9 @@ def test_holds_below_the_minimum_and_gives_up_in_the_end() -> None:
 
 
 def test_a_finished_run_is_finished_even_when_it_was_asked_to_stop() -> None:
-    done = decide(facts(last=Ending("finished"), stop_reason="down"), ElasticConfig())
+    done = decide(facts(last=AttemptOutcome("finished"), stop_reason="down"), ElasticConfig())
     assert isinstance(done, Finish) and done.state == "finished"
-    stopped = decide(facts(last=Ending("stopped"), stop_reason="down"), ElasticConfig())
+    stopped = decide(facts(last=AttemptOutcome("stopped"), stop_reason="down"), ElasticConfig())
     assert isinstance(stopped, Finish) and stopped.state == "stopped" and stopped.reason == "down"
 
 
@@ -123,9 +123,9 @@ def test_every_decision_keeps_the_promises(
     held: float,
     stop: str | None,
 ) -> None:
-    last = None if kind is None else Ending(kind, "f", "t")  # type: ignore[arg-type]
+    last = None if kind is None else AttemptOutcome(kind, "f", "t")  # type: ignore[arg-type]
     elastic = ElasticConfig(min_nodes=minimum)
-    decision = decide(Facts(nodes, per_node, stop, last, same, idle, held), elastic)
+    decision = decide(TrainingFacts(nodes, per_node, stop, last, same, idle, held), elastic)
     assert decision.reason
     match decision:
         case Start():
@@ -142,19 +142,21 @@ def test_every_decision_keeps_the_promises(
 def test_a_pause_is_no_end_and_a_hang_at_the_same_line_is_bounded() -> None:
     paused = decide(facts(stop_reason="walltime", continues=True), ElasticConfig())
     assert isinstance(paused, Finish) and paused.state == "paused" and "walltime" in paused.reason
-    hang = Ending("fault", "hang of rank 1: a.py:7 in f", "rank 1 hangs", 1, "hang", "node2")
+    hang = AttemptOutcome("fault", "hang of rank 1: a.py:7 in f", "rank 1 hangs", 1, "hang", "node2")
     assert isinstance(decide(facts(last=hang, same_error=1), ElasticConfig()), Start)
     verdict = decide(facts(last=hang, same_error=2), ElasticConfig())
     assert isinstance(verdict, Finish) and verdict.state == "failed" and "same hang 2 times" in verdict.reason
 
 
-def view(**given: object) -> View:
+def view(**given: object) -> AttemptSnapshot:
     on = frozenset({"a", "b"})
-    return View(**{"on": on, "nodes": {n: Node("ready", 99) for n in on}, "age": 99, "begun": True, **given})  # type: ignore[arg-type]
+    return AttemptSnapshot(
+        **{"on": on, "nodes": {n: TrainingNode("ready", 99) for n in on}, "age": 99, "begun": True, **given}
+    )  # type: ignore[arg-type]
 
 
-def nodes(**states: str) -> dict[str, Node]:
-    return {name: Node(what, 99 if what == "ready" else 0) for name, what in states.items()}
+def nodes(**states: str) -> dict[str, TrainingNode]:
+    return {name: TrainingNode(what, 99 if what == "ready" else 0) for name, what in states.items()}
 
 
 @pytest.mark.parametrize("what", ["lost", "failed", "ended", "starting"])
@@ -165,15 +167,15 @@ def test_a_node_that_went_ends_the_attempt_at_once(what: str) -> None:
     )
     raylet = during(view(nodes=nodes(a="restarting", b="ready")), ElasticConfig())
     assert isinstance(raylet, Abort) and raylet.cause == "raylet_lost"
-    assert during(view(nodes=nodes(a="ready", b="ready", c=what)), ElasticConfig()) == GoOn()  # not one of ours
-    assert during(view(nodes={}), ElasticConfig()) == GoOn()  # nothing known is nothing lost
+    assert during(view(nodes=nodes(a="ready", b="ready", c=what)), ElasticConfig()) == Continue()  # not one of ours
+    assert during(view(nodes={}), ElasticConfig()) == Continue()  # nothing known is nothing lost
 
 
 def test_a_draining_node_is_left_now_and_once() -> None:
     for seen in (view(nodes=nodes(a="ready", b="draining")), view(draining=frozenset("b"))):
         move = during(seen, ElasticConfig())
         assert isinstance(move, Resize) and move.when == NOW and move.why == "drain" and move.nodes == {"b"}
-    assert during(view(nodes=nodes(a="ready", b="draining"), asked=NOW), ElasticConfig()) == GoOn()
+    assert during(view(nodes=nodes(a="ready", b="draining"), asked=NOW), ElasticConfig()) == Continue()
     grown = view(nodes=nodes(a="ready", b="draining", c="ready"), asked=AT_COMMIT, asked_for=frozenset("c"))
     move = during(grown, ElasticConfig())
     assert isinstance(move, Resize) and move.when == NOW
@@ -186,24 +188,26 @@ def test_growth_waits_for_nodes_that_stay_and_is_taken_back_when_they_do_not() -
     assert isinstance(move, Resize) and move.when == AT_COMMIT and move.nodes == {"c"}
     assert move.setting == "elastic.grow_after=10"
     for too_early in (
-        view(nodes={**three, "c": Node("ready", 9)}), view(nodes=three, age=9), view(nodes=three, begun=False),
+        view(nodes={**three, "c": TrainingNode("ready", 9)}), view(nodes=three, age=9), view(nodes=three, begun=False),
         view(nodes=three, excluded=frozenset("c")), view(nodes=three, draining=frozenset("c")),
         view(nodes=three, stopping=True), view(nodes=three, asked=AT_COMMIT, asked_for=frozenset("c")),
     ):  # fmt: skip
-        assert during(too_early, elastic) == GoOn()
+        assert during(too_early, elastic) == Continue()
     gone = view(nodes=nodes(a="ready", b="ready", c="lost"), asked=AT_COMMIT, asked_for=frozenset("c"))
     assert isinstance(during(gone, elastic), Withdraw)
 
 
 def test_three_losses_on_one_node_or_broken_hardware_are_a_strike() -> None:
-    lost = Ending("fault", "lost rank 1", "t", 1, "worker_lost", "b")
-    tally, strikes = Tally(), []
+    lost = AttemptOutcome("fault", "lost rank 1", "t", 1, "worker_lost", "b")
+    tally, strikes = FailureCounts(), []
     for progress in (False, False, True, False, False, False):
         tally, strike = tally.count(lost, progress)
         strikes.append(strike)
     assert strikes == [None, None, None, None, "b", None]
-    assert Tally().count(Ending("fault", "hardware", "ECC", 1, "hardware", "c"), True)[1] == "c"
-    assert Tally().count(Ending("fault", "x", "x", None, "node_lost", "c"), False)[1] is None  # the head's own count
+    assert FailureCounts().count(AttemptOutcome("fault", "hardware", "ECC", 1, "hardware", "c"), True)[1] == "c"
+    assert (
+        FailureCounts().count(AttemptOutcome("fault", "x", "x", None, "node_lost", "c"), False)[1] is None
+    )  # the head's own count
 
 
 STEPS, COMMIT_EVERY, RETURNS_AFTER = 60, 5, 25
@@ -216,7 +220,7 @@ class World:
     def __init__(self, fates: list[tuple[str, int]], count: int, elastic: ElasticConfig) -> None:
         self.fates, self.elastic, self.now, self.step, self.committed = deque(fates), elastic, 0.0, 0, 0
         self.nodes = {f"n{i}": ("ready", -1e3) for i in range(count)}
-        self.tally, self.attempts, self.asked_at = Tally(), 0, -1e9
+        self.tally, self.attempts, self.asked_at = FailureCounts(), 0, -1e9
 
     def set(self, name: str, what: str) -> None:
         self.nodes[name] = (what, self.now)
@@ -236,7 +240,7 @@ class World:
         for _ in range(5000):
             usable = self.ready()
             tally = self.tally
-            known = Facts(
+            known = TrainingFacts(
                 len(usable), 2, None, tally.last, tally.same_error, tally.idle_attempts,
                 self.now - held if held is not None else 0.0,
             )  # fmt: skip
@@ -261,20 +265,20 @@ class World:
         fate, after = self.fates.popleft() if self.fates else ("none", 0)
         self.step, before, began = self.committed, self.committed, self.now
         asked: Resize | None = None
-        ending: Ending | None = None
+        ending: AttemptOutcome | None = None
         for second in range(10_000):
             hang = None
             if second == after:
                 ending, hang = self.befall(fate, on)
-            found = View(
-                on=on, nodes={n: Node(w, self.now - s if w == "ready" else 0) for n, (w, s) in self.nodes.items()},
+            found = AttemptSnapshot(
+                on=on, nodes={n: TrainingNode(w, self.now - s if w == "ready" else 0) for n, (w, s) in self.nodes.items()},
                 age=self.now - began, begun=self.step > before, asked=asked.when if asked else 0,
                 asked_for=asked.nodes if asked else frozenset(), hang=hang,
             )  # fmt: skip
             match move := during(found, self.elastic):
                 case Abort():
                     fingerprint = f"hang {fate}" if move.cause == "hang" else f"{move.cause} {move.nodes}"
-                    ending = Ending("fault", fingerprint, move.reason, None, move.cause, (*move.nodes, "")[0])
+                    ending = AttemptOutcome("fault", fingerprint, move.reason, None, move.cause, (*move.nodes, "")[0])
                 case Resize():
                     assert asked is None or (asked.when, move.when) == (AT_COMMIT, NOW)
                     if move.why == "grow":
@@ -285,7 +289,7 @@ class World:
                 case Withdraw():
                     assert asked is not None and not asked.nodes & self.ready()
                     asked = None
-                case GoOn():
+                case Continue():
                     pass
             if ending is not None:
                 break
@@ -296,9 +300,9 @@ class World:
             if ends or now or self.step % COMMIT_EVERY == 0:
                 self.committed = self.step
                 if ends:
-                    ending = Ending("finished")
+                    ending = AttemptOutcome("finished")
                 elif asked is not None:
-                    ending = Ending("resized", text=asked.reason)
+                    ending = AttemptOutcome("resized", text=asked.reason)
             if ending is not None:
                 break
         assert ending is not None
@@ -308,16 +312,16 @@ class World:
                 self.set(name, "ended")
         self.pass_time(10)
 
-    def befall(self, fate: str, on: frozenset[str]) -> tuple[Ending | None, Hang | None]:
+    def befall(self, fate: str, on: frozenset[str]) -> tuple[AttemptOutcome | None, Hang | None]:
         names = sorted(on)
         match fate:
             case "node" | "two nodes" | "all nodes":
                 for name in names[: {"node": 1, "two nodes": 2, "all nodes": 99}[fate]]:
                     self.set(name, "lost")
             case "worker":
-                return Ending("fault", "lost rank 0", "lost rank 0", 0, "worker_lost", names[0]), None
+                return AttemptOutcome("fault", "lost rank 0", "lost rank 0", 0, "worker_lost", names[0]), None
             case "error" | "other error":
-                return Ending("error", fate, fate, 0, "error"), None
+                return AttemptOutcome("error", fate, fate, 0, "error"), None
             case "hang":
                 return None, Hang((0,), 99, self.step, "step", "nothing moves", "elastic.hang_timeout")
             case "drain":
@@ -389,7 +393,7 @@ def test_a_pause_is_made_once() -> None:
     assert isinstance(decision, Start) and isinstance(rested, Start) and (decision.delay, rested.delay) == (4, 0)
 
 
-READY, STARTING = Node("ready", 5), Node("starting")
+READY, STARTING = TrainingNode("ready", 5), TrainingNode("starting")
 
 
 @pytest.mark.parametrize(
@@ -401,20 +405,20 @@ READY, STARTING = Node("ready", 5), Node("starting")
         (Gathering({"a": READY, "b": READY}, frozenset("a"), waited=21, age=99), False),
         # A new driver waits for those on their way, and where nobody is ready: bounded, too.
         (Gathering({"a": READY, "b": STARTING}, frozenset("a"), age=14), True),
-        (Gathering({"a": READY, "b": Node("restarting")}, frozenset("a"), age=14), True),
+        (Gathering({"a": READY, "b": TrainingNode("restarting")}, frozenset("a"), age=14), True),
         (Gathering({"a": READY, "b": STARTING}, frozenset("a"), age=16), False),
-        (Gathering({"a": READY, "b": Node("lost")}, frozenset("a"), age=1), False),
+        (Gathering({"a": READY, "b": TrainingNode("lost")}, frozenset("a"), age=1), False),
         (Gathering({}, frozenset("a"), age=14), True),
         (Gathering({}, frozenset("a"), age=16), False),
         # So does one that took over; one that has made an attempt of its own does not.
-        (Gathering({"b": STARTING}, frozenset(), age=1, last=Ending("fault", cause="head_lost")), True),
-        (Gathering({"b": STARTING}, frozenset(), age=1, last=Ending("fault", cause="driver_lost")), True),
-        (Gathering({"b": STARTING}, frozenset(), age=1, last=Ending("fault", cause="node_lost")), False),
+        (Gathering({"b": STARTING}, frozenset(), age=1, last=AttemptOutcome("fault", cause="head_lost")), True),
+        (Gathering({"b": STARTING}, frozenset(), age=1, last=AttemptOutcome("fault", cause="driver_lost")), True),
+        (Gathering({"b": STARTING}, frozenset(), age=1, last=AttemptOutcome("fault", cause="node_lost")), False),
         # Nobody is waited for when there is nothing more to do.
         (Gathering({"a": READY, "b": READY}, frozenset("a"), stopping=True), False),
-        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=Ending("finished")), False),
-        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=Ending("stopped")), False),
-        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=Ending("resized")), True),
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=AttemptOutcome("finished")), False),
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=AttemptOutcome("stopped")), False),
+        (Gathering({"a": READY, "b": READY}, frozenset("a"), last=AttemptOutcome("resized")), True),
     ],
 )
 def test_how_long_nodes_are_waited_for(known: Gathering, waits: bool) -> None:
@@ -422,7 +426,7 @@ def test_how_long_nodes_are_waited_for(known: Gathering, waits: bool) -> None:
 
 
 def test_the_nodes_to_begin_with_are_ready_for_their_agents_alive_for_ray_and_drained_by_nobody() -> None:
-    nodes = {"d": READY, "c": READY, "b": Node("draining"), "a": READY, "e": READY}
+    nodes = {"d": READY, "c": READY, "b": TrainingNode("draining"), "a": READY, "e": READY}
     assert Gathering(nodes, frozenset("abcdx"), draining=frozenset("c")).usable == ["a", "d"]
 
 
@@ -433,28 +437,33 @@ def test_the_nodes_to_begin_with_are_ready_for_their_agents_alive_for_ray_and_dr
         (FAULT, 10, 1e6, False, False),
         (FAULT, 10, 601, True, True),
         (FAULT, 10, 599, True, False),
-        (Ending("fault", cause="hang"), 10, 601, True, False),
+        (AttemptOutcome("fault", cause="hang"), 10, 601, True, False),
         (ERROR, 10, 601, True, False),
     ],
 )
-def test_what_counts_as_progress(how: Ending, committed: int, seconds: float, script: bool, expected: bool) -> None:
+def test_what_counts_as_progress(
+    how: AttemptOutcome, committed: int, seconds: float, script: bool, expected: bool
+) -> None:
     """A commit; of a script, whose saves we do not see, a long life that the machines ended."""
     assert progressed(how, 10, committed, seconds, script) is expected
 
 
 def test_the_trainer_s_own_word_counts_first_then_what_we_saw_then_what_ray_told() -> None:
-    asked, seen = Resize(NOW, "drain", frozenset("a"), "a must be left"), Ending("fault", "node_lost a")
-    told = Ending("fault", "communication")
+    asked, seen = Resize(NOW, "drain", frozenset("a"), "a must be left"), AttemptOutcome("fault", "node_lost a")
+    told = AttemptOutcome("fault", "communication")
 
     def why(
-        outcome: Outcome | None, seen: Ending | None = seen, told: Ending | None = told, asked: Resize | None = asked
-    ) -> Ending:
+        outcome: TrainerOutcome | None,
+        seen: AttemptOutcome | None = seen,
+        told: AttemptOutcome | None = told,
+        asked: Resize | None = asked,
+    ) -> AttemptOutcome:
         return ending(outcome, seen, told, asked, "my:train")
 
-    assert why(Outcome("finished", 40)) == Ending("finished", text="step 40")
-    assert why(Outcome("finished")) == Ending("finished", text="its script ended")
-    assert why(Outcome("stopped", 20)) == Ending("resized", text="a must be left (step 20)")
-    assert why(Outcome("stopped", 20), asked=None) == Ending("stopped", text="step 20")
+    assert why(TrainerOutcome("finished", 40)) == AttemptOutcome("finished", text="step 40")
+    assert why(TrainerOutcome("finished")) == AttemptOutcome("finished", text="its script ended")
+    assert why(TrainerOutcome("stopped", 20)) == AttemptOutcome("resized", text="a must be left (step 20)")
+    assert why(TrainerOutcome("stopped", 20), asked=None) == AttemptOutcome("stopped", text="step 20")
     assert why(None) is seen and why(None, seen=None) is told
     silent = why(None, seen=None, told=None)
     assert silent.kind == silent.cause == "error" and silent.text.startswith(

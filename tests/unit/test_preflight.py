@@ -33,9 +33,9 @@ from raylaunch.tools.doctor import (
     storage_check,
 )
 from raylaunch.tools.doctor.finding import Finding, failed, ok, problem, unknown, warning
-from raylaunch.tools.doctor.gpu_status import Gpu, Smi
-from raylaunch.tools.doctor.machine_facts import Facts, Interface, Port
-from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult, Pairs, Place, Reached
+from raylaunch.tools.doctor.gpu_status import GpuStatus, Smi
+from raylaunch.tools.doctor.machine_facts import Interface, MachineFacts, Port
+from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult, Pairs, Peer, Reached
 
 DATA = Path(__file__).parent / "data"
 GIB = 1 << 30
@@ -210,7 +210,7 @@ def test_nvidia_smi() -> None:
     found = gpu_status.parse(SMI)
     assert (found.driver, found.cuda, len(found.gpus), found.error) == ("550.54.15", "12.4", 2, "")
     well, sick = found.gpus
-    assert well == Gpu(
+    assert well == GpuStatus(
         index=0, uuid="GPU-aaaa", name="NVIDIA H100 80GB HBM3", memory=81559 << 20, used=4 << 20, temperature=31
     )
     assert (sick.ecc, sick.slowed, sick.link) == (3, ("hw_thermal_slowdown",), "8x of 16x")
@@ -259,13 +259,13 @@ IB = Port(
 )
 
 
-def a_machine(**changes: object) -> Facts:
+def a_machine(**changes: object) -> MachineFacts:
     usual = {"temp": "/tmp/rl-0-1", "temp_type": "ext4", "temp_free": 99 * GIB,
              "shm_free": 64 * GIB, "limits": {"nofile": (1024, 524288), "nproc": (None, None), "memlock": (None, None)},
              "synchronised": True, "modules": True, "python": "3.11.2", "prefix": "/shared/venv", "prefix_type": "nfs4",
              "versions": {"raylaunch": "1", "ray": "2.60.0", "torch": "2.9.0", "cuda": "12.8.90"},
              "interfaces": (Interface(name="eth0", address="10.0.0.1", speed=25000),)}  # fmt: skip
-    return Facts.model_validate(usual | changes)
+    return MachineFacts.model_validate(usual | changes)
 
 
 def test_a_machine_as_it_should_be() -> None:
@@ -323,7 +323,7 @@ def test_software_that_does_not_fit() -> None:
 
 def test_facts_of_this_machine() -> None:
     found = machine_facts.gather("/tmp", "/state/clusters/x", {"LMOD_CMD": "/lmod"})
-    assert found == Facts.model_validate_json(found.model_dump_json())
+    assert found == MachineFacts.model_validate_json(found.model_dump_json())
     assert found.temp.startswith("/tmp/rl-") and found.modules and found.versions["ray"].startswith("2.")
     assert "too long" in machine_facts.gather("/tmp/" + "x" * 90, "k", {}).temp_error
     assert "may not be written" in machine_facts.gather("/nowhere", "k", {}).temp_error
@@ -543,7 +543,7 @@ def test_bandwidth() -> None:
 def test_asking_a_peer_for_the_time() -> None:
     lease = lease_ports()
     server = clock_server.serve("127.0.0.3", lease.ports.control, "secret")
-    place = Place(index=3, node="n3", address="127.0.0.3", port=lease.ports.control, store=1)
+    place = Peer(index=3, node="n3", address="127.0.0.3", port=lease.ports.control, store=1)
     try:
         found = clock_server.ask_all([place, place.model_copy(update={"index": 4, "port": lease.ports.gcs})], "secret")
         assert not found[3].error and abs(found[3].ahead) <= found[3].seconds  # the same clock, read on the way

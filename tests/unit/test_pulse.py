@@ -14,10 +14,10 @@ import pytest
 from waiting import until
 
 from raylaunch.config.schema import ElasticConfig
-from raylaunch.training.hang_detector import LONG_LIMIT, START_FACTOR, Beat, Pace, judge
-from raylaunch.training.heartbeat_server import Server
+from raylaunch.training.hang_detector import LONG_LIMIT, START_FACTOR, Heartbeat, ProgressTracker, judge
+from raylaunch.training.heartbeat_server import HeartbeatServer
 from raylaunch.training.stack_dump import where_it_stands
-from raylaunch.training.worker.heartbeat import Pulse
+from raylaunch.training.worker.heartbeat import HeartbeatClient
 from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 
 pytestmark = pytest.mark.filterwarnings("error")  # a thread that dies is one
@@ -25,19 +25,19 @@ ELASTIC = ElasticConfig(hang_timeout=5, hang_factor=20)
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server("127.0.0.1", (), world=2)
+def server() -> Iterator[HeartbeatServer]:
+    made = HeartbeatServer("127.0.0.1", (), world=2)
     yield made
     made.close()
 
 
-def pulse(server: Server, rank: int, folder: Path, **changes: str) -> Pulse:
-    made = Pulse(replace(server.place(), **changes), rank, f"node{rank}", folder / f"rank-{rank}.stack.txt")
+def pulse(server: HeartbeatServer, rank: int, folder: Path, **changes: str) -> HeartbeatClient:
+    made = HeartbeatClient(replace(server.place(), **changes), rank, f"node{rank}", folder / f"rank-{rank}.stack.txt")
     made.start()
     return made
 
 
-def test_the_driver_hears_where_workers_are_and_when_they_end(server: Server, tmp_path: Path) -> None:
+def test_the_driver_hears_where_workers_are_and_when_they_end(server: HeartbeatServer, tmp_path: Path) -> None:
     one, two = pulse(server, 0, tmp_path), pulse(server, 1, tmp_path)
     one.progress(7, "step")
     two.progress(7, "sync")
@@ -50,7 +50,9 @@ def test_the_driver_hears_where_workers_are_and_when_they_end(server: Server, tm
     one.close()
 
 
-def test_orders_reach_rank_0_also_when_it_comes_late_and_can_be_taken_back(server: Server, tmp_path: Path) -> None:
+def test_orders_reach_rank_0_also_when_it_comes_late_and_can_be_taken_back(
+    server: HeartbeatServer, tmp_path: Path
+) -> None:
     server.stop(AT_COMMIT, "grow")
     one = pulse(server, 0, tmp_path)
     sessions = [
@@ -65,7 +67,7 @@ def test_orders_reach_rank_0_also_when_it_comes_late_and_can_be_taken_back(serve
     one.close()
 
 
-def test_stacks_are_dumped_on_order(server: Server, tmp_path: Path) -> None:
+def test_stacks_are_dumped_on_order(server: HeartbeatServer, tmp_path: Path) -> None:
     one = pulse(server, 1, tmp_path)
     until(lambda: server.beats())
     running, done = threading.Event(), list[bool]()
@@ -86,7 +88,7 @@ def test_stacks_are_dumped_on_order(server: Server, tmp_path: Path) -> None:
     one.close()
 
 
-def test_who_does_not_know_the_secret_is_not_heard(server: Server, tmp_path: Path) -> None:
+def test_who_does_not_know_the_secret_is_not_heard(server: HeartbeatServer, tmp_path: Path) -> None:
     stranger = pulse(server, 0, tmp_path, secret="f" * 64)
     stranger.progress(3, "step")
     for junk in (
@@ -109,13 +111,13 @@ def test_who_does_not_know_the_secret_is_not_heard(server: Server, tmp_path: Pat
 
 
 def test_a_worker_reconnects_and_trains_on_without_a_driver(tmp_path: Path) -> None:
-    first = Server("127.0.0.1", (), world=1)
+    first = HeartbeatServer("127.0.0.1", (), world=1)
     one = pulse(first, 0, tmp_path)
     one.progress(1, "step")
     until(lambda: first.beats())
     first.close()
     one.progress(2, "step")  # nobody hears it, and nothing happens
-    second = Server("127.0.0.1", (first.port,), world=1)
+    second = HeartbeatServer("127.0.0.1", (first.port,), world=1)
     second.secret = first.secret
     assert second.port == first.port
     until(lambda: [b.step for b in second.beats()] == [2])
@@ -125,7 +127,7 @@ def test_a_worker_reconnects_and_trains_on_without_a_driver(tmp_path: Path) -> N
 
 def test_a_server_can_be_closed_at_once_and_twice() -> None:
     for _ in range(100):
-        made = Server("127.0.0.1", (), world=1)
+        made = HeartbeatServer("127.0.0.1", (), world=1)
         made.close()
         assert not made._thread.is_alive()
     made.close()
@@ -135,7 +137,7 @@ def test_a_server_can_be_closed_at_once_and_twice() -> None:
 
 
 def test_a_pulse_outlives_what_no_driver_says(
-    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server: HeartbeatServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     one = pulse(server, 0, tmp_path)
     until(lambda: server.beats())
@@ -147,23 +149,23 @@ def test_a_pulse_outlives_what_no_driver_says(
 
 
 def test_a_taken_port_is_no_obstacle() -> None:
-    first = Server("127.0.0.1", (), world=1)
-    second = Server("127.0.0.1", (first.port,), world=1)
+    first = HeartbeatServer("127.0.0.1", (), world=1)
+    second = HeartbeatServer("127.0.0.1", (first.port,), world=1)
     assert second.port != first.port
     first.close()
     second.close()
 
 
-def running(step: int = 10, step_seconds: float = 0.1) -> Pace:
+def running(step: int = 10, step_seconds: float = 0.1) -> ProgressTracker:
     """A pace that has seen some steps."""
-    pace = Pace(0)
+    pace = ProgressTracker(0)
     for number in range(step + 1):
-        pace.observe(number * step_seconds, [Beat(0, "n", step=number, phase="step")])
+        pace.observe(number * step_seconds, [Heartbeat(0, "n", step=number, phase="step")])
     return pace
 
 
-def beats(*places: tuple[int, str, float], silent: float = 0.0) -> list[Beat]:
-    return [Beat(r, f"n{r}", 1, step, phase, age, silent) for r, (step, phase, age) in enumerate(places)]
+def beats(*places: tuple[int, str, float], silent: float = 0.0) -> list[Heartbeat]:
+    return [Heartbeat(r, f"n{r}", 1, step, phase, age, silent) for r, (step, phase, age) in enumerate(places)]
 
 
 def test_the_rank_that_did_not_enter_the_collective_is_missing() -> None:
@@ -180,10 +182,10 @@ def test_the_rank_that_did_not_enter_the_collective_is_missing() -> None:
 
 def test_a_frozen_worker_and_one_that_never_came_are_missing() -> None:
     seen = beats((10, "sync", 7), (10, "sync", 7))
-    frozen = [seen[0], Beat(1, "n1", 1, 10, "sync", 7, silent=7)]
+    frozen = [seen[0], Heartbeat(1, "n1", 1, 10, "sync", 7, silent=7)]
     hang = judge(frozen, 2, 60, running(), ELASTIC)
     assert hang is not None and hang.ranks == (1,)
-    never = judge(beats((0, "load", 4000), (0, "load", 4000)), 3, 4000, Pace(0), ELASTIC)
+    never = judge(beats((0, "load", 4000), (0, "load", 4000)), 3, 4000, ProgressTracker(0), ELASTIC)
     assert never is not None and never.ranks == (2,)
 
 
@@ -194,10 +196,10 @@ def test_the_limit_grows_with_the_step_and_is_generous_at_the_start_and_in_saves
     found = judge(beats((10, "step", 61)), 1, 99, slow, ELASTIC)
     assert found is not None and found.setting == "elastic.hang_factor=20"
     start = START_FACTOR * ELASTIC.hang_timeout
-    assert judge(beats((0, "step", start - 1)), 1, start, Pace(0), ELASTIC) is None
-    assert judge(beats((0, "step", start + 1)), 1, start, Pace(0), ELASTIC) is not None
+    assert judge(beats((0, "step", start - 1)), 1, start, ProgressTracker(0), ELASTIC) is None
+    assert judge(beats((0, "step", start + 1)), 1, start, ProgressTracker(0), ELASTIC) is not None
     assert judge(beats((10, "save", LONG_LIMIT - 1), (10, "step", LONG_LIMIT)), 2, 999, running(), ELASTIC) is None
-    stopped = [*beats((10, "save", 6)), Beat(1, "n1", 1, 10, "save", 6, silent=6)]
+    stopped = [*beats((10, "save", 6)), Heartbeat(1, "n1", 1, 10, "save", 6, silent=6)]
     hang = judge(stopped, 2, 99, running(), ELASTIC)  # not what slow storage looks like
     assert hang is not None and hang.ranks == (1,)
     patient = running()
@@ -212,21 +214,24 @@ def test_what_comes_after_the_last_step_has_no_limit() -> None:
 
 
 def test_a_trainer_that_says_nothing_is_not_watched() -> None:
-    assert judge(beats((0, "", 1e6), (40, "", 1e6)), 2, 1e6, Pace(0), ELASTIC) is None
+    assert judge(beats((0, "", 1e6), (40, "", 1e6)), 2, 1e6, ProgressTracker(0), ELASTIC) is None
 
 
 def test_workers_that_never_start_are_not_waited_for_for_ever() -> None:
     start = START_FACTOR * ELASTIC.hang_timeout
     one = beats((0, "", 40.0))
-    assert judge([], 2, start - 1, Pace(0), ELASTIC) is None and judge(one, 1, start + 1, Pace(0), ELASTIC) is None
-    hang = judge(one, 3, start + 1, Pace(0), ELASTIC)
+    assert (
+        judge([], 2, start - 1, ProgressTracker(0), ELASTIC) is None
+        and judge(one, 1, start + 1, ProgressTracker(0), ELASTIC) is None
+    )
+    hang = judge(one, 3, start + 1, ProgressTracker(0), ELASTIC)
     assert hang is not None and hang.ranks == (1, 2) and "2 of 3 workers have not started" in hang.reason
     assert judge([], 2, start + 1, running(), ELASTIC) is None  # they train, and cannot reach us
 
 
 def test_a_save_is_no_step() -> None:
     pace = running()
-    pace.observe(2.0, [Beat(0, "n", step=11, phase="save")])
-    pace.observe(62.0, [Beat(0, "n", step=11, phase="step")])
+    pace.observe(2.0, [Heartbeat(0, "n", step=11, phase="save")])
+    pace.observe(62.0, [Heartbeat(0, "n", step=11, phase="step")])
     assert pace.longest_save == pytest.approx(60) and pace.step_seconds < 1
     assert pace.begun and pace.step == 11

@@ -11,7 +11,7 @@ import pytest
 from stalling import StallingFile
 
 from raylaunch.cluster.agent import ray_process
-from raylaunch.cluster.agent.ray_process import STARTED, RayNode, RayProcess
+from raylaunch.cluster.agent.ray_process import STARTED, RayProcess, RayStart
 from raylaunch.host.ports import Ports
 from raylaunch.host.resources import Resources
 
@@ -135,7 +135,7 @@ def test_own_words_are_the_last_telling_lines(tmp_path: Path) -> None:
 
 
 def test_the_arguments_go_to_a_process_that_may_have_ended(tmp_path: Path) -> None:
-    node = RayNode("n1", "10.0.0.1", Ports(10240), Resources(2, 1, 1, ()), tmp_path, 1, "10.0.0.2:6379")
+    node = RayStart("n1", "10.0.0.1", Ports(10240), Resources(2, 1, 1, ()), tmp_path, 1, "10.0.0.2:6379")
 
     async def scenario(process: FakeProcess, ray: RayProcess) -> None:
         process.stdin.broken = True

@@ -29,7 +29,7 @@ from raylaunch.errors import SlurmUnavailable, UsageError
 from raylaunch.observe.history import goodput
 from raylaunch.observe.report import as_json, cost, curves, formatting, markdown, page, paragraph, settings, svg
 from raylaunch.observe.report.axis import WIDTH, Axis
-from raylaunch.observe.report.gather import Facts, gather
+from raylaunch.observe.report.gather import ReportData, gather
 from raylaunch.observe.report.summary import cost_rows
 from raylaunch.scheduler.slurm.client import Completed, Slurm
 from raylaunch.text import plural
@@ -63,11 +63,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def facts(made: Path) -> Facts:
+def facts(made: Path) -> ReportData:
     return gather(made, NO_ACCOUNTING, NOW + 100)
 
 
-def test_the_facts_are_the_ledgers(made: Path, facts: Facts) -> None:
+def test_the_facts_are_the_ledgers(made: Path, facts: ReportData) -> None:
     book = goodput.of_run(made)
     assert facts.book.goodput == pytest.approx(book.goodput) and facts.book.recoveries == book.recoveries
     assert facts.state == "finished" and not facts.live
@@ -78,7 +78,7 @@ def test_the_facts_are_the_ledgers(made: Path, facts: Facts) -> None:
     assert facts.loss == [row["loss"] for row in last if "loss" in row][-1]
 
 
-def test_hours_and_money(facts: Facts) -> None:
+def test_hours_and_money(facts: ReportData) -> None:
     """Four nodes from 31 s after the hand-over to the end, less what the lost ones missed."""
     away = [n for n in facts.nodes if n.lost]
     assert facts.cost.node_hours is not None and away
@@ -111,7 +111,7 @@ def test_a_job_that_goes_on_has_no_efficiency_yet(made: Path) -> None:
     assert ("efficiency", "not known here", "not before its job has ended") in cost_rows(found)
 
 
-def test_the_mean_rate_is_what_was_done_over_the_time_it_took(made: Path, facts: Facts) -> None:
+def test_the_mean_rate_is_what_was_done_over_the_time_it_took(made: Path, facts: ReportData) -> None:
     """A step of 1 s at 4,000 tokens a second and one of 4 s at 1,000: 8,000 tokens in 5 s."""
     series = curves.Series()
     for second, rate in ((1, 4000.0), (5, 1000.0)):
@@ -122,14 +122,14 @@ def test_the_mean_rate_is_what_was_done_over_the_time_it_took(made: Path, facts:
     assert facts.rate == ("tokens", pytest.approx(statistics.harmonic_mean(rates)))
 
 
-def test_the_median_of_two_recoveries_lies_between_them(facts: Facts) -> None:
+def test_the_median_of_two_recoveries_lies_between_them(facts: ReportData) -> None:
     two = [dataclasses.replace(facts.survived[0], total=total) for total in (30.0, 40.0)]
     told = dataclasses.replace(facts, book=dataclasses.replace(facts.book, recoveries=two))
     assert "each within 40 s (median 35 s)" in paragraph.appendix(told)
 
 
 def test_a_long_run_is_thinned_and_keeps_its_extremes(
-    made: Path, facts: Facts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, facts: ReportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(made.parents[1], tmp_path / "state")
     run = tmp_path / "state" / "runs" / "made"
@@ -176,7 +176,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_and_hides_what_is_secret(facts: Facts) -> None:
+def test_the_page_needs_nothing_and_hides_what_is_secret(facts: ReportData) -> None:
     text = page.render(facts)
     found = Page(text)
     assert not {"script", "iframe", "object", "img"} & set(found.tags)
@@ -212,7 +212,7 @@ def test_a_huge_run_has_a_small_page(tmp_path: Path) -> None:
     assert len(markdown.markdown(found)) < 100_000
 
 
-def test_json_has_the_documented_keys(facts: Facts) -> None:
+def test_json_has_the_documented_keys(facts: ReportData) -> None:
     value = json.loads(json.dumps(as_json.as_dict(facts), allow_nan=False))
     documented = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
     for key in [*value, *value["training"], *value["cost"], *value["ledger"], *value["nodes"][0]]:
@@ -221,7 +221,7 @@ def test_json_has_the_documented_keys(facts: Facts) -> None:
     assert "very-secret-value" not in json.dumps(value)
 
 
-def test_markdown_and_the_appendix(facts: Facts) -> None:
+def test_markdown_and_the_appendix(facts: ReportData) -> None:
     text = markdown.markdown(facts)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     for table in tables:

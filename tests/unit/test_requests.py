@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_heads import Place
 
-from raylaunch.cluster.head import HeadDuties
+from raylaunch.cluster.head import HeadController
 from raylaunch.state import records
 
 
@@ -27,10 +27,10 @@ class History:
 
     def __init__(self, directory: Path, moments: list[str]) -> None:
         self.place, self.moments, self.incarnation = Place(directory), list(moments), 0
-        self.newest: HeadDuties | None = None
+        self.newest: HeadController | None = None
         """That has looked, and lives on."""
 
-    def lead(self) -> HeadDuties:
+    def lead(self) -> HeadController:
         self.incarnation += 1
         return self.place.lead(self.incarnation)
 

@@ -8,8 +8,8 @@ import pytest
 from made_cluster import Clock, Made
 
 from raylaunch.state import files, records
-from raylaunch.training.cluster_view import Roster
-from raylaunch.training.policy import Node
+from raylaunch.training.cluster_view import ClusterView
+from raylaunch.training.policy import TrainingNode
 
 
 @pytest.fixture
@@ -19,22 +19,22 @@ def made(tmp_path: Path) -> Made:
 
 def test_nodes_are_ready_for_as_long_as_we_have_seen_them_so(made: Made) -> None:
     clock = Clock()
-    roster = Roster(made.directory, 1, clock)
+    roster = ClusterView(made.directory, 1, clock)
     assert roster.look() == {} and roster.end() is None
     made.members(a="ready", b="starting")
-    assert roster.look() == {"a": Node("ready", 0), "b": Node("starting", 0)} and roster.end() == 77.0
+    assert roster.look() == {"a": TrainingNode("ready", 0), "b": TrainingNode("starting", 0)} and roster.end() == 77.0
     clock.sleep(5)
     made.members(b="ready")
-    assert roster.look() == {"a": Node("ready", 5), "b": Node("ready", 0)}
+    assert roster.look() == {"a": TrainingNode("ready", 5), "b": TrainingNode("ready", 0)}
     made.members(a="restarting")
-    assert roster.look()["a"] == Node("restarting", 0)
+    assert roster.look()["a"] == TrainingNode("restarting", 0)
     clock.sleep(5)
     made.members(a="ready")
-    assert roster.look()["a"] == Node("ready", 0)  # counted anew
+    assert roster.look()["a"] == TrainingNode("ready", 0)  # counted anew
 
 
 def test_the_table_of_an_older_head_says_nothing(made: Made) -> None:
-    roster = Roster(made.directory, 2, Clock())
+    roster = ClusterView(made.directory, 2, Clock())
     made.members(1, a="ready")
     assert roster.look() == {} and roster.end() is None
     made.members(2, a="ready")
@@ -43,7 +43,7 @@ def test_the_table_of_an_older_head_says_nothing(made: Made) -> None:
 
 def test_a_file_is_read_again_only_when_it_has_changed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     made.members(a="ready")
-    roster, reads, real = Roster(made.directory, 1, Clock()), list[Path](), files.read_json
+    roster, reads, real = ClusterView(made.directory, 1, Clock()), list[Path](), files.read_json
     monkeypatch.setattr(files, "read_json", lambda path: [reads.append(path), real(path)][1])
     for _ in range(3):
         roster.look()
@@ -51,7 +51,7 @@ def test_a_file_is_read_again_only_when_it_has_changed(made: Made, monkeypatch: 
 
 
 def test_a_newer_head_fences_this_driver(made: Made) -> None:
-    roster = Roster(made.directory, 2, Clock())
+    roster = ClusterView(made.directory, 2, Clock())
     assert not roster.fenced() and roster.pulse_place() == ("127.0.0.1", ())
     made.head(2)
     assert not roster.fenced() and roster.pulse_place()[0] == "127.0.0.1" and roster.pulse_place()[1]
@@ -60,7 +60,7 @@ def test_a_newer_head_fences_this_driver(made: Made) -> None:
 
 
 def test_excluded_nodes(made: Made) -> None:
-    roster = Roster(made.directory, 1, Clock())
+    roster = ClusterView(made.directory, 1, Clock())
     assert roster.excluded() == frozenset()
     files.write_json(made.directory / records.DUTIES_FILE, {"excluded": ["b"]})
     assert roster.excluded() == {"b"}

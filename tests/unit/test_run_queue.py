@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from made_heads import Place, run
 
-from raylaunch.cluster.head import HeadDuties, context, run_queue
+from raylaunch.cluster.head import HeadController, context, run_queue
 from raylaunch.cluster.head.drivers import NOT_STARTED, Drivers
 from raylaunch.cluster.head.run_queue import LONG, TRIES, Losses
 from raylaunch.errors import StateError
@@ -57,7 +57,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path)
 
 
-def lead(place: Place, drivers: FakeDrivers, incarnation: int = 1) -> HeadDuties:
+def lead(place: Place, drivers: FakeDrivers, incarnation: int = 1) -> HeadController:
     head = place.lead(incarnation)
     head.queue._drivers = head.ending._drivers = drivers  # type: ignore[assignment]
     head.context.ready.set()

@@ -15,8 +15,8 @@ import virtual
 
 from raylaunch import timing
 from raylaunch.cluster.membership import head_search
-from raylaunch.cluster.membership.control_channel import AlreadyHere, Link, NotHead
-from raylaunch.cluster.membership.head_search import Seeker
+from raylaunch.cluster.membership.control_channel import AlreadyHere, ControlClient, NotHead
+from raylaunch.cluster.membership.head_search import HeadSearch
 from raylaunch.errors import BringUpError
 from raylaunch.state import files, records
 from raylaunch.state.records import Head
@@ -41,7 +41,7 @@ class Network:
         self.heads: dict[str, Callable[[], Any]] = {}
         self.answers: dict[str, Any] = {}
         self.led: list[tuple[int, str]] = []
-        monkeypatch.setattr(Link, "connect", self._connect)
+        monkeypatch.setattr(ControlClient, "connect", self._connect)
         monkeypatch.setattr(head_search.control_channel, "ask", self._ask)
 
     async def _connect(self, address: str, *_: Any) -> Any:
@@ -76,7 +76,9 @@ class Network:
         files.write_json(self.directory / records.MEMBERS_FILE, {"canary": "c", "incarnation": 3, "nodes": rows})
 
     async def seek(self, gone: bool = True) -> tuple[Any, Head]:
-        return await Seeker(self.directory, "c", "n2", "token", dict, self.lead, frozenset, lost=LOST, gone=gone).seek()
+        return await HeadSearch(
+            self.directory, "c", "n2", "token", dict, self.lead, frozenset, lost=LOST, gone=gone
+        ).seek()
 
 
 @pytest.fixture

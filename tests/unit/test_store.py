@@ -117,7 +117,7 @@ def test_a_directory_in_the_way_without_a_commit_gives_way(tmp_path: Path) -> No
 def test_retain_keeps_the_newest_and_at_least_one(tmp_path: Path, keep: int, left: list[int]) -> None:
     for step in (10, 20, 30, 40):
         save(tmp_path, step)
-    gone = store.retain(tmp_path, store.Keep(keep), 1, 1)
+    gone = store.retain(tmp_path, store.RetentionPolicy(keep), 1, 1)
     assert steps(tmp_path) == left
     assert [c.step for c in reversed(gone)] + left == [10, 20, 30, 40]
     assert len(list(tmp_path.iterdir())) == len(left)
@@ -152,7 +152,7 @@ def test_a_crash_while_deleting_leaves_no_half_checkpoint(tmp_path: Path, monkey
         save(tmp_path, step)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *_, **__: None)
-        store.retain(tmp_path, store.Keep(1), 1, 1)
+        store.retain(tmp_path, store.RetentionPolicy(1), 1, 1)
     assert steps(tmp_path) == [2] and len(list(tmp_path.iterdir())) == 2
     store.collect(tmp_path, 1, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
@@ -211,8 +211,8 @@ DAMAGES = [
 ]
 
 
-def bad_ones(directory: Path) -> list[store.Bad]:
-    return [one for one in store.walk(directory) if isinstance(one, store.Bad)]
+def bad_ones(directory: Path) -> list[store.InvalidCheckpoint]:
+    return [one for one in store.walk(directory) if isinstance(one, store.InvalidCheckpoint)]
 
 
 @pytest.mark.parametrize(("damage", "file", "why"), DAMAGES)
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     aside = store.set_aside(bad)
     assert aside is not None and aside.name.startswith("step-00000002.bad-")
     assert bad_ones(tmp_path) == [] and store.set_aside(bad) is None
-    store.retain(tmp_path, store.Keep(1), 1, 9)
+    store.retain(tmp_path, store.RetentionPolicy(1), 1, 9)
     store.collect(tmp_path, 1, 9)
     assert aside.exists() and steps(tmp_path) == [1]
     assert save(tmp_path, 2, attempt=9).attempt == 9  # its place is free again
@@ -257,10 +257,10 @@ def test_what_is_kept_besides_the_newest() -> None:
         for step, loss in losses.items()
     ]
     for keep, left in [
-        (store.Keep(1), [50]),
-        (store.Keep(2, every=30), [50, 40, 30]),
-        (store.Keep(1, best=True), [50, 20]),
-        (store.Keep(1, every=40, best=True), [50, 40, 20]),
+        (store.RetentionPolicy(1), [50]),
+        (store.RetentionPolicy(2, every=30), [50, 40, 30]),
+        (store.RetentionPolicy(1, best=True), [50, 20]),
+        (store.RetentionPolicy(1, every=40, best=True), [50, 40, 20]),
     ]:
         gone = keep.surplus(made)
         assert sorted((one.step for one in made if one not in gone), reverse=True) == left
@@ -270,7 +270,7 @@ def test_retain_counts_only_what_can_be_used(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     truncate(store.committed(tmp_path)[2])
-    store.retain(tmp_path, store.Keep(2), 1, 1)
+    store.retain(tmp_path, store.RetentionPolicy(2), 1, 1)
     assert steps(tmp_path) == [2, 4] and (tmp_path / "step-00000003").exists()
 
 
@@ -433,7 +433,7 @@ def test_a_returned_zombie_deletes_nothing(tmp_path: Path) -> None:
     store.fence(tmp_path, 2, 1)
     pending = write(tmp_path, 4, incarnation=2)
     with pytest.raises(store.Fenced):
-        store.retain(tmp_path, store.Keep(1), 1, 1)
+        store.retain(tmp_path, store.RetentionPolicy(1), 1, 1)
     store.collect(tmp_path, 1, 1)
     assert steps(tmp_path) == [1, 2, 3] and pending.exists()
 

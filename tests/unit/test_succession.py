@@ -11,7 +11,7 @@ import pytest
 
 from raylaunch.checkpoint import store
 from raylaunch.cluster.membership import election, head_search
-from raylaunch.cluster.membership.head_search import Seeker
+from raylaunch.cluster.membership.head_search import HeadSearch
 from raylaunch.config.schema import Config
 from raylaunch.state import files, records, runs
 from raylaunch.state.records import Head
@@ -36,11 +36,11 @@ def test_a_run_goes_on_where_incarnations_begin_anew(tmp_path: Path) -> None:
         store.fence(checkpoints, first.base + 12, 8)
 
 
-def seeker(directory: Path) -> Seeker:
+def seeker(directory: Path) -> HeadSearch:
     async def lead(number: int, why: str) -> Head:
         raise AssertionError(f"{number} {why}")
 
-    return Seeker(directory, "c", "n2", "token", dict, lead, frozenset, lost=head(3), gone=False)
+    return HeadSearch(directory, "c", "n2", "token", dict, lead, frozenset, lost=head(3), gone=False)
 
 
 def test_a_claim_has_a_while_to_be_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raylaunch.data import dataset, inspect, prepare
-from raylaunch.data.prepare import Request
+from raylaunch.data.prepare import PrepareRequest
 from raylaunch.data.table import ROWS, Table
 from raylaunch.errors import DataError
 
@@ -30,7 +30,7 @@ def columns(first: int, count: int) -> pa.Table:
 def made(tmp_path: Path) -> Path:
     pq.write_table(columns(0, 2500), tmp_path / "a.parquet", row_group_size=700)
     pq.write_table(columns(2500, 30), tmp_path / "b.parquet")
-    request = Request([str(tmp_path / "*.parquet")], tmp_path / "out", format="table", piece_bytes=1)
+    request = PrepareRequest([str(tmp_path / "*.parquet")], tmp_path / "out", format="table", piece_bytes=1)
     prepare.prepare(request, 1, lambda _: None)
     return tmp_path / "out"
 
@@ -51,7 +51,7 @@ def test_rows_are_taken_in_any_order_from_any_shard(made: Path) -> None:
 
 def test_large_row_groups_are_cut_into_batches(tmp_path: Path) -> None:
     pq.write_table(columns(0, 3 * ROWS + 5), tmp_path / "a.parquet")
-    prepare.prepare(Request([str(tmp_path / "a.parquet")], tmp_path / "out", format="table"), 1, lambda _: None)
+    prepare.prepare(PrepareRequest([str(tmp_path / "a.parquet")], tmp_path / "out", format="table"), 1, lambda _: None)
     last = 3 * ROWS + 4
     assert Table(tmp_path / "out").take([last, 0, ROWS])["number"].tolist() == [last, 0, ROWS]
 
@@ -60,7 +60,9 @@ def test_files_with_other_columns_are_no_table(tmp_path: Path) -> None:
     pq.write_table(columns(0, 3), tmp_path / "a.parquet")
     pq.write_table(columns(0, 3).set_column(0, "number", pa.array([1.0, 2.0, 3.0])), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"a\.parquet.* and .*b\.parquet.* have not the same columns \(number\)"):
-        prepare.prepare(Request([str(tmp_path / "*.parquet")], tmp_path / "out", format="table"), 1, lambda _: None)
+        prepare.prepare(
+            PrepareRequest([str(tmp_path / "*.parquet")], tmp_path / "out", format="table"), 1, lambda _: None
+        )
     assert not (tmp_path / "out" / dataset.MANIFEST).exists()
 
 
@@ -69,8 +71,8 @@ def test_it_is_shown_and_is_no_text(made: Path, tmp_path: Path) -> None:
     assert all("number: " in sample.text and "pixels: [" in sample.text for sample in shown)
     assert not dataset.verify(made, dataset.read(made))
     (tmp_path / "a.txt").write_text("text")
-    prepare.prepare(Request([str(tmp_path / "a.txt")], tmp_path / "text"), 1, lambda _: None)
+    prepare.prepare(PrepareRequest([str(tmp_path / "a.txt")], tmp_path / "text"), 1, lambda _: None)
     with pytest.raises(DataError, match="holds tokens, no table"):
         Table(tmp_path / "text")
     with pytest.raises(DataError, match="no Parquet file"):
-        prepare.prepare(Request([str(tmp_path / "a.txt")], tmp_path / "no", format="table"), 1, lambda _: None)
+        prepare.prepare(PrepareRequest([str(tmp_path / "a.txt")], tmp_path / "no", format="table"), 1, lambda _: None)

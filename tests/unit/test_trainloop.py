@@ -16,12 +16,12 @@ from raylaunch.errors import StateError
 from raylaunch.state import files, runs
 from raylaunch.state.runs import Run
 from raylaunch.training import attempt_monitor, consolidate
-from raylaunch.training.policy import Ending
-from raylaunch.training.training_loop import Driver, NewerHead
-from raylaunch.training.worker_group import Order
+from raylaunch.training.policy import AttemptOutcome
+from raylaunch.training.training_loop import NewerHead, TrainingLoop
+from raylaunch.training.worker_group import WorkerGroupSpec
 
-LOST = Ending("fault", "lost rank 1", "lost rank 1: SIGKILL", 1, "worker_lost")
-ERROR = Ending("error", "ValueError", "rank 0: ValueError", 0, "error")
+LOST = AttemptOutcome("fault", "lost rank 1", "lost rank 1: SIGKILL", 1, "worker_lost")
+ERROR = AttemptOutcome("error", "ValueError", "rank 0: ValueError", 0, "error")
 
 
 class Bench:
@@ -31,12 +31,12 @@ class Bench:
         self.made, self.clock, self.ray = Made(tmp_path, config), Clock(), FakeRay("a", "b", "c")
         self.made.members(a="ready", b="ready", c="ready")
 
-    def driver(self, **changes: Any) -> Driver:
+    def driver(self, **changes: Any) -> TrainingLoop:
         made = self.made
         run = Run.read(made.run_dir)
         assert run is not None
         given = {"incarnation": 1, "clock": self.clock, "sleep": self.clock.sleep, **changes}
-        return Driver(made.directory, made.run_dir, made.record, made.config, run, self.ray, **given)
+        return TrainingLoop(made.directory, made.run_dir, made.record, made.config, run, self.ray, **given)
 
     def does(self, *work: Work) -> Bench:
         self.ray.work += work
@@ -45,7 +45,7 @@ class Bench:
     def says(self, outcome: str, step: int = 40) -> Work:
         """The trainer saves and leaves with this word."""
 
-        def work(order: Order) -> None:
+        def work(order: WorkerGroupSpec) -> None:
             self.made.finish(order.spec.attempt, outcome, step)
 
         return work
@@ -69,7 +69,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Benc
     return make
 
 
-def ends(ending: Ending) -> Work:
+def ends(ending: AttemptOutcome) -> Work:
     return lambda order: ending
 
 
@@ -105,9 +105,9 @@ def test_a_lost_worker_costs_an_attempt_and_its_group_is_ended(bench: Callable[.
 def test_a_lost_node_is_known_by_its_agent_and_left_out(bench: Callable[..., Bench]) -> None:
     one = bench()
 
-    def loses(order: Order) -> Ending:
+    def loses(order: WorkerGroupSpec) -> AttemptOutcome:
         one.clock.at(one.clock.now - 1000 + 1.5, lambda: one.made.members(b="lost"))  # the news come after the errors
-        return Ending("fault", "communication", "gloo", 0, "communication")
+        return AttemptOutcome("fault", "communication", "gloo", 0, "communication")
 
     assert one.does(loses, one.says("finished")).driver().drive() == "finished"
     assert one.sizes() == [3, 2]
@@ -174,7 +174,7 @@ def test_ray_is_waited_for_but_not_for_ever(bench: Callable[..., Bench]) -> None
 def test_a_node_that_is_drained_is_left_and_the_head_is_told_once(bench: Callable[..., Bench]) -> None:
     one = bench()
 
-    def drains(order: Order) -> Ending:
+    def drains(order: WorkerGroupSpec) -> AttemptOutcome:
         one.made.members(c="draining")
         return LOST
 
@@ -185,7 +185,7 @@ def test_a_node_that_is_drained_is_left_and_the_head_is_told_once(bench: Callabl
 
 def test_losses_on_one_node_are_a_strike(bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch) -> None:
     one = bench()
-    monkeypatch.setattr("raylaunch.training.heartbeat_server.Server.node", lambda self, rank: "b")
+    monkeypatch.setattr("raylaunch.training.heartbeat_server.HeartbeatServer.node", lambda self, rank: "b")
     one.does(ends(LOST), ends(LOST), ends(LOST), one.says("finished"))
     assert one.driver().drive() == "finished"
     assert [(r["kind"], r["node"]) for r in one.made.requests()] == [("strike", "b")]
@@ -194,7 +194,7 @@ def test_losses_on_one_node_are_a_strike(bench: Callable[..., Bench], monkeypatc
 def test_a_stop_that_goes_on_elsewhere_queues_the_run(bench: Callable[..., Bench]) -> None:
     one = bench()
 
-    def stops(order: Order) -> None:
+    def stops(order: WorkerGroupSpec) -> None:
         runs.request_stop(one.made.run_dir, "walltime", continues=True)
         one.made.finish(order.spec.attempt, "stopped", 20)
 
@@ -204,7 +204,7 @@ def test_a_stop_that_goes_on_elsewhere_queues_the_run(bench: Callable[..., Bench
 def test_a_newer_head_ends_the_driver_with_nothing_written(bench: Callable[..., Bench]) -> None:
     one = bench()
 
-    def elects(order: Order) -> Ending:
+    def elects(order: WorkerGroupSpec) -> AttemptOutcome:
         one.made.head(2)
         return LOST
 
@@ -240,7 +240,7 @@ def test_storage_that_hiccups_is_waited_for(bench: Callable[..., Bench], monkeyp
 def test_the_next_driver_writes_down_how_the_attempt_of_the_last_one_ended(bench: Callable[..., Bench]) -> None:
     one = bench()
 
-    def dies(order: Order) -> Ending:
+    def dies(order: WorkerGroupSpec) -> AttemptOutcome:
         raise MemoryError
 
     with pytest.raises(MemoryError):

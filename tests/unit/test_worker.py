@@ -14,10 +14,10 @@ from made_cluster import Made
 from raylaunch.config.schema import Config
 from raylaunch.errors import StateError
 from raylaunch.state import files
-from raylaunch.training.heartbeat_server import Server
+from raylaunch.training.heartbeat_server import HeartbeatServer
 from raylaunch.training.worker import main
-from raylaunch.training.worker.heartbeat import Place, Pulse
-from raylaunch.training.worker.main import Seat, Spec
+from raylaunch.training.worker.heartbeat import DriverAddress, HeartbeatClient
+from raylaunch.training.worker.main import Seat, WorkerSpec
 from raylaunch.training.worker.session import Session
 from raylaunch.training.worker_group import Newest
 
@@ -29,19 +29,19 @@ def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """Work as a rank of attempt 1 with this trainer."""
     module = ModuleType("a_trainer")
     monkeypatch.setitem(sys.modules, "a_trainer", module)
-    server, pulses = Server("127.0.0.1", (), 2), list[Pulse]()
+    server, pulses = HeartbeatServer("127.0.0.1", (), 2), list[HeartbeatClient]()
 
-    def connected(*given: Any) -> Pulse:
-        pulses.append(Pulse(*given))
+    def connected(*given: Any) -> HeartbeatClient:
+        pulses.append(HeartbeatClient(*given))
         return pulses[-1]
 
-    monkeypatch.setattr(main, "Pulse", connected)
+    monkeypatch.setattr(main, "HeartbeatClient", connected)
     made = Made(tmp_path, Config.model_validate({"trainer": {"function": "a_trainer:train"}}))
     files.make_dir(files.attempt_dir(made.run_dir, 1))
 
     def work(train: Trainer, rank: int = 0) -> Made:
         module.train = train  # type: ignore[attr-defined]
-        main.work(Spec(made.run_dir, 1, 3, 8, server.place()), Seat(rank, 2, 0, 1, "a", "cpu"))
+        main.work(WorkerSpec(made.run_dir, 1, 3, 8, server.place()), Seat(rank, 2, 0, 1, "a", "cpu"))
         return made
 
     work.made = made  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def test_a_full_disk_does_not_hide_the_error(trained: Callable[..., Made], monke
 
 
 def test_a_token_is_not_shown() -> None:
-    spec = Spec(Path("r"), 4, 1, 8, Place("127.0.0.1", 1, "hidden"))
+    spec = WorkerSpec(Path("r"), 4, 1, 8, DriverAddress("127.0.0.1", 1, "hidden"))
     assert "hidden" not in repr(spec)  # Ray writes down what a worker is given
 
 

@@ -23,10 +23,10 @@ from raylaunch.cluster.agent.node_setup import NodeSetup
 from raylaunch.cluster.agent.ray_keeper import RayKeeper
 from raylaunch.cluster.agent.ray_process import RayProcess
 from raylaunch.cluster.agent.retry import retry_storage
-from raylaunch.cluster.head import HeadDuties
+from raylaunch.cluster.head import HeadController
 from raylaunch.cluster.head.context import Replaced
-from raylaunch.cluster.membership.control_channel import AlreadyHere, Closed, Link, Members, Refused
-from raylaunch.cluster.membership.head_search import Seeker
+from raylaunch.cluster.membership.control_channel import AlreadyHere, Closed, ControlClient, ControlServer, Refused
+from raylaunch.cluster.membership.head_search import HeadSearch
 from raylaunch.cluster.telemetry import sample
 from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, RaylaunchError
@@ -65,9 +65,9 @@ class Agent:
         self.warning = ""
         self.orphaned = self.again = False
         self.reason = ""
-        self.link: Link | None = None
-        self.duties: HeadDuties | None = None
-        self.members = Members(self.token, lambda: "lost" if self.link is None else "sees")
+        self.link: ControlClient | None = None
+        self.duties: HeadController | None = None
+        self.members = ControlServer(self.token, lambda: "lost" if self.link is None else "sees")
         self.keeper = RayKeeper(self)
 
     @property
@@ -131,7 +131,7 @@ class Agent:
             self.resign(text)
         await asyncio.Event().wait()
 
-    async def _first_head(self) -> tuple[Link, Head]:
+    async def _first_head(self) -> tuple[ControlClient, Head]:
         """The head as this agent starts: this node itself, one to wait for, or the one that reigns."""
         here = self.here
         head = await retry_storage(lambda: asyncio.to_thread(Head.read, here.directory))
@@ -152,8 +152,8 @@ class Agent:
         # Killed and started again, or a joiner: there is, or was, a head already.
         return await self._seek(head, gone=head.node == here.node)
 
-    async def _seek(self, lost: Head, gone: bool) -> tuple[Link, Head]:
-        return await Seeker(
+    async def _seek(self, lost: Head, gone: bool) -> tuple[ControlClient, Head]:
+        return await HeadSearch(
             self.here.directory, self.here.canary, self.here.node, self.token, self.info, self._lead, self._missing,
             lost, gone,
         ).seek()  # fmt: skip
@@ -164,7 +164,7 @@ class Agent:
         before = await retry_storage(lambda: asyncio.to_thread(Head.read, here.directory)) if here.joiner else None
         head = self._as_head(incarnation, before.life if before is not None else here.life)
         duties = self.duties = await asyncio.to_thread(  # it reads what the head before it left
-            HeadDuties, here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
+            HeadController, here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
             nodes=self.cluster.max_nodes if here.local else len(here.peers),
         )  # fmt: skip
         try:
@@ -213,12 +213,12 @@ class Agent:
             "resources": self.resources.as_dict(), "error": self.error, "warning": self.warning,
         }  # fmt: skip
 
-    async def _connect(self, head: Head) -> Link:
+    async def _connect(self, head: Head) -> ControlClient:
         """Connect to the head; its refusal is final, its silence is not at once."""
         began = time.monotonic()
         while True:
             try:
-                return await Link.connect(
+                return await ControlClient.connect(
                     head.address, head.control_port, self.token, head.incarnation, self.here.node, self.info()
                 )
             except AlreadyHere:
@@ -276,7 +276,7 @@ class Agent:
                 return found
             self.link.tell(state=self.state, error=self.error)  # a hiccup of the network is no end
 
-    async def _orders(self, link: Link) -> None:
+    async def _orders(self, link: ControlClient) -> None:
         """Take orders until the one to end."""
         while (order := await link.orders()) != "end":
             if order == "join":

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from raylaunch.cluster.agent import ray_process
-from raylaunch.cluster.agent.ray_process import RayNode, RayProcess
+from raylaunch.cluster.agent.ray_process import RayProcess, RayStart
 from raylaunch.errors import BringUpError
 from raylaunch.host import processes
 from raylaunch.host.ports import lease_ports
@@ -38,7 +38,7 @@ class RayKeeper:
         failures, has_run = 0, False
         is_head = head.node == self._agent.here.node
         while True:
-            node = RayNode(
+            node = RayStart(
                 self._agent.here.node, self._agent.address, self._agent.lease.ports, self._agent.resources, self._agent.temp.path,
                 self._agent.cluster.workers_per_node, None if is_head else head.gcs,
             )  # fmt: skip

@@ -41,7 +41,7 @@ _HEALTH = {
 
 
 @dataclass(frozen=True)
-class RayNode:
+class RayStart:
     """What Ray needs to know about this node. `head` is the GCS's address, None on the head itself."""
 
     node: str
@@ -147,7 +147,7 @@ class RayProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    async def begin(self, node: RayNode) -> None:
+    async def begin(self, node: RayStart) -> None:
         """Hand the arguments over."""
         assert self._process.stdin is not None
         with contextlib.suppress(ConnectionError):  # it has ended already: whoever waits for it finds out

@@ -7,6 +7,6 @@ node_duty         the node loop's turns
 allocation_policy what to do when an allocation ends (pure)      ending    does it
 """
 
-from raylaunch.cluster.head.head import HeadDuties
+from raylaunch.cluster.head.head import HeadController
 
-__all__ = ["HeadDuties"]
+__all__ = ["HeadController"]

@@ -41,7 +41,7 @@ class Event(Enum):
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """What Slurm says of the job. `taken`: why Slurm ends it for reasons of its own, "" where it is not known to."""
 
     state: str
@@ -53,7 +53,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Facts:
+class AllocationFacts:
     """What the head knows when it has to decide."""
 
     event: Event
@@ -63,7 +63,7 @@ class Facts:
     """The head's node belongs to the base job; else it came with a joiner."""
     others: bool = False
     """Nodes of other jobs than the head's are ready."""
-    job: Job | None = None
+    job: BatchJob | None = None
     """The job that the event is about; None when Slurm does not say."""
     cause: str = ""
     cancelled: bool = False
@@ -146,7 +146,7 @@ class End:
 Decision = Save | Leave | Drain | Resign | End
 
 
-def decide(facts: Facts) -> Decision:
+def decide(facts: AllocationFacts) -> Decision:
     """The one move that follows from what was heard."""
     if facts.fenced:
         return Resign("a newer incarnation has begun")
@@ -160,7 +160,7 @@ def decide(facts: Facts) -> Decision:
             return _terminated(facts)
 
 
-def _noticed(facts: Facts) -> Save:
+def _noticed(facts: AllocationFacts) -> Save:
     """Train on while there is time: twice the slowest save, and the ending. Of a preemption's grace, nobody knows."""
     job = facts.job
     left = job.seconds_left if job is not None and job.seconds_left is not None else facts.notice
@@ -170,7 +170,7 @@ def _noticed(facts: Facts) -> Save:
     return Save("walltime", _to_save(min(left, needed)), max(0.0, left - needed))
 
 
-def _terminated(facts: Facts) -> Decision:
+def _terminated(facts: AllocationFacts) -> Decision:
     if not facts.in_base and facts.others:  # the run leaves this node first, then another one leads
         return Leave(JOB_ENDS)
     if facts.job is not None and facts.job.state == "RUNNING":  # the grace before a preemption

@@ -16,7 +16,7 @@ from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, StateError
 from raylaunch.host.internal_errors import EXPECTED, InternalErrors
 from raylaunch.state import files, records, requests
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.published import Published
 from raylaunch.state.records import Cluster, Head
 
@@ -38,7 +38,7 @@ class Replaced(RaylaunchError):
         super().__init__("a newer incarnation has begun")
 
 
-class Context:
+class HeadContext:
     """One head. `stop` ends its node and with it the cluster, `resign` ends its node as head only."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Context:
         self.stop, self.resign = stop, resign
         self.notice = float(config.slurm.signal.partition("@")[2])
         """Seconds before the end of a job's time at which Slurm's notice comes."""
-        self.memory = Memory(cluster.canary)
+        self.memory = HeadState(cluster.canary)
         self.course = Course()
         self.exit_code = 0
         self.elected = False
@@ -133,7 +133,7 @@ class Context:
 
     def recall(self, nodes: int) -> None:
         """Take over what the head before this one left, and count the allocations. `nodes`: of the base job."""
-        memory = self.memory = Memory.read(self.directory, self.cluster)
+        memory = self.memory = HeadState.read(self.directory, self.cluster)
         memory.taken = requests.unfinished(self.directory, self.head.incarnation, memory.taken)
         memory.wanted = memory.wanted or nodes
         if memory.running:  # its driver died with its head

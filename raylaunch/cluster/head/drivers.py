@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from raylaunch.cluster.head.context import Context
+from raylaunch.cluster.head.context import HeadContext
 from raylaunch.config import loader
 from raylaunch.host import sidecar
 from raylaunch.state import records
@@ -24,7 +24,7 @@ NOT_STARTED = 127
 class Drivers:
     """One driver at a time. `env`: what it finds in its environment."""
 
-    def __init__(self, context: Context, env: Mapping[str, str]) -> None:
+    def __init__(self, context: HeadContext, env: Mapping[str, str]) -> None:
         self._context, self._env = context, env
         self._process: asyncio.subprocess.Process | None = None
 

@@ -16,13 +16,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raylaunch.cluster.head import allocation_policy
-from raylaunch.cluster.head.allocation_policy import Course, Drain, End, Event, Facts, Job, Leave, Resign, Save, Work
-from raylaunch.cluster.head.context import Context
+from raylaunch.cluster.head.allocation_policy import (
+    AllocationFacts,
+    BatchJob,
+    Course,
+    Drain,
+    End,
+    Event,
+    Leave,
+    Resign,
+    Save,
+    Work,
+)
+from raylaunch.cluster.head.context import HeadContext
 from raylaunch.cluster.head.drivers import Drivers
 from raylaunch.cluster.head.member_table import OVER, MemberTable
 from raylaunch.host.threads import within
 from raylaunch.scheduler.slurm import allocation
-from raylaunch.scheduler.slurm.allocation import Onward, Word
+from raylaunch.scheduler.slurm.allocation import Continuation, Word
 from raylaunch.state import files, records, runs
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
@@ -36,10 +47,10 @@ STALLED_LIMIT = 1.0
 """The same of one that has not answered before."""
 
 
-class Ending:
+class HeadEnding:
     """How it comes, and goes."""
 
-    def __init__(self, context: Context, table: MemberTable, drivers: Drivers) -> None:
+    def __init__(self, context: HeadContext, table: MemberTable, drivers: Drivers) -> None:
         self._context, self._table, self._drivers = context, table, drivers
         self._noticed = self._closing = False
         self._since, self._patience = time.time(), STORAGE_LIMIT
@@ -68,7 +79,7 @@ class Ending:
         """A joiner's job ends: its nodes are left. With that of the head's own, the last nodes may go."""
         own = job == self._table.own("job")
         others = bool(self._table.ready(beside=str(self._table.own("job"))))
-        facts = Facts(Event.JOINER_ENDS, own=own, others=others, why=why)
+        facts = AllocationFacts(Event.JOINER_ENDS, own=own, others=others, why=why)
         self._carry_out(allocation_policy.decide(facts), facts, job)
 
     def down(self, save_limit: float) -> None:
@@ -88,11 +99,11 @@ class Ending:
         if not self._context.course.ending or isinstance(decision, End | Resign):
             self._carry_out(decision, facts, job)
 
-    async def _facts(self, event: Event, job: str) -> Facts:
+    async def _facts(self, event: Event, job: str) -> AllocationFacts:
         """What is asked of Slurm costs time: only what the decision depends on."""
         context = self._context
         others = not context.course.ending and bool(self._table.ready(beside=str(self._table.own("job"))))
-        facts = Facts(
+        facts = AllocationFacts(
             event, await self._asked(False, context.is_fenced), in_base=job == context.head.job, others=others,
             notice=context.notice,
         )  # fmt: skip
@@ -103,12 +114,16 @@ class Ending:
             facts = await asyncio.to_thread(self._with_cause, facts, job)
         return facts
 
-    def _seen(self, job: str) -> Job | None:
+    def _seen(self, job: str) -> BatchJob | None:
         """What Slurm says of the job. Blocking."""
         look = allocation.look(job, self._context.head.restarts)
-        return Job(look.state, look.seconds_left, look.preempted, look.taken, look.again) if look is not None else None
+        return (
+            BatchJob(look.state, look.seconds_left, look.preempted, look.taken, look.again)
+            if look is not None
+            else None
+        )
 
-    def _with_cause(self, facts: Facts, job: str) -> Facts:
+    def _with_cause(self, facts: AllocationFacts, job: str) -> AllocationFacts:
         """Blocking, but not for longer than STORAGE_LIMIT."""
         word = within(STORAGE_LIMIT, Word(), allocation.why_ended, self._context.directory, job, self._since)
         return replace(facts, cause=word.cause, cancelled=word.cancelled)
@@ -135,7 +150,7 @@ class Ending:
 
     # -- what is decided -------------------------------------------------------------------------------
 
-    def _carry_out(self, decision: allocation_policy.Decision, facts: Facts, job: str) -> None:
+    def _carry_out(self, decision: allocation_policy.Decision, facts: AllocationFacts, job: str) -> None:
         match decision:
             case Save(why=why, limit=limit, after=after):
                 if facts.in_base and facts.event is not Event.JOINER_ENDS:
@@ -267,7 +282,7 @@ class Ending:
         if course.way != "requeue":
             return course
         job = self._context.head.job
-        facts = Facts(Event.SIGTERM, job=self._seen(job))
+        facts = AllocationFacts(Event.SIGTERM, job=self._seen(job))
         if facts.job is None or facts.job.state == "RUNNING":
             return course
         decision = allocation_policy.decide(self._with_cause(facts, job) if facts.wants_cause else facts)
@@ -277,7 +292,9 @@ class Ending:
         context = self._context
         # A full disk is no reason not to go on: the last commit is good.
         within(self._patience, None, context.tried, context.duties_file.write, asdict(context.memory))
-        for kind, fields in allocation.go_on(context.directory, context.head.job, course.goes_on, Onward(course.way)):
+        for kind, fields in allocation.go_on(
+            context.directory, context.head.job, course.goes_on, Continuation(course.way)
+        ):
             event = functools.partial(files.append_event, context.directory, kind, **fields)
             within(self._patience, None, context.tried, event)
 

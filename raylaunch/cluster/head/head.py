@@ -15,14 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from raylaunch.cluster.head import metrics_process
-from raylaunch.cluster.head.context import Context
+from raylaunch.cluster.head.context import HeadContext
 from raylaunch.cluster.head.drivers import Drivers
-from raylaunch.cluster.head.ending import Ending
+from raylaunch.cluster.head.ending import HeadEnding
 from raylaunch.cluster.head.member_table import MemberTable
 from raylaunch.cluster.head.node_duty import NodeDuty
 from raylaunch.cluster.head.request_loop import RequestLoop
 from raylaunch.cluster.head.run_queue import RunQueue
-from raylaunch.cluster.membership.control_channel import Members
+from raylaunch.cluster.membership.control_channel import ControlServer
 from raylaunch.cluster.telemetry.collect import Collector
 from raylaunch.config.schema import Config
 from raylaunch.host.ports import Ports
@@ -33,21 +33,21 @@ from raylaunch.state.records import Cluster, Head
 FENCE_EVERY = 0.5
 
 
-class HeadDuties:
+class HeadController:
     """What the head's agent does for the whole cluster. `stop` ends this node and with it the cluster,
     `resign` ends this node as head only. `nodes`: how many the base job got."""
 
     def __init__(
-        self, directory: Path, cluster: Cluster, config: Config, head: Head, members: Members,
+        self, directory: Path, cluster: Cluster, config: Config, head: Head, members: ControlServer,
         env: Mapping[str, str], stop: Callable[[str], None], resign: Callable[[str], None], nodes: int,
     ) -> None:  # fmt: skip
         self.head, self._members, self._env, self._nodes = head, members, env, nodes
-        self.context = context = Context(directory, cluster, config, head, stop, resign)
+        self.context = context = HeadContext(directory, cluster, config, head, stop, resign)
         self._file = Published(directory / records.HEAD_FILE)
         self.table = MemberTable(context, members)
         to_ray = {"RAY_ADDRESS": head.gcs, "RAYLAUNCH_INCARNATION": str(head.incarnation)}
         self.drivers = Drivers(context, {**env, **to_ray})
-        self.ending = Ending(context, self.table, self.drivers)
+        self.ending = HeadEnding(context, self.table, self.drivers)
         self.queue = RunQueue(context, self.table, self.drivers, self.ending)
         self.requests = RequestLoop(context, self.table, self.queue, self.ending)
         self.nodes = NodeDuty(context, self.table, self.ending)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from raylaunch.cluster.head.context import Context
-from raylaunch.cluster.membership.control_channel import Member, Members
+from raylaunch.cluster.head.context import HeadContext
+from raylaunch.cluster.membership.control_channel import ControlServer, Member
 from raylaunch.cluster.node_loop import policy
 from raylaunch.state import records
 from raylaunch.state.head_state import Draining
@@ -38,7 +38,7 @@ def most_were_lost(when: float, losses: Sequence[float], here: int) -> bool:
 class MemberTable:
     """The nodes that this head leads. `members` holds the connections, and calls `changed`."""
 
-    def __init__(self, context: Context, members: Members) -> None:
+    def __init__(self, context: HeadContext, members: ControlServer) -> None:
         self._context, self.members = context, members
         self._file = Published(context.directory / records.MEMBERS_FILE)
         self.ends: float | None = None

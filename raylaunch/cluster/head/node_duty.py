@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import time
 
-from raylaunch.cluster.head.context import Context
-from raylaunch.cluster.head.ending import Ending
+from raylaunch.cluster.head.context import HeadContext
+from raylaunch.cluster.head.ending import HeadEnding
 from raylaunch.cluster.head.member_table import MemberTable
 from raylaunch.cluster.node_loop import submitter
-from raylaunch.cluster.node_loop.node_loop import NodeLoop, Turn
+from raylaunch.cluster.node_loop.node_loop import LoopResult, NodeLoop
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Backend
 from raylaunch.scheduler.slurm.client import TIMEOUT
@@ -28,10 +28,10 @@ TURN_LIMIT = TIMEOUT + 2.0
 class NodeDuty:
     """Turns the loop in a thread, and does what it leaves to the head."""
 
-    def __init__(self, context: Context, table: MemberTable, ending: Ending) -> None:
+    def __init__(self, context: HeadContext, table: MemberTable, ending: HeadEnding) -> None:
         self._context, self._table, self._ending = context, table, ending
         self._loop: NodeLoop | None = None
-        self._turn: asyncio.Future[Turn] | None = None
+        self._turn: asyncio.Future[LoopResult] | None = None
         """The last turn, in its thread."""
 
     async def run(self) -> None:
@@ -71,7 +71,7 @@ class NodeDuty:
         for event in await context.off_loop(loop.cannot_submit, context.cluster, why) if why else ():
             context.event(**event)
 
-    async def _take_turn(self, loop: NodeLoop) -> Turn:
+    async def _take_turn(self, loop: NodeLoop) -> LoopResult:
         """In a thread, which goes on when the wait for it is cancelled: see `end`."""
         memory = self._context.memory
         self._turn = asyncio.get_running_loop().run_in_executor(
@@ -91,7 +91,7 @@ class NodeDuty:
         if self._turn is not None:
             await asyncio.wait({self._turn}, timeout=TURN_LIMIT)
 
-    def carry_out(self, turn: Turn) -> None:
+    def carry_out(self, turn: LoopResult) -> None:
         """What the node loop leaves to the head."""
         if self._context.course.ending:
             return
@@ -106,7 +106,7 @@ class NodeDuty:
             self._context.exit_code = 1
             self._ending.begin(turn.give_up)
 
-    def _look_at_the_time(self, turn: Turn) -> None:
+    def _look_at_the_time(self, turn: LoopResult) -> None:
         """Of each job. The batch script, whose notice it is, may be gone, or late."""
         base = self._context.head.job
         left = turn.time_left.get(base)

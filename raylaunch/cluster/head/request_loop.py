@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from raylaunch.cluster.head.allocation_policy import JOB_ENDS
-from raylaunch.cluster.head.context import Context
-from raylaunch.cluster.head.ending import Ending
+from raylaunch.cluster.head.context import HeadContext
+from raylaunch.cluster.head.ending import HeadEnding
 from raylaunch.cluster.head.member_table import MemberTable
 from raylaunch.cluster.head.run_queue import RunQueue
 from raylaunch.state import requests
@@ -24,14 +24,14 @@ LARGEST = 1e9
 """Beyond it, as 1e999 and NaN are, a number is no number of nodes or seconds."""
 
 
-class Refused(ValueError):
+class RequestRefused(ValueError):
     """The request says nothing that can be done."""
 
 
 class RequestLoop:
     """What is asked of this head."""
 
-    def __init__(self, context: Context, table: MemberTable, queue: RunQueue, ending: Ending) -> None:
+    def __init__(self, context: HeadContext, table: MemberTable, queue: RunQueue, ending: HeadEnding) -> None:
         self._context, self._table, self._queue, self._ending = context, table, queue, ending
         self._taken: dict[str, Request] = {}
         """Those that lie there yet, by name."""
@@ -64,7 +64,7 @@ class RequestLoop:
         try:
             if self.do(request.kind, request.values):
                 taken.remove(request.name)
-        except Refused as error:
+        except RequestRefused as error:
             taken.remove(request.name)
             del self._taken[request.name]
             self._context.event("request_refused", request=request.name, error=str(error))
@@ -112,7 +112,7 @@ class RequestLoop:
             case "drained":
                 self._table.drained(_text(wanted, "node"))
             case _:
-                raise Refused(f"there is no request {kind}")
+                raise RequestRefused(f"there is no request {kind}")
         return False
 
     def _scale(self, nodes: int) -> None:
@@ -125,12 +125,12 @@ class RequestLoop:
 
 def _text(wanted: Mapping[str, Any], key: str) -> str:
     if key not in wanted:
-        raise Refused(f"{key} is missing")
+        raise RequestRefused(f"{key} is missing")
     return str(wanted[key])
 
 
 def _number(wanted: Mapping[str, Any], key: str, default: float | None = None) -> float:
     value = wanted.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-        raise Refused(f"{key} is no number: {value!r}")
+        raise RequestRefused(f"{key} is no number: {value!r}")
     return value

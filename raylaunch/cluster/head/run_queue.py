@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from raylaunch.cluster.head.context import Context, Replaced
+from raylaunch.cluster.head.context import HeadContext, Replaced
 from raylaunch.cluster.head.drivers import Drivers
-from raylaunch.cluster.head.ending import Ending
+from raylaunch.cluster.head.ending import HeadEnding
 from raylaunch.cluster.head.member_table import MemberTable
 from raylaunch.host.internal_errors import EXPECTED
 from raylaunch.state import export_files, runs
@@ -54,7 +54,7 @@ class Losses:
 class RunQueue:
     """What is to be trained."""
 
-    def __init__(self, context: Context, table: MemberTable, drivers: Drivers, ending: Ending) -> None:
+    def __init__(self, context: HeadContext, table: MemberTable, drivers: Drivers, ending: HeadEnding) -> None:
         self._context, self._table, self._drivers, self._ending = context, table, drivers, ending
         self._queued = asyncio.Event()
 

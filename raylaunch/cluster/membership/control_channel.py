@@ -77,7 +77,7 @@ class Member:
     writer: asyncio.StreamWriter | None = None
 
 
-class Members:
+class ControlServer:
     """An agent's listening side. Until `lead` it is a witness only; then it is the head's: it accepts
     agents, keeps the table of members, sends them orders."""
 
@@ -211,7 +211,7 @@ async def ask(address: str, port: int, token: str, node: str) -> str:
     return str(answer.get("answer"))
 
 
-class Link:
+class ControlClient:
     """An agent's side: one connection to the head. Pings are answered until `close`, whatever else the agent does."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ahead: float | None = None) -> None:
@@ -232,7 +232,7 @@ class Link:
         node: str,
         info: dict[str, Any],
         limit: float = HANDSHAKE_LIMIT,
-    ) -> Link:
+    ) -> ControlClient:
         """Connect and prove each other; Refused for a wrong token, NotHead for an agent that is not the head of
         this incarnation, OSError when nobody answers."""
         began = time.time()

@@ -20,7 +20,7 @@ Answer = Literal["sees", "lost"]
 
 
 @dataclass(frozen=True)
-class Facts:
+class ElectionFacts:
     """What an agent without a head knows."""
 
     me: str
@@ -82,7 +82,7 @@ def candidates(rows: Sequence[Mapping[str, Any]], me: str, head: str) -> tuple[s
     return tuple(str(row["name"]) for row in chosen)
 
 
-def decide(facts: Facts) -> Wait | Claim | Leave:
+def decide(facts: ElectionFacts) -> Wait | Claim | Leave:
     """What an agent without a head does next."""
     seen_by = sorted(node for node, answer in facts.answers.items() if answer == "sees")
     head_is_down = facts.head in facts.down

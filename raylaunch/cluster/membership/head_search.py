@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.cluster.membership import control_channel, election
-from raylaunch.cluster.membership.control_channel import AlreadyHere, Link, Refused
+from raylaunch.cluster.membership.control_channel import AlreadyHere, ControlClient, Refused
 from raylaunch.cluster.membership.election import Claim, Leave
 from raylaunch.errors import BringUpError, RaylaunchError
 from raylaunch.state import files, records
@@ -36,7 +36,7 @@ EAGER = 5
 
 
 @dataclass
-class Seeker:
+class HeadSearch:
     """One search for the head after `lost`; `gone`: its process has ended for sure. `lead` is called with the incarnation
     and the voters of a won claim; `missing` asks Slurm which nodes are gone."""
 
@@ -56,12 +56,12 @@ class Seeker:
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _disowned: bool = False
     _newer: Head | None = None
-    _found: tuple[Link, Head] | None = None
+    _found: tuple[ControlClient, Head] | None = None
     _reason: str = ""
     _claimed: tuple[int, float] = (0, 0.0)
     """The newest claim that was seen, and since when."""
 
-    async def seek(self) -> tuple[Link, Head]:
+    async def seek(self) -> tuple[ControlClient, Head]:
         """The connection to the head that is, old or new; BringUpError when there will be none, AlreadyHere
         when it has this node by another job's agent."""
         self._began = time.monotonic()
@@ -86,7 +86,7 @@ class Seeker:
         return election.candidates(self._rows, self.node, self.lost.node)
 
     async def _judge(self) -> None:
-        facts = election.Facts(
+        facts = election.ElectionFacts(
             me=self.node, candidates=self._candidates(), answers=self._answers,
             silent=time.monotonic() - self._began, gone=self.gone, disowned=self._disowned,
             down=self._down | frozenset(self._refusing), head=self.lost.node,
@@ -106,7 +106,7 @@ class Seeker:
                 log.error("this node cannot lead error=%r", str(error))
                 await asyncio.sleep(STORAGE_PAUSE)
 
-    def _take(self, link_: Link, head: Head) -> None:
+    def _take(self, link_: ControlClient, head: Head) -> None:
         """Follow this one; a connection that was found meanwhile would keep an old head's table wrong."""
         if self._found is not None:
             self._found[0].close()
@@ -126,8 +126,8 @@ class Seeker:
             return 0
         return newest + 1 if await asyncio.to_thread(records.claim, self.directory, newest + 1, self.node) else 0
 
-    async def _connected(self, head: Head, limit: float = CONNECT_LIMIT) -> Link:
-        return await Link.connect(
+    async def _connected(self, head: Head, limit: float = CONNECT_LIMIT) -> ControlClient:
+        return await ControlClient.connect(
             head.address, head.control_port, self.token, head.incarnation, self.node, self.info(), limit
         )
 

@@ -52,7 +52,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Facts:
+class NodeLoopFacts:
     """What the node loop knows when it has to decide."""
 
     wanted: int
@@ -93,14 +93,14 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Past:
+class JoinerRecord:
     """What is remembered of a joiner. `ready`: when a node of it was there first; `wanted`: nobody let it go."""
 
     nodes: tuple[str, ...] = ()
     ready: float | None = None
     wanted: bool = True
 
-    def seen(self, joiner: Joiner, ready: Set[tuple[str, str]], now: float) -> Past:
+    def seen(self, joiner: Joiner, ready: Set[tuple[str, str]], now: float) -> JoinerRecord:
         """It lives. `ready`: (node, job) of those that are; of an agent whose job is not known, any."""
         came = any({(node, joiner.job), (node, "")} & ready for node in joiner.nodes)
         return replace(self, nodes=joiner.nodes or self.nodes, ready=now if self.ready is None and came else self.ready)
@@ -111,16 +111,16 @@ class Joiners:
     """The joiners that are remembered, and how many in a row brought nothing: each that ends without a node that was
     ready. One that ended within SHORT_LIFE of it is not followed by another at once either."""
 
-    jobs: Mapping[str, Past] = field(default_factory=dict)
+    jobs: Mapping[str, JoinerRecord] = field(default_factory=dict)
     failed: int = 0
 
     def with_one(self, job: str) -> Joiners:
         """It was submitted, or found."""
-        return replace(self, jobs={job: Past()} | dict(self.jobs))
+        return replace(self, jobs={job: JoinerRecord()} | dict(self.jobs))
 
     def let_go(self, jobs: Collection[str] = (), nodes: Collection[str] = ()) -> Joiners:
         """These end because we want them to: no failures."""
-        known = {job: Past() for job in jobs} | dict(self.jobs)
+        known = {job: JoinerRecord() for job in jobs} | dict(self.jobs)
 
         def goes(job: str) -> bool:
             return job in jobs or not set(known[job].nodes).isdisjoint(nodes)
@@ -132,7 +132,7 @@ class Joiners:
     def after(self, living: Sequence[Joiner], members: Sequence[Node], now: float) -> Joiners:
         """One look at the jobs later."""
         ready = {(m.name, m.job) for m in members if m.state == "ready"}
-        jobs = {j.job: self.jobs.get(j.job, Past()).seen(j, ready, now) for j in living}
+        jobs = {j.job: self.jobs.get(j.job, JoinerRecord()).seen(j, ready, now) for j in living}
         came = any(past.ready == now for past in jobs.values())
         ended = [past for job, past in self.jobs.items() if job not in jobs and past.wanted]
         failed = (0 if came else self.failed) + sum(past.ready is None for past in ended)

@@ -11,7 +11,7 @@ from raylaunch.cluster.node_loop.node_loop import NodeLoop
 from raylaunch.config.schema import Config
 from raylaunch.scheduler.backends import Backend
 from raylaunch.state import files, records
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 
 ASK_AGAIN = 30.0
@@ -49,7 +49,7 @@ class LoginLoop:
             return "it was brought up anew"
         if (ended := files.read_json(self._directory / records.ENDED_FILE)) is not None:
             return str(ended.get("reason"))
-        memory, table = Memory.read(self._directory, cluster), self._table(cluster)
+        memory, table = HeadState.read(self._directory, cluster), self._table(cluster)
         self._asked = still_asked(self._asked, table, self._clock())
         turn = self._nodes.turn(table, memory.wanted, memory.strikes, set(self._asked), memory.scaled, memory.continued)
         for event in turn.events:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.cluster.node_loop import policy, scheduler_view, submitter
-from raylaunch.cluster.node_loop.facts import ALIVE, Facts, Joiners, Node
+from raylaunch.cluster.node_loop.facts import ALIVE, Joiners, Node, NodeLoopFacts
 from raylaunch.cluster.node_loop.policy import Decision
-from raylaunch.cluster.node_loop.scheduler_view import View
+from raylaunch.cluster.node_loop.scheduler_view import SchedulerView
 from raylaunch.config.schema import Config
 from raylaunch.errors import SlurmError, SlurmUnavailable, StateError
 from raylaunch.scheduler.backends import Backend, LocalBackend, SlurmBackend
@@ -41,7 +41,7 @@ NO_NODE = "node configuration is not available"
 
 
 @dataclass
-class Turn:
+class LoopResult:
     """What came of one turn, for the caller to write down and to execute."""
 
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -101,10 +101,10 @@ class NodeLoop:
         draining: set[str] | None = None,
         scaled: bool = False,
         resumes: int = 0,
-    ) -> Turn:
+    ) -> LoopResult:
         """One turn. `table`: the rows of members.json; `wanted`: 0 for as many as the base job got;
         `scaled`: a person chose `wanted`, so that idle nodes are not taken beyond it."""
-        turn = Turn()
+        turn = LoopResult()
         cluster = Cluster.read(self._directory)
         if cluster is None:
             raise StateError(f"{self._directory / records.CLUSTER_FILE} is gone", "End the cluster's jobs by hand.")
@@ -141,7 +141,7 @@ class NodeLoop:
 
     # -- facts -------------------------------------------------------------------------------------
 
-    def _members(self, table: Sequence[Mapping[str, Any]], view: View, draining: set[str]) -> tuple[Node, ...]:
+    def _members(self, table: Sequence[Mapping[str, Any]], view: SchedulerView, draining: set[str]) -> tuple[Node, ...]:
         now = self._clock()
         held = {(view.base.job, node) for node in view.base.nodes} | {(j.job, n) for j in view.joiners for n in j.nodes}
         found = []
@@ -164,9 +164,9 @@ class NodeLoop:
         return sum(m.state in ALIVE for m in members)
 
     def _facts(
-        self, cluster: Cluster, view: View, members: tuple[Node, ...], wanted: int, strikes: Mapping[str, int],
+        self, cluster: Cluster, view: SchedulerView, members: tuple[Node, ...], wanted: int, strikes: Mapping[str, int],
         scaled: bool, resumes: int,
-    ) -> Facts:  # fmt: skip
+    ) -> NodeLoopFacts:  # fmt: skip
         now = self._clock()
         elastic = self._config.elastic
         if self._alive(members) >= (elastic.min_nodes or 1):
@@ -180,7 +180,7 @@ class NodeLoop:
             for row in view.nodes.values()
         )
         into = elastic.join.partition is not None and not scaled
-        return Facts(
+        return NodeLoopFacts(
             wanted=wanted or len(view.base.nodes) or cluster.min_nodes,
             max_nodes=self._config.max_nodes,
             ceiling=self._config.max_nodes if into else 0,
@@ -203,7 +203,7 @@ class NodeLoop:
             resumes=resumes,
         )
 
-    def _who_submits(self, cluster: Cluster, view: View) -> str:
+    def _who_submits(self, cluster: Cluster, view: SchedulerView) -> str:
         """Why not this loop; "" when it does."""
         why, until = self._refused
         if why and self._clock() < until:
@@ -215,7 +215,7 @@ class NodeLoop:
         lives = head is not None and head.canary == cluster.canary and head.node in held
         return "the head submits itself" if lives and not submitter.head_refusal(self._directory, cluster) else ""
 
-    def _strike_failures(self, turn: Turn) -> None:
+    def _strike_failures(self, turn: LoopResult) -> None:
         """Agents that could not start say so in nodes/NAME.json; each time is a strike."""
         for node, when in self._failures():
             if self._struck.get(node) != when:
@@ -232,7 +232,7 @@ class NodeLoop:
 
     # -- deeds ---------------------------------------------------------------------------------------
 
-    def _decided(self, turn: Turn, decision: Decision) -> None:
+    def _decided(self, turn: LoopResult, decision: Decision) -> None:
         """One event a decision. To hold for the same reason is said once, and to want the same joiner that
         cannot be had, too."""
         name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(decision).__name__).lower()
@@ -244,7 +244,7 @@ class NodeLoop:
         self._said[name] = key
         turn.events.append({"kind": "node_decision", "decision": name, **asdict(decision)})
 
-    def _do(self, decision: Decision, cluster: Cluster, turn: Turn) -> None:
+    def _do(self, decision: Decision, cluster: Cluster, turn: LoopResult) -> None:
         self._decided(turn, decision)
         try:
             match decision:
@@ -274,7 +274,7 @@ class NodeLoop:
         except SlurmError as error:
             self._refuse(cluster, turn, error)
 
-    def _submit(self, cluster: Cluster, turn: Turn, nodes: int, exclude: Sequence[str]) -> None:
+    def _submit(self, cluster: Cluster, turn: LoopResult, nodes: int, exclude: Sequence[str]) -> None:
         with self._appending(cluster, turn) as append:
             if append is None:
                 return
@@ -291,7 +291,7 @@ class NodeLoop:
         turn.events.append({"kind": "joiner_submitted", "job": job, "nodes": nodes, "exclude": list(exclude)})
         self._tell_refusal(cluster, "")
 
-    def _resume(self, cluster: Cluster, turn: Turn) -> None:
+    def _resume(self, cluster: Cluster, turn: LoopResult) -> None:
         with self._appending(cluster, turn) as append:
             if append is None:
                 return
@@ -303,7 +303,7 @@ class NodeLoop:
         turn.events.append({"kind": "successor", "job": job})
 
     @contextlib.contextmanager
-    def _appending(self, cluster: Cluster, turn: Turn) -> Iterator[Callable[[str], None] | None]:
+    def _appending(self, cluster: Cluster, turn: LoopResult) -> Iterator[Callable[[str], None] | None]:
         """Record the job that is submitted under this; None when somebody else has submitted since the
         facts were gathered, so that no hole is filled twice. (Successive joins of one turn are our own.)"""
         with self._locked(turn):
@@ -320,7 +320,7 @@ class NodeLoop:
             yield append
 
     @contextlib.contextmanager
-    def _locked(self, turn: Turn) -> Iterator[None]:
+    def _locked(self, turn: LoopResult) -> Iterator[None]:
         with allocation.locked(self._directory) as is_ours:
             if is_ours:
                 self._said.pop("lock_held", None)
@@ -329,7 +329,7 @@ class NodeLoop:
                 turn.events.append({"kind": "lock_held", **allocation.lock_was_held(self._directory)})
             yield
 
-    def _adopt(self, view: View, cluster: Cluster, turn: Turn) -> None:
+    def _adopt(self, view: SchedulerView, cluster: Cluster, turn: LoopResult) -> None:
         """Record jobs whose submitter was killed before it could."""
         for job in view.unrecorded:
             with self._locked(turn):
@@ -339,7 +339,7 @@ class NodeLoop:
             self._joiners = self._joiners.with_one(job)
             turn.events.append({"kind": "joiner_found", "job": job})
 
-    def _refuse(self, cluster: Cluster, turn: Turn, error: SlurmError) -> None:
+    def _refuse(self, cluster: Cluster, turn: LoopResult, error: SlurmError) -> None:
         """Say once that this place cannot submit; it is tried again, seldom."""
         text = " ".join(error.message.split())
         if NO_NODE in text:  # all that there are, are ours, excluded or dead: no matter of who submits
@@ -359,6 +359,6 @@ class NodeLoop:
 
     def cannot_submit(self, cluster: Cluster, why: str) -> list[dict[str, Any]]:
         """Found out before the first joiner is needed (`submitter.may_submit`): the events to write."""
-        turn = Turn()
+        turn = LoopResult()
         self._refuse(cluster, turn, SlurmError(why))
         return turn.events

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from raylaunch.cluster.node_loop.facts import ALIVE, Facts
+from raylaunch.cluster.node_loop.facts import ALIVE, NodeLoopFacts
 from raylaunch.config.schema import ElasticConfig
 from raylaunch.timing import BOOT_LIMIT, REJOIN_GRACE
 
@@ -92,12 +92,12 @@ class GiveUp:
 Decision = Hold | Join | Amend | Release | Drain | Resume | GiveUp
 
 
-def decide(facts: Facts, elastic: ElasticConfig) -> list[Decision]:
+def decide(facts: NodeLoopFacts, elastic: ElasticConfig) -> list[Decision]:
     """The node loop's next moves, at least one; [Hold] when there is nothing to do."""
     if not facts.slurm_answers:
         return [Hold("Slurm does not answer")]
     minimum = elastic.min_nodes or 1
-    count = _Count(facts, excluded(facts.strikes, elastic))
+    count = NodeCounts(facts, excluded(facts.strikes, elastic))
     leaving = _leaving(facts, count, minimum, elastic)
     out: list[Decision] = [*leaving]
     surplus = count.staying + count.booting + count.waiting - max(count.wanted, min(facts.ceiling, facts.max_nodes))
@@ -121,10 +121,10 @@ def excluded(strikes: Mapping[str, int], elastic: ElasticConfig) -> frozenset[st
     return frozenset(node for node, count in strikes.items() if count >= elastic.max_strikes)
 
 
-class _Count:
+class NodeCounts:
     """The nodes of the facts by what can be expected of them."""
 
-    def __init__(self, facts: Facts, struck_out: frozenset[str]) -> None:
+    def __init__(self, facts: NodeLoopFacts, struck_out: frozenset[str]) -> None:
         self.struck_out = struck_out
         self.wanted = min(facts.wanted, facts.max_nodes)
         alive = [m for m in facts.members if m.state in ALIVE]
@@ -160,7 +160,7 @@ class _Count:
         return self.booting + self.waiting + self.base_waits + self.returning
 
 
-def _leaving(facts: Facts, count: _Count, minimum: int, elastic: ElasticConfig) -> list[Decision]:
+def _leaving(facts: NodeLoopFacts, count: NodeCounts, minimum: int, elastic: ElasticConfig) -> list[Decision]:
     """Drain what must go, as long as the minimum stands; the head last, since that costs an election."""
     found: list[Decision] = []
     remaining = count.alive
@@ -176,7 +176,7 @@ def _leaving(facts: Facts, count: _Count, minimum: int, elastic: ElasticConfig) 
     return found
 
 
-def _release(facts: Facts, count: _Count, surplus: int, minimum: int) -> Release | None:
+def _release(facts: NodeLoopFacts, count: NodeCounts, surplus: int, minimum: int) -> Release | None:
     """What is too much: joiners that wait, then members of joiners, then of the base; the newest first."""
     jobs: list[str] = []
     rest = surplus
@@ -197,11 +197,11 @@ def _release(facts: Facts, count: _Count, surplus: int, minimum: int) -> Release
     return Release(tuple(jobs), tuple(nodes), f"{have} nodes are there or asked for", f"wanted={count.wanted}")
 
 
-def _is_over(facts: Facts, count: _Count) -> bool:
+def _is_over(facts: NodeLoopFacts, count: NodeCounts) -> bool:
     return facts.base.state == "gone" and not facts.joiners and count.alive == 0
 
 
-def _resume(facts: Facts, elastic: ElasticConfig) -> Decision:
+def _resume(facts: NodeLoopFacts, elastic: ElasticConfig) -> Decision:
     """The whole allocation is gone: go on in a new one, unless a person ended it."""
     how = facts.base.ended or "gone: Slurm has forgotten how"
     setting = f"elastic.max_requeues={elastic.max_requeues}"
@@ -221,7 +221,7 @@ def _retry(failed: int) -> float:
     return min(RETRY[1], RETRY[0] * 2.0 ** (min(failed, 20) - 1)) if failed else 0.0
 
 
-def _fill(facts: Facts, count: _Count, elastic: ElasticConfig) -> list[Decision]:
+def _fill(facts: NodeLoopFacts, count: NodeCounts, elastic: ElasticConfig) -> list[Decision]:
     """A joiner for what is missing, or for what is idle where idle nodes are to be taken."""
     missing = count.wanted - count.staying - count.coming
     setting = f"elastic.replace={str(elastic.replace).lower()}"
@@ -248,7 +248,7 @@ def _fill(facts: Facts, count: _Count, elastic: ElasticConfig) -> list[Decision]
     return [Join(1, count.exclude, reason, setting)] * min(n, room)
 
 
-def _stand(facts: Facts, count: _Count, minimum: int, elastic: ElasticConfig) -> Decision:
+def _stand(facts: NodeLoopFacts, count: NodeCounts, minimum: int, elastic: ElasticConfig) -> Decision:
     """Nothing to do: why."""
     if count.alive >= minimum:
         if count.wanted <= count.staying:

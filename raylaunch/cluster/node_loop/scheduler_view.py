@@ -21,7 +21,7 @@ _TAKEN = {JobState.PREEMPTED: "preempted", JobState.TIMEOUT: "timeout", JobState
 
 
 @dataclass(frozen=True)
-class View:
+class SchedulerView:
     """What the scheduler says: this life's jobs, oldest first, and all nodes."""
 
     base: Base
@@ -34,7 +34,7 @@ class View:
     """Jobs that are this life's by their comment, but not in cluster.json: their submission was cut off."""
 
 
-def look(backend: Backend, directory: Path, cluster: Cluster, config: Config) -> View:
+def look(backend: Backend, directory: Path, cluster: Cluster, config: Config) -> SchedulerView:
     """The jobs of this life of the cluster and all nodes, in two questions. Raises SlurmUnavailable."""
     if isinstance(backend, SlurmBackend):
         return view_of(backend.slurm.named(_names(config, cluster)), backend.slurm.nodes(), cluster)
@@ -43,7 +43,7 @@ def look(backend: Backend, directory: Path, cluster: Cluster, config: Config) ->
     base = jobs.get(first)
     state_, nodes = ("running", base.nodes) if base is not None and base.alive else ("gone", ())
     joiners = tuple(Joiner(j, False, len(jobs[j].nodes), jobs[j].nodes) for j in others if j in jobs and jobs[j].alive)
-    return View(Base(first, state_, 0, nodes, BOOT_LIMIT, "cancelled"), joiners, {})
+    return SchedulerView(Base(first, state_, 0, nodes, BOOT_LIMIT, "cancelled"), joiners, {})
 
 
 def _names(config: Config, cluster: Cluster) -> list[str]:
@@ -57,7 +57,7 @@ def unrecorded(backend: Backend, cluster: Cluster, config: Config) -> tuple[str,
     return view_of(backend.slurm.named(_names(config, cluster)), {}, cluster).unrecorded
 
 
-def view_of(rows: Mapping[str, JobRow], nodes: Mapping[str, NodeRow], cluster: Cluster) -> View:
+def view_of(rows: Mapping[str, JobRow], nodes: Mapping[str, NodeRow], cluster: Cluster) -> SchedulerView:
     """Slurm's rows → what the node loop needs of them."""
     mark = f"raylaunch cluster={cluster.name} life={cluster.canary}"
     ours = [r for r in rows.values() if r.id in cluster.jobs or r.comment.startswith(mark)]
@@ -70,7 +70,7 @@ def view_of(rows: Mapping[str, JobRow], nodes: Mapping[str, NodeRow], cluster: C
         for r in ours
         if is_joiner[r.id] and not r.terminal and r.state not in ENDING
     )
-    return View(
+    return SchedulerView(
         base=_base(row, cluster.max_nodes),
         joiners=joiners,
         nodes=nodes,

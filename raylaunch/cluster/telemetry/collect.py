@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raylaunch.cluster.telemetry.load_table import Table
+from raylaunch.cluster.telemetry.load_table import LoadTable
 from raylaunch.errors import StateError
 from raylaunch.state import files
 from raylaunch.timing import LOAD_EVERY as LATEST_EVERY
@@ -41,7 +41,7 @@ class Collector:
         nodes: Callable[[], list[str]],
     ) -> None:  # fmt: skip
         self._directory, self._canary, self._off_loop, self._event = directory, canary, off_loop, event
-        self._nodes, self._table = nodes, Table()
+        self._nodes, self._table = nodes, LoadTable()
 
     def take(self, node: str, load: dict[str, Any]) -> None:
         """What an agent has measured."""

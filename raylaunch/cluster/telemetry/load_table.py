@@ -19,7 +19,7 @@ MEASURES = ("cpu", "memory", "gpu", "gpu_memory")
 
 
 @dataclass
-class Series:
+class LoadSeries:
     """Means over equal periods, the first of which begins at `start`. A point: MEASURES, None where unknown."""
 
     start: float
@@ -41,19 +41,19 @@ class Series:
         return {"start": round(self.start, 1), "period": self.period, "points": self.points}
 
 
-class Table:
+class LoadTable:
     """What the head knows of its nodes' load."""
 
     def __init__(self) -> None:
         self.latest: dict[str, dict[str, Any]] = {}
         """Node → its figures, flat, with "time"."""
-        self._series: dict[str, Series] = {}
+        self._series: dict[str, LoadSeries] = {}
 
     def take(self, node: str, load: dict[str, Any], now: float) -> list[dict[str, Any]]:
         """A node's new load; what of it is news, as events: by the kernel's word where there is one, else by counts."""
         before, figures = self.latest.get(node), flat(load)
         self.latest[node] = {"time": round(now, 1), **figures}
-        self._series.setdefault(node, Series(now)).add(now, [figures.get(name) for name in MEASURES])
+        self._series.setdefault(node, LoadSeries(now)).add(now, [figures.get(name) for name in MEASURES])
         kernel = [{**row, "node": node} for row in load.get("kernel", ())]
         return kernel + [
             e for e in _news(node, before or {}, figures) if e["kind"] not in {row["kind"] for row in kernel}
@@ -85,7 +85,7 @@ class Table:
     def inherit(self, histories: dict[str, Any]) -> None:
         """What the head before this one wrote of `histories`."""
         for node, value in histories.items():
-            self._series[node] = Series(value["start"], value["period"], list(value["points"]))
+            self._series[node] = LoadSeries(value["start"], value["period"], list(value["points"]))
 
     def histories(self) -> dict[str, Any]:
         """Node → its series."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from raylaunch.config.yaml_items import Item
+from raylaunch.config.yaml_items import LocatedValue
 
 TARGET = "_target_"
 _THEIRS = (
@@ -76,7 +76,7 @@ _SECRETS = {"slurm.hf_token", "slurm.wandb_key"}
 Tell = Callable[[str], None]
 
 
-def is_theirs(item: Item) -> bool:
+def is_theirs(item: LocatedValue) -> bool:
     """A file in NeMo's manner."""
     if not isinstance(item.value, dict):
         return False
@@ -84,9 +84,9 @@ def is_theirs(item: Item) -> bool:
     return any(key in item.value for key in _THEIRS) or any(TARGET in section.value for section in sections)
 
 
-def translate(item: Item, tell: Tell) -> Item:
+def translate(item: LocatedValue, tell: Tell) -> LocatedValue:
     """The same with our keys, as far as it goes; `tell` gets a line for each key that is left out."""
-    out = Item(item.place, {})
+    out = LocatedValue(item.place, {})
     for key, child in item.value.items():
         if isinstance(child.value, dict) and child.value:
             for name, value in child.value.items():
@@ -96,7 +96,7 @@ def translate(item: Item, tell: Tell) -> Item:
     return out
 
 
-def _one(out: Item, key: str, item: Item, tell: Tell) -> None:
+def _one(out: LocatedValue, key: str, item: LocatedValue, tell: Tell) -> None:
     section, _, name = key.partition(".")
     if name == TARGET:
         return _target(out, section, item, tell)
@@ -117,7 +117,7 @@ def _one(out: Item, key: str, item: Item, tell: Tell) -> None:
     return None
 
 
-def _target(out: Item, section: str, item: Item, tell: Tell) -> None:
+def _target(out: LocatedValue, section: str, item: LocatedValue, tell: Tell) -> None:
     """`_target_` names a class or function: what that says in our words."""
     name = str(item.value).rpartition(".")[2]
     plain = name.lower().removesuffix("manager")
@@ -134,9 +134,9 @@ def _target(out: Item, section: str, item: Item, tell: Tell) -> None:
         tell(f"{item.place.label}: {section}.{TARGET} is left out: {_LEFT_OUT[section]}")
 
 
-def _put(out: Item, key: str, item: Item) -> None:
+def _put(out: LocatedValue, key: str, item: LocatedValue) -> None:
     *path, last = key.split(".")
     here = out.value
     for part in path:
-        here = here.setdefault(part, Item(item.place, {})).value
+        here = here.setdefault(part, LocatedValue(item.place, {})).value
     here[last] = item

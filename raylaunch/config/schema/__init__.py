@@ -28,7 +28,7 @@ from raylaunch.config.schema.base import (
 )
 from raylaunch.config.schema.cluster import ClusterConfig, ElasticConfig, JoinConfig, SlurmConfig
 from raylaunch.config.schema.data import LEAST_SHARE, STDLIB, DataConfig
-from raylaunch.config.schema.kinds import Kind, section_type
+from raylaunch.config.schema.kinds import FieldType, section_type
 from raylaunch.config.schema.model import SIZES, LoraConfig, ModelConfig
 from raylaunch.config.schema.outputs import (
     AlertKind,
@@ -61,8 +61,8 @@ __all__ = [
     "DistributedConfig",
     "ElasticConfig",
     "Environment",
+    "FieldType",
     "JoinConfig",
-    "Kind",
     "Line",
     "LoggingConfig",
     "LoraConfig",

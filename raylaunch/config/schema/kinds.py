@@ -18,7 +18,7 @@ def section_type(model: type[Section], name: str) -> type[Section] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
 
-class Kind:
+class FieldType:
     """A field's type taken apart, for reading and for messages; `str()` says what it allows."""
 
     def __init__(self, annotation: Any, metadata: Sequence[Any] = ()) -> None:
@@ -31,7 +31,7 @@ class Kind:
         self._metadata = [m for f in found for m in ([f, *f.metadata] if isinstance(f, FieldInfo) else [f])]
         self._base: Any = str if origin is Literal or annotation is SecretStr else origin or annotation
         self._arguments = arguments
-        self._options = [Kind(a, found) for a in arguments] if union else [self]
+        self._options = [FieldType(a, found) for a in arguments] if union else [self]
         self.choices = [str(a) for a in arguments] if origin is Literal else []
         """The words of a Literal."""
 
@@ -45,9 +45,9 @@ class Kind:
         """Whether values of exactly this Python type are among those allowed."""
         return any(option._base is base for option in self._options)
 
-    def element(self, base: type) -> Kind:
+    def element(self, base: type) -> FieldType:
         """The kind of a list's items or a mapping's values; itself, where it is neither."""
-        return next((Kind(o._arguments[-1]) for o in self._options if o._base is base), self)
+        return next((FieldType(o._arguments[-1]) for o in self._options if o._base is base), self)
 
     def _limit(self, name: str) -> Any:
         return next((getattr(m, name) for m in self._metadata if getattr(m, name, None) is not None), None)

@@ -4,7 +4,7 @@
     tick                            what they do not: no step for long, no nodes for long, the end of the time
     close                           its cluster has ended, and the run's driver has had no last word
 
-`Memory` is all that is remembered between two calls, and JSON: the next process goes on with it. Rows are somebody
+`RuleState` is all that is remembered between two calls, and JSON: the next process goes on with it. Rows are somebody
 else's: a field that is missing or of another type makes a poorer text, not an error.
 """
 
@@ -31,7 +31,7 @@ SAME_END = 600.0
 
 
 @dataclass
-class Memory(Record):
+class RuleState(Record):
     """What the rules know of a run. Times are Unix and the writers' own."""
 
     count: int = 0
@@ -71,7 +71,7 @@ class Memory(Record):
 class Rules:
     """One run's. `quiet` and `held_since` are by the caller's own clock (`now`), so no other clock makes an alarm."""
 
-    def __init__(self, config: Config, memory: Memory, now: float) -> None:
+    def __init__(self, config: Config, memory: RuleState, now: float) -> None:
         self._config, self._alerts, self.memory = config, config.alerts, memory
         self._quiet = self._held_since = now
         self._found: list[Alert] = []

@@ -28,7 +28,7 @@ class Due:
 
 
 @dataclass
-class Parcel:
+class PendingAlert:
     """One alert (a `message`), the sinks that have not got it yet, and what became of it at the others."""
 
     message: dict[str, Any]
@@ -47,14 +47,14 @@ class Outbox:
 
     def __init__(self, memory: Iterable[dict[str, Any]] = ()) -> None:
         self.parcels = [
-            Parcel(one["message"], {name: Due(**due) for name, due in one["due"].items()}, dict(one["done"]))
+            PendingAlert(one["message"], {name: Due(**due) for name, due in one["due"].items()}, dict(one["done"]))
             for one in memory
         ]
 
     def add(self, message: dict[str, Any], sinks: Iterable[str]) -> None:
-        self.parcels.append(Parcel(message, {name: Due() for name in sinks}))
+        self.parcels.append(PendingAlert(message, {name: Due() for name in sinks}))
 
-    def next(self, sink: str) -> Parcel | None:
+    def next(self, sink: str) -> PendingAlert | None:
         """The oldest that this sink has not got."""
         return next((parcel for parcel in self.parcels if sink in parcel.due), None)
 

@@ -28,13 +28,13 @@ from raylaunch.errors import StateError, first_line
 from raylaunch.host import processes
 from raylaunch.observe.alerts import alert_sinks, details, outbox
 from raylaunch.observe.alerts.alert import Alert, message
-from raylaunch.observe.alerts.alert_rules import Memory, Rules
-from raylaunch.observe.alerts.outbox import Outbox, Parcel
+from raylaunch.observe.alerts.alert_rules import Rules, RuleState
+from raylaunch.observe.alerts.outbox import Outbox, PendingAlert
 from raylaunch.observe.alerts.rate_limit import Limiter
 from raylaunch.state import files, records, runs
 from raylaunch.state.runs import Run
 from raylaunch.timing import LAST_LIMIT
-from raylaunch.training.cluster_view import Roster
+from raylaunch.training.cluster_view import ClusterView
 
 MEMORY = "alerts.json"
 PAUSE = 1.0
@@ -47,14 +47,14 @@ HANDOVER_LIMIT = 3.0
 """Seconds that the end of one driver waits for sinks. (LAST_LIMIT: the end of the run, after which nobody tries again.)"""
 
 
-class Follower:
+class AlertSender:
     """One run's, for the life of one driver."""
 
     def __init__(self, run_dir: Path, config: Config, run: Run) -> None:
         self._run_dir, self._config, self._run = run_dir, config, run
         self._cluster_dir = files.cluster_dir(run_dir.parents[1], run.cluster)
         incarnation = os.environ.get("RAYLAUNCH_INCARNATION")
-        self._roster = Roster(self._cluster_dir, int(incarnation)) if incarnation else None
+        self._roster = ClusterView(self._cluster_dir, int(incarnation)) if incarnation else None
         self._sinks = config.alerts.sinks
         self._events = files.LineReader(run_dir / files.EVENTS_FILE, at_end=True)
         self._metrics = files.LineReader(run_dir / files.METRICS_FILE, at_end=True)
@@ -70,7 +70,7 @@ class Follower:
 
     # -- what is remembered ----------------------------------------------------------------------
 
-    def _recall(self) -> Memory:
+    def _recall(self) -> RuleState:
         """Go on where the process before this one was; else from the beginning of this handing over."""
         readers, losses = self._readers(), list[float]()
         try:
@@ -81,16 +81,16 @@ class Follower:
             if known.get("run") == self._run.id:
                 for name, reader in readers.items():
                     reader.offset = int(known["offsets"][name])
-                return Memory.parse(known["memory"])
+                return RuleState.parse(known["memory"])
             if known:  # handed over anew: what its loss usually is has not changed
-                losses = Memory.parse(known["memory"]).losses
+                losses = RuleState.parse(known["memory"]).losses
         except (StateError, KeyError, TypeError, ValueError, AttributeError) as error:
             _say(f"{MEMORY} is of no use: {first_line(error)}")
         handed = _last_line(self._events.path, "queued")
         begun = _last_line(self._cluster.path, "run_started", lambda row: row.get("run") == self._run.name)
         self._events.offset = self._events.offset if handed is None else handed
         self._cluster.offset = self._cluster.offset if begun is None else begun
-        return Memory(losses=losses)
+        return RuleState(losses=losses)
 
     def _readers(self) -> dict[str, files.LineReader]:
         return {"events": self._events, "metrics": self._metrics, "cluster": self._cluster}
@@ -213,7 +213,7 @@ class Follower:
             await asyncio.wait_for(self._ending.wait(), pause)
             await asyncio.sleep(asked or min(pause, 1.0))
 
-    async def _tell_if_settled(self, parcel: Parcel) -> None:
+    async def _tell_if_settled(self, parcel: PendingAlert) -> None:
         """Of an alert that no sink has still to get, the run's events tell; only then it is gone."""
         if not parcel.due:
             sent = parcel.message
@@ -245,7 +245,7 @@ def _say(text: str) -> None:
     print(f"alerts: {text}", file=sys.stderr, flush=True)
 
 
-async def _follow(follower: Follower, why: str) -> None:
+async def _follow(follower: AlertSender, why: str) -> None:
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
     def end() -> None:
@@ -262,7 +262,7 @@ def main() -> None:
     run_dir = Path(sys.argv[1])
     config, run = loader.load_resolved(run_dir / records.CONFIG_FILE), Run.read(run_dir)
     if run is not None and config.alerts.sinks:
-        asyncio.run(_follow(Follower(run_dir, config, run), "".join(sys.argv[2:3])))
+        asyncio.run(_follow(AlertSender(run_dir, config, run), "".join(sys.argv[2:3])))
 
 
 if __name__ == "__main__":

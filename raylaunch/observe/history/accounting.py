@@ -19,7 +19,7 @@ from typing import Any
 
 from raylaunch.errors import RaylaunchError
 from raylaunch.observe.history import node_hours, safe_read
-from raylaunch.observe.history.node_hours import Hold, Interval
+from raylaunch.observe.history.node_hours import Interval, NodeUse
 from raylaunch.observe.history.timeline import FINAL, Attempt, Row, is_number, read, settled
 from raylaunch.scheduler import backends
 from raylaunch.state import files, records
@@ -115,7 +115,7 @@ class _Cluster:
     alive: bool | None = None
     """None: Slurm does not answer."""
     lives: list[node_hours.Life] = field(default_factory=list)
-    holds: list[Hold] = field(default_factory=list)
+    holds: list[NodeUse] = field(default_factory=list)
 
 
 def gather(state_dir: Path, now: float, since: float = 0.0) -> Accounts:

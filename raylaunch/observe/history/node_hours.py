@@ -24,7 +24,7 @@ _GONE = {"node_lost", "node_ended", "node_failed"}
 
 
 @dataclass(frozen=True)
-class Hold:
+class NodeUse:
     """A node that was held. Seconds since the epoch."""
 
     node: str
@@ -64,16 +64,16 @@ def active(events: Sequence[Row], until: float) -> list[Interval]:
     return found
 
 
-def lives(events: Iterable[Row], until: float) -> tuple[list[Life], list[Hold]]:
+def lives(events: Iterable[Row], until: float) -> tuple[list[Life], list[NodeUse]]:
     """A cluster's lives, and the nodes held in them; `until`: the last that is known of a life without a last word, when
     that is later than its own events. `events` in order of time."""
     found: list[Life] = []
-    holds: list[Hold] = []
+    holds: list[NodeUse] = []
     held: dict[str, float] = {}
     last = 0.0
 
     def close(node: str, moment: float) -> None:
-        holds.append(Hold(node, held[node], max(held[node], moment)))
+        holds.append(NodeUse(node, held[node], max(held[node], moment)))
         del held[node]
 
     for row in events:
@@ -106,7 +106,7 @@ def overlap(start: float, end: float, intervals: Sequence[Interval]) -> float:
     return sum(max(0.0, min(end, high) - max(start, low)) for low, high in intervals)
 
 
-def node_seconds(holds: Iterable[Hold], intervals: Sequence[Interval] | None = None) -> dict[str, float]:
+def node_seconds(holds: Iterable[NodeUse], intervals: Sequence[Interval] | None = None) -> dict[str, float]:
     """Node → seconds held, within the intervals (None: all)."""
     whole = [(-math.inf, math.inf)] if intervals is None else intervals
     found: dict[str, float] = {}

@@ -29,7 +29,7 @@ from raylaunch.observe.history.timeline import is_step
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import files, records, runs
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
 
@@ -106,7 +106,7 @@ def _has_ended(directory: Path) -> bool:
     return (directory / records.ENDED_FILE).exists()
 
 
-class Reader:
+class SnapshotReader:
     """Of one cluster, and of the run that it has, or the one that was named."""
 
     def __init__(self, cluster_dir: Path, run_dir: Path | None) -> None:
@@ -140,7 +140,7 @@ class Reader:
         record = Cluster.read(self.cluster_dir)
         if record is None:
             return {"state": "gone"}
-        memory = Memory.read(self.cluster_dir, record)
+        memory = HeadState.read(self.cluster_dir, record)
         ended = files.read_json(self.cluster_dir / records.ENDED_FILE)
         nodes = [] if ended or self._is_gone else up.living_nodes(self.cluster_dir, record)
         known = collect.latest(self.cluster_dir, record.canary)

@@ -21,7 +21,7 @@ from raylaunch.config import loader
 from raylaunch.host.internal_errors import InternalErrors
 from raylaunch.observe.history import goodput
 from raylaunch.state import files, records, runs
-from raylaunch.state.head_state import Memory
+from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
 
@@ -66,7 +66,7 @@ class _Events:
         return self
 
 
-class Reader:
+class ClusterCollector:
     """Of one cluster; `collect` is what prometheus_client's registry asks for."""
 
     def __init__(self, directory: Path) -> None:
@@ -82,12 +82,12 @@ class Reader:
         cluster = Cluster.read(self._directory)
         if cluster is None:
             return
-        memory = Memory.read(self._directory, cluster)
+        memory = HeadState.read(self._directory, cluster)
         for part in (self._of_cluster(cluster, memory), self._of_nodes(cluster), self._of_run(cluster, memory)):
             with self._errors.caught(f"metrics ({part.__name__})"):  # type: ignore[attr-defined]
                 yield from part
 
-    def _of_cluster(self, cluster: Cluster, memory: Memory) -> Iterator[Metric]:
+    def _of_cluster(self, cluster: Cluster, memory: HeadState) -> Iterator[Metric]:
         labels = {"cluster": cluster.name}
         head = Head.read(self._directory)
         yield _one(
@@ -116,7 +116,7 @@ class Reader:
                     family.add_metric([cluster.name, node], float(row[key]))
             yield family
 
-    def _of_run(self, cluster: Cluster, memory: Memory) -> Iterator[Metric]:
+    def _of_run(self, cluster: Cluster, memory: HeadState) -> Iterator[Metric]:
         name = memory.running or self._run
         if not name:
             return

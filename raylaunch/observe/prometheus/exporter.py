@@ -35,7 +35,7 @@ def token(state_dir: Path) -> str:
     return path.read_text().strip()
 
 
-class Server(ThreadingHTTPServer):
+class MetricsServer(ThreadingHTTPServer):
     """One cluster's."""
 
     daemon_threads = True
@@ -43,7 +43,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, directory: Path, address: str, port: int) -> None:
         from prometheus_client import CollectorRegistry
 
-        from raylaunch.observe.prometheus.collector import Reader
+        from raylaunch.observe.prometheus.collector import ClusterCollector
 
         super().__init__((address, port), _Handler)
         self.state_dir = directory.parent.parent
@@ -51,7 +51,7 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         """A Reader has one reader."""
         self.registry = CollectorRegistry(auto_describe=False)
-        self.registry.register(Reader(directory))
+        self.registry.register(ClusterCollector(directory))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """One line a failure: clients go away in the middle, and storage does not answer."""
@@ -59,7 +59,7 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: MetricsServer
     timeout = SLOW_CLIENT
 
     def do_GET(self) -> None:
@@ -86,7 +86,7 @@ def main() -> None:
     processes.die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     directory, address, port = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    server = Server(directory, address, port)
+    server = MetricsServer(directory, address, port)
     files.write_json(directory / ADDRESS_FILE, {"address": address, "port": port, "pid": os.getpid()})
     server.serve_forever()
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from raylaunch.observe.report import paragraph, settings
 from raylaunch.observe.report.curves import Series
-from raylaunch.observe.report.gather import Facts
+from raylaunch.observe.report.gather import ReportData
 
 
-def as_dict(facts: Facts) -> dict[str, Any]:
+def as_dict(facts: ReportData) -> dict[str, Any]:
     """Plain values; no NaN, no secrets."""
     book, cost, curves = facts.book, asdict(facts.cost), facts.curves
     joules = cost.pop("joules")

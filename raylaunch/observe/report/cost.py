@@ -15,7 +15,7 @@ from datetime import datetime
 
 from raylaunch.config.schema import CostConfig
 from raylaunch.errors import SlurmError, SlurmUnavailable
-from raylaunch.observe.history.node_hours import Hold, Interval, gpu_seconds, node_seconds
+from raylaunch.observe.history.node_hours import Interval, NodeUse, gpu_seconds, node_seconds
 from raylaunch.observe.history.timeline import Attempt
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.scheduler.slurm.rows import TERMINAL, UsageRow
@@ -49,7 +49,7 @@ class Cost:
 
 
 def of_run(
-    held: Sequence[tuple[Sequence[Hold], Sequence[Interval]]],
+    held: Sequence[tuple[Sequence[NodeUse], Sequence[Interval]]],
     attempts: Sequence[Attempt],
     gpus: Mapping[str, int],
     prices: CostConfig,

@@ -39,7 +39,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass
-class Facts:
+class ReportData:
     """One run. Times in seconds since the epoch, durations in seconds."""
 
     name: str
@@ -121,7 +121,7 @@ class Facts:
         return max((len(a.nodes) for a in self.history.attempts), default=0)
 
 
-def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) -> Facts:
+def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) -> ReportData:
     """Everything about a run; `slurm`: for accounting and for whether its cluster lives (None: Slurm itself)."""
     now = time.time() if now is None else now
     record, why = safe_read.run(run_dir)
@@ -162,7 +162,7 @@ def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) 
     seconds = node_hours.node_seconds([h for holds, _ in held for h in holds], axis.intervals)
     built = [e["parameters"] for e in events if e["kind"] == "built" and isinstance(e.get("parameters"), int)]
     injected = [e for e in events if e["kind"] == "injected" and isinstance(e.get("seq"), int)]
-    return Facts(
+    return ReportData(
         name=run_dir.name, state=_state(record, span.live), reason=record.reason if record is not None else "",
         cluster=name, directory=run_dir, began=span.began, until=until, live=span.live, axis=axis, history=history,
         book=goodput.compute(history, end), stretches=goodput.stretches(history, end), curves=found, load=load,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from raylaunch.observe.report import formatting
-from raylaunch.observe.report.gather import Facts
+from raylaunch.observe.report.gather import ReportData
 from raylaunch.observe.report.paragraph import appendix
 from raylaunch.observe.report.summary import cards, code_rows, cost_rows, sentence
 from raylaunch.observe.report.timeline_chart import took
@@ -12,7 +12,7 @@ MOST = 200
 """Rows of a table."""
 
 
-def markdown(facts: Facts) -> str:
+def markdown(facts: ReportData) -> str:
     """The report as text that reads well as it is."""
     book = facts.book
     out = [f"# {facts.name}", "", sentence(facts), ""]

@@ -13,7 +13,7 @@ import jinja2
 
 from raylaunch.observe.history.recoveries import Recovery
 from raylaunch.observe.report import formatting, paragraph, settings, summary, svg, timeline_chart
-from raylaunch.observe.report.gather import Facts
+from raylaunch.observe.report.gather import ReportData
 
 RECOVERIES, NODES = 120, 100
 """Rows of the tables; the worst of more."""
@@ -21,7 +21,7 @@ CONFIG = 60_000
 """Characters of the configuration."""
 
 
-def render(facts: Facts) -> str:
+def render(facts: ReportData) -> str:
     """The page."""
     shown = {} if facts.config is None else settings.without_secrets(facts.config)
     return _template().render(
@@ -61,7 +61,7 @@ def _value(value: Any) -> str:
 # -- the rest -------------------------------------------------------------------------------------------------
 
 
-def _ledger(facts: Facts) -> dict[str, Any]:
+def _ledger(facts: ReportData) -> dict[str, Any]:
     """Bars and legend; parts under a thousandth of a second are left out."""
     parts = [(name, facts.book.parts.get(name, 0.0)) for name in formatting.PARTS]
     shown = [(name, seconds) for name, seconds in parts if seconds > 1e-3]
@@ -92,7 +92,7 @@ def _piece(name: str, seconds: float, wall: float) -> tuple[float, str, str]:
     )
 
 
-def _recoveries(facts: Facts) -> list[dict[str, Any]]:
+def _recoveries(facts: ReportData) -> list[dict[str, Any]]:
     """The longest ones where there are too many, in order of time."""
     numbered = list(enumerate(facts.book.recoveries, 1))
     if len(numbered) > RECOVERIES:

@@ -6,12 +6,12 @@ import statistics
 from collections import Counter
 
 from raylaunch.observe.report import formatting, settings
-from raylaunch.observe.report.gather import Facts
+from raylaunch.observe.report.gather import ReportData
 from raylaunch.observe.report.summary import changed, code_rows
 from raylaunch.text import plural
 
 
-def appendix(facts: Facts) -> str:
+def appendix(facts: ReportData) -> str:
     """Plain text to paste: hardware, time, size of the training, goodput, GPU-hours, faults, software. What is not known is
     left out."""
     book, cost, config = facts.book, facts.cost, facts.config
@@ -66,7 +66,7 @@ def appendix(facts: Facts) -> str:
     return " ".join(filter(None, found))
 
 
-def _hardware(facts: Facts) -> str:
+def _hardware(facts: ReportData) -> str:
     """` on up to 12 nodes of 8 H100 GPUs, 104 CPUs and 1.97 TiB each`."""
     if not facts.most_nodes:
         return ""

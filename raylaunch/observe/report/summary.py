@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from raylaunch.observe.report import formatting
-from raylaunch.observe.report.gather import Facts
+from raylaunch.observe.report.gather import ReportData
 from raylaunch.text import plural
 
 Pairs = list[tuple[str, str, str]]
 """(what, value, a remark)."""
 
 
-def steps(facts: Facts) -> str:
+def steps(facts: ReportData) -> str:
     done = f"{facts.book.steps:,}"
     return f"{done} of {facts.max_steps:,}" if facts.max_steps and facts.max_steps >= facts.book.steps else done
 
 
-def size(facts: Facts) -> str:
+def size(facts: ReportData) -> str:
     """The most it had: `12 nodes, 96 workers`."""
     parts = [plural(facts.most_nodes, "node")] if facts.most_nodes else []
     parts += [plural(facts.most_workers, "worker")] if facts.most_workers else []
     return ", ".join(parts)
 
 
-def sentence(facts: Facts) -> str:
+def sentence(facts: ReportData) -> str:
     """What became of the run, in one line."""
     how = {
         "finished": "Finished", "failed": "Failed", "stopped": "Stopped and saved", "interrupted": "Interrupted",
@@ -40,11 +40,11 @@ def sentence(facts: Facts) -> str:
     return found + "."
 
 
-def changed(facts: Facts) -> bool:
+def changed(facts: ReportData) -> bool:
     return len({a.workers for a in facts.history.attempts if a.steps}) > 1
 
 
-def cards(facts: Facts) -> Pairs:
+def cards(facts: ReportData) -> Pairs:
     """The figures at the top."""
     book, cost = facts.book, facts.cost
     found: Pairs = []
@@ -74,15 +74,15 @@ def cards(facts: Facts) -> Pairs:
     return found
 
 
-def _money(facts: Facts) -> str:
+def _money(facts: ReportData) -> str:
     return formatting.money(facts.cost.money, facts.cost.currency) if facts.cost.money is not None else ""
 
 
-def _nodes(facts: Facts) -> str:
+def _nodes(facts: ReportData) -> str:
     return f"{formatting.hours(3600 * facts.cost.node_hours)} node-hours" if facts.cost.node_hours is not None else ""
 
 
-def cost_rows(facts: Facts) -> Pairs:
+def cost_rows(facts: ReportData) -> Pairs:
     """What it cost, and how well it was used."""
     cost, unknown = facts.cost, "not known here"
 
@@ -119,7 +119,7 @@ def cost_rows(facts: Facts) -> Pairs:
     return rows
 
 
-def code_rows(facts: Facts) -> Pairs:
+def code_rows(facts: ReportData) -> Pairs:
     """Versions and the state of the code, at the last hand-over; and what changed before that."""
     if not facts.hand_overs:
         return []

@@ -11,7 +11,7 @@ from raylaunch.observe.history.recoveries import Recovery
 from raylaunch.observe.report import formatting, svg
 from raylaunch.observe.report.axis import WIDTH
 from raylaunch.observe.report.curves import Bucket
-from raylaunch.observe.report.gather import Facts
+from raylaunch.observe.report.gather import ReportData
 from raylaunch.observe.report.svg import Mark, Panel
 from raylaunch.text import plural
 
@@ -22,7 +22,7 @@ NEAR = 30.0
 """Marks closer than this, in units of the axis, share a number."""
 
 
-def over_time(facts: Facts) -> Markup:
+def over_time(facts: ReportData) -> Markup:
     """Loss, throughput, workers and the use of time, with what happened."""
     series = facts.curves.series
     panels = []
@@ -59,18 +59,18 @@ def _ticks(to: svg.Scale) -> list[tuple[float, str]]:
     return [(to.y(value), formatting.amount(round(value, 12))) for value in to.ticks() if to.y(value) > 12]
 
 
-def _levels(facts: Facts) -> list[tuple[float, float, float]]:
+def _levels(facts: ReportData) -> list[tuple[float, float, float]]:
     """(from x, to x, workers)."""
     times = node_hours.spans(facts.history.attempts, facts.until)
     return [(facts.axis.x(start), facts.axis.x(end), float(a.workers)) for a, (start, end) in times]
 
 
-def _sizes(facts: Facts) -> str:
+def _sizes(facts: ReportData) -> str:
     sizes = [a.workers for a in facts.history.attempts if a.steps]
     return "" if not sizes else f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
 
 
-def _ribbon(facts: Facts) -> list[tuple[float, float, str]]:
+def _ribbon(facts: ReportData) -> list[tuple[float, float, str]]:
     """What most of each column's time was, neighbours alike joined."""
     columns: list[dict[str, float]] = [{} for _ in range(COLUMNS)]
     width = WIDTH / COLUMNS
@@ -93,7 +93,7 @@ def _ribbon(facts: Facts) -> list[tuple[float, float, str]]:
     return found
 
 
-def _marks(facts: Facts) -> list[Mark]:
+def _marks(facts: ReportData) -> list[Mark]:
     """A line each; those that stand too close share one, with their numbers as a range."""
     found: list[tuple[int, Mark]] = []
     last = -1e9
@@ -125,7 +125,7 @@ def took(one: Recovery) -> str:
     return "the run ended" if one.final else "no step since"
 
 
-def _hits(facts: Facts, loss: Sequence[Bucket]) -> list[tuple[float, float, str]]:
+def _hits(facts: ReportData, loss: Sequence[Bucket]) -> list[tuple[float, float, str]]:
     """Columns for the mouse, with what was then."""
     width = WIDTH / HITS
     found = []
@@ -150,7 +150,7 @@ def _hits(facts: Facts, loss: Sequence[Bucket]) -> list[tuple[float, float, str]
     return found
 
 
-def utilisation(facts: Facts) -> Markup | None:
+def utilisation(facts: ReportData) -> Markup | None:
     """A panel each of what is known."""
     panels = []
     for name, title, unit in (

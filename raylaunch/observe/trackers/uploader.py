@@ -47,7 +47,7 @@ class Feed:
     retry_at: float = 0.0
 
 
-class Follower:
+class MetricsUploader:
     """Feeds the sinks of one run."""
 
     def __init__(self, run_dir: Path, config: Config) -> None:
@@ -142,7 +142,7 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     processes.die_with_parent()
     run_dir = Path(sys.argv[1])
-    follower = Follower(run_dir, loader.load_resolved(run_dir / records.CONFIG_FILE))
+    follower = MetricsUploader(run_dir, loader.load_resolved(run_dir / records.CONFIG_FILE))
     while not select.select([sys.stdin], [], [], 0.0 if follower.step() else PAUSE)[0]:
         continue
     follower.close()

@@ -51,7 +51,7 @@ NOTHING = Verdict(
 
 
 @dataclass
-class Finding:
+class LogFinding:
     """Something that a line says."""
 
     kind: Kind
@@ -89,7 +89,7 @@ def judge(lines: Iterable[Line]) -> Verdict:
     )  # fmt: skip
 
 
-def _cause(findings: list[Finding]) -> Finding:
+def _cause(findings: list[LogFinding]) -> LogFinding:
     """The scheduler's own word counts, unless the program had failed by itself before: an explanation, or an exception
     that is no answer to a signal."""
     best = min(findings, key=lambda f: (f.tier, f.order))
@@ -160,8 +160,8 @@ class Hosts:
         return next(iter(self._all)) if len(self._all) == 1 else None
 
 
-def _findings(lines: Iterable[Line], hosts: Hosts) -> list[Finding]:
-    found: list[Finding] = []
+def _findings(lines: Iterable[Line], hosts: Hosts) -> list[LogFinding]:
+    found: list[LogFinding] = []
     frames: dict[tuple[str, int | None], list[Line]] = {}
     quoted: set[tuple[str, int | None]] = set()
     for order, line in enumerate(lines):
@@ -198,7 +198,7 @@ def _findings(lines: Iterable[Line], hosts: Hosts) -> list[Finding]:
         place = _place(next(iter(frames.values())))[0]
         cause = "a traceback breaks off before its last line"
         found.append(
-            Finding(
+            LogFinding(
                 "python_exception",
                 Tier.ERROR,
                 cause,
@@ -229,26 +229,26 @@ _QUIET = {"SystemExit", "KeyboardInterrupt", "StopIteration", "UserWarning", "De
 """No causes. (Ray Train's say only that some worker failed.)"""
 
 
-def _meaning(line: Line, text: str, order: int) -> Finding | None:
+def _meaning(line: Line, text: str, order: int) -> LogFinding | None:
     for rule in RULES:
         if (match := rule.pattern.search(text)) is not None:
             groups = [" ".join((g or "").split())[:200] for g in match.groups()]
             cause = rule.cause.format(*groups) if "{" in rule.cause else rule.cause
             if "rank" in rule.pattern.groupindex:
                 line = replace(line, rank=int(match["rank"]))
-            return Finding(rule.kind, rule.tier, cause, rule.action, rule.confidence, line, order, rule.final)
+            return LogFinding(rule.kind, rule.tier, cause, rule.action, rule.confidence, line, order, rule.final)
     if (match := EXIT.search(text)) is not None:
         number = int(next(group for group in match.groups() if group is not None))
         code = 128 - number if number < 0 else 128 + number if match[3] is not None else number
         if code in EXITS:
             kind, tier, cause, action, confidence = EXITS[code]
-            return Finding(kind, tier, cause, action, confidence, line, order)
+            return LogFinding(kind, tier, cause, action, confidence, line, order)
     return None
 
 
-def _exception(line: Line, name: str, said: str, order: int) -> Finding:
+def _exception(line: Line, name: str, said: str, order: int) -> LogFinding:
     cause = f"{name.rpartition('.')[2]}: {said}" if said else name
-    return Finding(
+    return LogFinding(
         "python_exception", Tier.ERROR, cause[:300], "It is the program's own: see the line in the evidence.", 0.85, line,
         order,
     )  # fmt: skip
@@ -260,7 +260,7 @@ def _place(frames: list[Line]) -> list[Line]:
     return (own or frames)[-1:]
 
 
-def _short(finding: Finding) -> str:
+def _short(finding: LogFinding) -> str:
     who = f"rank {finding.line.rank}" if finding.line.rank is not None else finding.line.host or ""
     text = unprefixed(finding.line.text).strip()
     text = text if len(text) <= 160 else f"{text[:159]}…"

@@ -50,7 +50,7 @@ was found dead; slurmctld then ends the whole job (NODE_FAIL, but squeue says CO
 person cancels it is SIGTERM or SIGKILL. Measured on 22.05."""
 
 
-class Onward(Enum):
+class Continuation(Enum):
     """How a cluster whose allocation ends goes on in another."""
 
     REQUEUE = "requeue"
@@ -62,7 +62,7 @@ class Onward(Enum):
 
 
 @dataclass(frozen=True)
-class Look:
+class JobSnapshot:
     """One look at the job."""
 
     state: str
@@ -88,7 +88,7 @@ class Look:
         return self.reason if self.reason in _REASONS else ""
 
 
-def look(job: str, restarts: int = 0) -> Look | None:
+def look(job: str, restarts: int = 0) -> JobSnapshot | None:
     """The job of this allocation now, which had been requeued so often before; None when Slurm does not say."""
     if not job.isdigit():
         return None
@@ -100,7 +100,7 @@ def look(job: str, restarts: int = 0) -> Look | None:
         return None
     if row is None:
         return None
-    known = Look(str(row.state), row.time_left, reason=row.reason)
+    known = JobSnapshot(str(row.state), row.time_left, reason=row.reason)
     try:
         # squeue says COMPLETING of a job that is cancelled, preempted, requeued, or has lost its batch host.
         detail = slurm.detail(job)
@@ -153,15 +153,15 @@ def _is_fresh(moment: str, since: float) -> bool:
     return when is None or when.timestamp() > since - SKEW
 
 
-def go_on(directory: Path, job: str, why: str, how: Onward) -> Iterator[tuple[str, dict[str, Any]]]:
+def go_on(directory: Path, job: str, why: str, how: Continuation) -> Iterator[tuple[str, dict[str, Any]]]:
     """See to the cluster's next allocation; what was done, as events. The requeue ends this process, so
     its event comes first."""
     slurm = Slurm()
-    if how is not Onward.SUCCESSOR:
+    if how is not Continuation.SUCCESSOR:
         yield "requeued", {"job": job, "why": why}
-    if how is Onward.ITSELF:
+    if how is Continuation.ITSELF:
         return
-    if how is Onward.REQUEUE:
+    if how is Continuation.REQUEUE:
         try:
             return _twice(lambda: slurm.requeue(job))
         except RaylaunchError as error:

@@ -24,7 +24,7 @@ UNNOTICED = 20.0
 
 
 @dataclass
-class Outcome:
+class FaultOutcome:
     """What became of one fault."""
 
     seq: int
@@ -52,7 +52,7 @@ class Campaign:
     hold: float
     """Seconds until a fault that lasts is undone."""
     say: Callable[[str], None]
-    outcomes: list[Outcome] = field(default_factory=list)
+    outcomes: list[FaultOutcome] = field(default_factory=list)
     _broken: list[Broken] = field(default_factory=list)
 
     def go(self, duration: float | None, count: int | None) -> bool:
@@ -89,15 +89,15 @@ class Campaign:
             self.say(f"the run is {over}")
         return over in {None, "finished"} and all(o.skipped or (o.recovered and not o.why) for o in self.outcomes)
 
-    def _one(self, planned: Planned) -> Outcome:
+    def _one(self, planned: Planned) -> FaultOutcome:
         aim = self._aim(planned)
-        if isinstance(aim, Outcome):
+        if isinstance(aim, FaultOutcome):
             self.say(f"{planned.seq}: {planned.kind} left out: {aim.skipped or aim.why}")
             self.outcomes.append(aim)
             return aim
         victim = self.faults.victim
         before, attempt = len(victim.look()), victim.attempt
-        outcome = Outcome(planned.seq, planned.kind, aim.node, time.time(), why="interrupted")
+        outcome = FaultOutcome(planned.seq, planned.kind, aim.node, time.time(), why="interrupted")
         self.outcomes.append(outcome)
         files.append_event(
             victim.run_dir, "injected", fault=planned.kind, node=aim.node, rank=aim.rank, seq=planned.seq
@@ -118,7 +118,7 @@ class Campaign:
         self.say(f"{planned.seq}: {aim} {self._told(outcome)}")
         return outcome
 
-    def _aim(self, planned: Planned) -> Aim | Outcome:
+    def _aim(self, planned: Planned) -> Aim | FaultOutcome:
         """What to hit, once the run trains and enough nodes are there; an outcome when that takes too long."""
         why = "the run did not come to train"
         found: list[Aim] = []
@@ -140,10 +140,10 @@ class Campaign:
             return found[0]
         if self._over() is None and not self.faults.victim.commits(before):
             why = f"no commit within {self.limit:g} s, before this fault; {self.faults.victim.known()}"
-            return Outcome(planned.seq, planned.kind, "", time.time(), why=why)
-        return Outcome(planned.seq, planned.kind, "", time.time(), skipped=self._over() or why)
+            return FaultOutcome(planned.seq, planned.kind, "", time.time(), why=why)
+        return FaultOutcome(planned.seq, planned.kind, "", time.time(), skipped=self._over() or why)
 
-    def _watch(self, outcome: Outcome, before: int, attempt: int) -> None:
+    def _watch(self, outcome: FaultOutcome, before: int, attempt: int) -> None:
         """Until the run has recovered, it is over, or the limit is reached."""
         victim, kind = self.faults.victim, KINDS[outcome.kind]
         began = time.monotonic()
@@ -203,7 +203,7 @@ class Campaign:
             time.sleep(EVERY)
         return True
 
-    def _told(self, outcome: Outcome) -> str:
+    def _told(self, outcome: FaultOutcome) -> str:
         seconds = time.time() - outcome.struck
         if outcome.recovered:
             how = "recovered, committed" if outcome.restarted else "not noticed, committed"

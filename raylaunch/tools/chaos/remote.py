@@ -32,7 +32,7 @@ class Miss(RaylaunchError):
     """What was to be hit is not there (any more), or out of reach."""
 
 
-class Run(Protocol):
+class RunInNode(Protocol):
     """Runs a command in a node: (node, argv) → its output; Miss when that fails."""
 
     def __call__(self, node: str, argv: Sequence[str]) -> str: ...
@@ -61,7 +61,7 @@ class Reach:
     """Into the nodes of one cluster."""
 
     canary: str
-    run: Run
+    run: RunInNode
 
     def processes(self, node: str) -> list[Process]:
         """The cluster's processes in this node."""

@@ -11,7 +11,7 @@ from raylaunch.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Kind:
+class FaultKind:
     """A kind of fault."""
 
     text: str
@@ -26,20 +26,20 @@ class Kind:
 
 
 KINDS = {
-    "worker": Kind("SIGKILL to a training worker", needs_root=False),
-    "hang": Kind("SIGSTOP to a training worker", needs_root=False),
-    "raylet": Kind("SIGKILL to a node's raylet", needs_root=False),
-    "agent": Kind("SIGKILL to a node's agent", needs_root=False),
-    "driver": Kind("SIGKILL to the run's driver", needs_root=False),
-    "gcs": Kind("SIGKILL to Ray's GCS, on the head", needs_root=False),
-    "dashboard": Kind("SIGKILL to Ray's dashboard", needs_root=False, restarts=False),
-    "node": Kind("all of a node's processes die; it boots again later", takes_node=True),
-    "head": Kind("the head's node dies; it boots again later", takes_node=True),
-    "freeze": Kind("all of a node's processes stand still, and go on later", takes_node=True, lasts=True),
-    "cut": Kind("a node is cut off the network, and comes back later", takes_node=True, lasts=True),
-    "drain": Kind("Slurm's administrator drains a node, and gives it back later", takes_node=True),
-    "slurmd": Kind("a node's slurmd dies; it starts again later", restarts=False, lasts=True),
-    "slurmctld": Kind("Slurm's controller is away for a while", restarts=False, lasts=True),
+    "worker": FaultKind("SIGKILL to a training worker", needs_root=False),
+    "hang": FaultKind("SIGSTOP to a training worker", needs_root=False),
+    "raylet": FaultKind("SIGKILL to a node's raylet", needs_root=False),
+    "agent": FaultKind("SIGKILL to a node's agent", needs_root=False),
+    "driver": FaultKind("SIGKILL to the run's driver", needs_root=False),
+    "gcs": FaultKind("SIGKILL to Ray's GCS, on the head", needs_root=False),
+    "dashboard": FaultKind("SIGKILL to Ray's dashboard", needs_root=False, restarts=False),
+    "node": FaultKind("all of a node's processes die; it boots again later", takes_node=True),
+    "head": FaultKind("the head's node dies; it boots again later", takes_node=True),
+    "freeze": FaultKind("all of a node's processes stand still, and go on later", takes_node=True, lasts=True),
+    "cut": FaultKind("a node is cut off the network, and comes back later", takes_node=True, lasts=True),
+    "drain": FaultKind("Slurm's administrator drains a node, and gives it back later", takes_node=True),
+    "slurmd": FaultKind("a node's slurmd dies; it starts again later", restarts=False, lasts=True),
+    "slurmctld": FaultKind("Slurm's controller is away for a while", restarts=False, lasts=True),
 }
 
 

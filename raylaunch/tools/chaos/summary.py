@@ -14,7 +14,7 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.observe.history import goodput, step_audit
 from raylaunch.observe.history.recoveries import PHASES, Recovery
 from raylaunch.state import files, records
-from raylaunch.tools.chaos.campaign import Outcome
+from raylaunch.tools.chaos.campaign import FaultOutcome
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -23,7 +23,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def of(run_dir: Path, outcomes: Sequence[Outcome], began: float, ended: float, seed: int) -> dict[str, Any]:
+def of(run_dir: Path, outcomes: Sequence[FaultOutcome], began: float, ended: float, seed: int) -> dict[str, Any]:
     """The campaign's record: what `--json` writes."""
     book = goodput.of_run(run_dir, window=(began, ended))
     answered = {seq: r for r in book.recoveries for seq in r.injected}
@@ -57,11 +57,11 @@ def _every(run_dir: Path) -> int:
         return 1
 
 
-def _kinds(outcomes: Sequence[Outcome]) -> list[str]:
+def _kinds(outcomes: Sequence[FaultOutcome]) -> list[str]:
     return list(dict.fromkeys(o.kind for o in outcomes if not o.skipped))
 
 
-def _row(kind: str, outcomes: Sequence[Outcome], answered: dict[int, Recovery]) -> dict[str, Any]:
+def _row(kind: str, outcomes: Sequence[FaultOutcome], answered: dict[int, Recovery]) -> dict[str, Any]:
     real = [o for o in outcomes if not o.skipped]
     own = [answered[o.seq] for o in real if o.seq in answered]
     totals = [r.total for r in own if r.total is not None]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from raylaunch.tools.doctor.mailbox import CONNECT_LIMIT, Place, Reached
+from raylaunch.tools.doctor.mailbox import CONNECT_LIMIT, Peer, Reached
 
 EXCHANGES = 5
 
@@ -47,7 +47,7 @@ def serve(address: str, port: int, canary: str) -> _Clock:
     return server
 
 
-def ask(place: Place, canary: str) -> Reached:
+def ask(place: Peer, canary: str) -> Reached:
     """Connect to a peer and compare clocks."""
     try:
         with socket.create_connection((place.address, place.port), CONNECT_LIMIT) as line:
@@ -67,7 +67,7 @@ def ask(place: Place, canary: str) -> Reached:
         return Reached(error=str(error) or type(error).__name__)
 
 
-def ask_all(places: Iterable[Place], canary: str) -> dict[int, Reached]:
+def ask_all(places: Iterable[Peer], canary: str) -> dict[int, Reached]:
     """Index → how that peer was reached; at once, in about CONNECT_LIMIT seconds at most."""
     listed = list(places)
     with ThreadPoolExecutor(max(1, len(listed))) as pool:

@@ -20,7 +20,7 @@ _SICK = ("remapped_row_pending", "remapped_row_failure", "pending_retirement", "
          "channel_repair_pending", "unrepairable_memory")  # fmt: skip
 
 
-class Gpu(BaseModel):
+class GpuStatus(BaseModel):
     """One GPU."""
 
     index: int
@@ -43,7 +43,7 @@ class Smi(BaseModel):
     driver: str = ""
     cuda: str = ""
     """The newest CUDA that this driver runs."""
-    gpus: tuple[Gpu, ...] = ()
+    gpus: tuple[GpuStatus, ...] = ()
     error: str = ""
 
 
@@ -75,19 +75,19 @@ def parse(text: str) -> Smi:
     return Smi(driver=_text(root, "driver_version"), cuda=_text(root, "cuda_version"), gpus=rows)
 
 
-def ours(rows: Iterable[Gpu], visible: Sequence[str]) -> list[Gpu]:
+def ours(rows: Iterable[GpuStatus], visible: Sequence[str]) -> list[GpuStatus]:
     """Those that CUDA_VISIBLE_DEVICES names, by index or UUID; all where it names others (MIG)."""
     listed = list(rows)
     found = [row for row in listed if str(row.index) in visible or any(v and row.uuid.startswith(v) for v in visible)]
     return found or listed
 
 
-def _gpu(number: int, node: ElementTree.Element) -> Gpu:
+def _gpu(number: int, node: ElementTree.Element) -> GpuStatus:
     width, full = _text(node, ".//current_link_width"), _text(node, ".//max_link_width")
     answers = {child.tag: (child.text or "").strip() for child in node.iter()}
     sick = [tag for tag in _SICK if answers.get(tag) == "Yes"]
     action = answers.get("gpu_recovery_action", "None")
-    return Gpu(
+    return GpuStatus(
         index=number,
         uuid=_text(node, "uuid"),
         name=_text(node, "product_name"),

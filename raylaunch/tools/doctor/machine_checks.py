@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from raylaunch.text import size
 from raylaunch.tools.doctor.finding import Finding, few, ok, problem, unknown, warning
-from raylaunch.tools.doctor.gpu_status import Gpu, Smi
-from raylaunch.tools.doctor.machine_facts import Facts, Interface, Port
+from raylaunch.tools.doctor.gpu_status import GpuStatus, Smi
+from raylaunch.tools.doctor.machine_facts import Interface, MachineFacts, Port
 from raylaunch.tools.doctor.storage_check import GIB, LOCAL, SHARED
 
 TEMP, TEMP_LEAST = 5 * GIB, GIB // 4
@@ -16,7 +16,7 @@ FILES, FILES_LEAST = 4096, 1024
 PROCESSES = 4096
 
 
-def judge(facts: Facts, modules_wanted: bool = False) -> list[Finding]:
+def judge(facts: MachineFacts, modules_wanted: bool = False) -> list[Finding]:
     """The machine itself: room, limits, ports, clock, tools."""
     busy = "Choose another node: too much listens on this one."
     ports = (
@@ -27,7 +27,7 @@ def judge(facts: Facts, modules_wanted: bool = False) -> list[Finding]:
     return [_temp(facts), _shm(facts), *_limits(facts), ports, _clock(facts), _tools(facts, modules_wanted)]
 
 
-def _temp(facts: Facts) -> Finding:
+def _temp(facts: MachineFacts) -> Finding:
     if facts.temp_error:
         hint = "Set cluster.temp_dir to a short node-local path that you may write, such as /tmp."
         return problem("node.temp", facts.temp_error, hint)
@@ -41,7 +41,7 @@ def _temp(facts: Facts) -> Finding:
     return ok("node.temp", text)
 
 
-def _shm(facts: Facts) -> Finding:
+def _shm(facts: MachineFacts) -> Finding:
     text = f"/dev/shm has {size(facts.shm_free)} free"
     if facts.shm_free >= SHM:
         return ok("node.shm", text)
@@ -49,7 +49,7 @@ def _shm(facts: Facts) -> Finding:
     return (problem if facts.shm_free < SHM_LEAST else warning)("node.shm", text, hint)
 
 
-def _limits(facts: Facts) -> list[Finding]:
+def _limits(facts: MachineFacts) -> list[Finding]:
     (files, most), (processes, _) = facts.limits["nofile"], facts.limits["nproc"]
     locked = facts.limits["memlock"][0]
     findings = []
@@ -68,7 +68,7 @@ def _limits(facts: Facts) -> list[Finding]:
     return findings or [ok("node.limits", f"limits: {text}")]
 
 
-def _clock(facts: Facts) -> Finding:
+def _clock(facts: MachineFacts) -> Finding:
     if facts.synchronised is None:
         return unknown("node.clock", "the kernel does not say whether the clock follows a time server")
     if facts.synchronised:
@@ -77,7 +77,7 @@ def _clock(facts: Facts) -> Finding:
     return warning("node.clock", "the clock follows no time server (by its kernel)", hint)
 
 
-def _tools(facts: Facts, modules_wanted: bool) -> Finding:
+def _tools(facts: MachineFacts, modules_wanted: bool) -> Finding:
     modules = "yes" if facts.modules else "no"
     text = f"containers: {', '.join(facts.containers) or 'none'}; environment modules: {modules}"
     if modules_wanted and not facts.modules:
@@ -86,7 +86,7 @@ def _tools(facts: Facts, modules_wanted: bool) -> Finding:
     return ok("node.tools", text)
 
 
-def network(facts: Facts, asked: str | None) -> list[Finding]:
+def network(facts: MachineFacts, asked: str | None) -> list[Finding]:
     """Interfaces, the one that the config asks for, InfiniBand."""
     names = [interface.name for interface in facts.interfaces]
     listed = ", ".join(f"{i.name} {i.address}{_speed(i)}" for i in facts.interfaces) or "none but loopback"
@@ -131,7 +131,7 @@ def rates(ports: Sequence[Port]) -> str:
     return ", ".join(dict.fromkeys(port.rate.partition(" (")[0].replace("/sec", "/s") for port in ports))
 
 
-def software(facts: Facts, smi: Smi, wants_gpus: bool, shared: bool) -> Iterator[Finding]:
+def software(facts: MachineFacts, smi: Smi, wants_gpus: bool, shared: bool) -> Iterator[Finding]:
     """Versions, and whether torch, its CUDA and the driver fit together."""
     have = facts.versions
     yield ok("software.versions", listed({"Python": facts.python, **have}))
@@ -167,7 +167,7 @@ def _driver(smi: Smi, cuda: str, wants_gpus: bool) -> Finding:
     return ok("software.driver", text)
 
 
-def gpus(rows: Sequence[Gpu]) -> Iterator[Finding]:
+def gpus(rows: Sequence[GpuStatus]) -> Iterator[Finding]:
     """What nvidia-smi says against GPUs: a finding each that is not well."""
     for gpu in rows:
         who = f"GPU {gpu.index}"

@@ -53,7 +53,7 @@ class Port(BaseModel):
     interfaces: tuple[str, ...]
 
 
-class Facts(BaseModel):
+class MachineFacts(BaseModel):
     """One machine."""
 
     temp: str
@@ -77,7 +77,7 @@ class Facts(BaseModel):
     """raylaunch, ray, torch, nccl, cuda (torch's runtime), as far as they are installed."""
 
 
-def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None = None) -> Facts:
+def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None = None) -> MachineFacts:
     """Look at this machine; `key` and `suffix` as for `temp_dir_path`."""
     temp, temp_error = _temp(temp_base, key, suffix)
     shm = 0
@@ -86,7 +86,7 @@ def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None 
     free = 0
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(temp_base).free
-    return Facts(
+    return MachineFacts(
         temp=temp,
         temp_type=storage_check.here(Path(temp_base))[0],
         temp_free=free,

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from raylaunch.errors import StateError
 from raylaunch.state import files
 from raylaunch.tools.doctor.gpu_status import Smi
-from raylaunch.tools.doctor.machine_facts import Facts
+from raylaunch.tools.doctor.machine_facts import MachineFacts
 
 CANARY, CONFIG, ROSTER, SCHEDULE = "canary", "config.yaml", "roster.json", "schedule.json"
 CONNECT_LIMIT = 5.0
@@ -52,7 +52,7 @@ class Hello(BaseModel):
     store: int
     """Where its pairs meet."""
     time: float
-    facts: Facts
+    facts: MachineFacts
     cpus: int
     memory: int
     object_store: int
@@ -63,7 +63,7 @@ class Hello(BaseModel):
     """Why this node can go no further."""
 
 
-class Place(BaseModel):
+class Peer(BaseModel):
     """A node as its peers need it."""
 
     index: int
@@ -73,10 +73,10 @@ class Place(BaseModel):
     store: int
 
 
-class Roster(BaseModel):
+class PeerList(BaseModel):
     """The nodes that take part, by index."""
 
-    nodes: tuple[Place, ...]
+    nodes: tuple[Peer, ...]
 
 
 class Reached(BaseModel):
@@ -114,7 +114,7 @@ class Checked(BaseModel):
 class Schedule(BaseModel):
     """The rounds of pairs, by index; `locals`: processes (GPUs) of each node that take part."""
 
-    nodes: tuple[Place, ...]
+    nodes: tuple[Peer, ...]
     rounds: tuple[tuple[tuple[int, int], ...], ...]
     backend: str
     locals: int

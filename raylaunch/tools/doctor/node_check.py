@@ -31,13 +31,13 @@ from raylaunch.scheduler.slurm import batch_script
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.state import records
 from raylaunch.tools.doctor import clock_server, gpu_status, machine_facts, mailbox, pairwise
-from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult, Pairs, Roster, Schedule
+from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult, Pairs, PeerList, Schedule
 
 CANARY_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
-class Here:
+class CheckedNode:
     """Which node this is."""
 
     directory: Path
@@ -48,7 +48,7 @@ class Here:
     local: bool
 
     @classmethod
-    def from_environment(cls, env: Mapping[str, str]) -> Here:
+    def from_environment(cls, env: Mapping[str, str]) -> CheckedNode:
         directory, canary = Path(env["RAYLAUNCH_CLUSTER_DIR"]), env["RAYLAUNCH_CANARY"]
         if "RAYLAUNCH_LOCAL_INDEX" in env:
             names = tuple(f"local{i + 1}" for i in range(int(env["RAYLAUNCH_LOCAL_COUNT"])))
@@ -61,7 +61,7 @@ class Here:
         return self.directory / f"{self.index}.{what}.json"
 
 
-def await_canary(here: Here) -> None:
+def await_canary(here: CheckedNode) -> None:
     """Return once this node sees what the login node wrote."""
     deadline = time.monotonic() + CANARY_PATIENCE
     while True:
@@ -128,7 +128,7 @@ def wants_gpus(config: Config) -> bool:
     return config.slurm.exclusive or batch_script.gpus_per_node(config.slurm) > 0
 
 
-def hello(here: Here, config: Config, ports: Ports) -> Hello:
+def hello(here: CheckedNode, config: Config, ports: Ports) -> Hello:
     """Who this node is; `error` where it cannot take part."""
     peer = next((n for n in here.peers if n != here.node), None)
     error = ""
@@ -150,7 +150,7 @@ def hello(here: Here, config: Config, ports: Ports) -> Hello:
     )  # fmt: skip
 
 
-def _submits(here: Here, config: Config) -> str | None:
+def _submits(here: CheckedNode, config: Config) -> str | None:
     """Why this node cannot submit jobs; "" when it can, None when Slurm does not answer."""
     try:
         Slurm().check(batch_script.render(config.slurm, "doctor", here.directory, here.canary))
@@ -161,7 +161,7 @@ def _submits(here: Here, config: Config) -> str | None:
     return ""
 
 
-def checked(here: Here, roster: Roster, probes: Probes, visible: int) -> Checked:
+def checked(here: CheckedNode, roster: PeerList, probes: Probes, visible: int) -> Checked:
     """Reach the first node and the partners of the rounds; hear what the GPUs do."""
     began = time.time()
     order = [place.index for place in roster.nodes]
@@ -194,7 +194,7 @@ def checked(here: Here, roster: Roster, probes: Probes, visible: int) -> Checked
     return Checked(index=here.index, time=began, reached=reached, gpus=rows, smi=smi or gpu_status.Smi(), torch=torch)
 
 
-def paired(here: Here, schedule: Schedule, probes: Probes) -> Pairs:
+def paired(here: CheckedNode, schedule: Schedule, probes: Probes) -> Pairs:
     """Be measured with one partner after the other; what came until the last round's end."""
     mine = sum(here.index in pair for one in schedule.rounds for pair in one)
     if not mine:
@@ -217,7 +217,7 @@ def paired(here: Here, schedule: Schedule, probes: Probes) -> Pairs:
     return Pairs(index=here.index, results=tuple(results), error=error)
 
 
-def check(here: Here) -> None:
+def check(here: CheckedNode) -> None:
     """All of it, in order; StateError when the command line is gone."""
     await_canary(here)
     config = loader.load_resolved(here.directory / mailbox.CONFIG)
@@ -235,7 +235,7 @@ def check(here: Here) -> None:
     probes = Probes.start(said.gpus, own)
     try:
         mailbox.write(here.file("hello"), said)
-        roster = mailbox.wait(here.directory / mailbox.ROSTER, Roster, mailbox.ORDERS_LIMIT)
+        roster = mailbox.wait(here.directory / mailbox.ROSTER, PeerList, mailbox.ORDERS_LIMIT)
         if here.index not in {place.index for place in roster.nodes}:
             return
         mailbox.write(here.file("checked"), checked(here, roster, probes, len(said.gpus)))
@@ -249,7 +249,7 @@ def check(here: Here) -> None:
 
 def main() -> int:
     processes.become_subreaper()
-    here = Here.from_environment(os.environ)
+    here = CheckedNode.from_environment(os.environ)
     code = 0
     try:
         check(here)

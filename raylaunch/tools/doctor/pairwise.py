@@ -38,7 +38,7 @@ def partners(node: int, schedule: Sequence[Sequence[Pair]]) -> list[int | None]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairVerdict:
     """`usual`: the bandwidth of a usual node, bytes/s; `slow`: node → its own; `dead`: nodes with whom no pair worked,
     though others' did; `paths`: pairs that are slow (or None: failed) though both ends are quick with others."""
 
@@ -49,7 +49,7 @@ class Verdict:
     paths: dict[tuple[str, str], float | None]
 
 
-def analyse(measured: Mapping[tuple[str, str], float | None], backend: str = "nccl") -> Verdict:
+def analyse(measured: Mapping[tuple[str, str], float | None], backend: str = "nccl") -> PairVerdict:
     """Pair → bytes/s (None: it failed) → who is slow."""
     little, less = LIMITS[backend]
     rates: dict[str, list[float]] = {name: [] for name in sorted({name for pair in measured for name in pair})}
@@ -66,7 +66,7 @@ def analyse(measured: Mapping[tuple[str, str], float | None], backend: str = "nc
         for pair, rate in measured.items()
         if not {*slow, *dead} & set(pair) and (rate is None or rate < less * min(own[name] for name in pair))
     }
-    return Verdict(usual, own, slow, dead, paths if own else {})
+    return PairVerdict(usual, own, slow, dead, paths if own else {})
 
 
 def _own(rates: Iterable[float]) -> float:

@@ -20,7 +20,7 @@ from raylaunch.state import files
 from raylaunch.tools.doctor import compare_nodes, mailbox, pairwise
 from raylaunch.tools.doctor.check_job import Allocation, LocalProcesses, Show, SlurmJob, StillWaiting
 from raylaunch.tools.doctor.finding import Finding, problem, unknown, warning
-from raylaunch.tools.doctor.mailbox import Checked, Hello, Model, Pairs, Place, Roster, Schedule
+from raylaunch.tools.doctor.mailbox import Checked, Hello, Model, Pairs, Peer, PeerList, Schedule
 
 FOLDER = "doctor"
 GRACE = 5.0
@@ -102,13 +102,13 @@ class Checks:
         findings = [*compare_nodes.arrived(hellos, names, self.held.failures())]
         asked = 0 if self.local else batch_script.gpus_per_node(self.config.slurm)
         findings += compare_nodes.alike(hellos, bool(self.config.slurm.modules), asked)
-        fields = set(Place.model_fields)
-        able = {i: Place(**h.model_dump(include=fields)) for i, h in sorted(hellos.items()) if not h.error}
+        fields = set(Peer.model_fields)
+        able = {i: Peer(**h.model_dump(include=fields)) for i, h in sorted(hellos.items()) if not h.error}
         if not able:
             return findings
         called = {index: place.node for index, place in able.items()}
         written = time.time()
-        mailbox.write(self.directory / mailbox.ROSTER, Roster(nodes=tuple(able.values())))
+        mailbox.write(self.directory / mailbox.ROSTER, PeerList(nodes=tuple(able.values())))
         checked = self._collect("checked", Checked, able, CHECK_LIMIT)
         if broken := self._broken(checked, called):
             return findings + broken
@@ -132,7 +132,7 @@ class Checks:
         return [problem("nodes.job", f"the job ended early: {self.held.complaint() or 'without a word'}", hint)]
 
     def _pairs(
-        self, able: Mapping[int, Place], hellos: Mapping[int, Hello], well: list[int], rounds: list[list[pairwise.Pair]]
+        self, able: Mapping[int, Peer], hellos: Mapping[int, Hello], well: list[int], rounds: list[list[pairwise.Pair]]
     ) -> list[Finding]:
         """Measure the nodes that are well so far."""
         gpus = min((len(hellos[i].gpus) for i in well), default=0)

@@ -18,7 +18,7 @@ FLOAT = 4
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockActivations:
     """One block on one worker. `width`: bytes of an element in the computation. `rows`: samples of a micro-batch;
     `tokens`: that this worker's products see; `residual`: that it has between them (sequence parallel)."""
 
@@ -34,7 +34,7 @@ class Block:
     recompute: str
 
     @classmethod
-    def of(cls, config: Config, shape: Shape, *, on_gpu: bool, width: int, masked: bool) -> Block:
+    def of(cls, config: Config, shape: Shape, *, on_gpu: bool, width: int, masked: bool) -> BlockActivations:
         plan, steps = config.distributed, config.step_scheduler
         how = "full" if shape.theirs and plan.activation_checkpointing != "none" else plan.activation_checkpointing
         sizes = plan.tp_size, plan.cp_size, plan.ep_size

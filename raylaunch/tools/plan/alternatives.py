@@ -21,7 +21,7 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.tools.plan import memory
 from raylaunch.tools.plan import sharding as shards
 from raylaunch.tools.plan.model_shape import Shape
-from raylaunch.tools.plan.sharding import Place
+from raylaunch.tools.plan.sharding import PlannedWorld
 
 ROOM = 0.92
 """Of a GPU's memory: what is planned above it is tight, since the allocator's pieces do not all fit."""
@@ -48,7 +48,7 @@ def fits(total: int, available: int) -> bool:
 
 
 def search(
-    config: Config, shape: Shape, where: Place, available: int, *, on_gpu: bool, masked: bool = False
+    config: Config, shape: Shape, where: PlannedWorld, available: int, *, on_gpu: bool, masked: bool = False
 ) -> list[Fit]:
     """Up to MOST plans that fit, the cheapest first; where none does, one on more nodes, if any."""
 
@@ -83,7 +83,7 @@ def search(
     return next(more for times in SEVERAL if (more := tried(where.nodes * times, 1)))
 
 
-def _candidates(config: Config, where: Place, on_gpu: bool) -> Iterator[tuple[float, dict[str, Any]]]:
+def _candidates(config: Config, where: PlannedWorld, on_gpu: bool) -> Iterator[tuple[float, dict[str, Any]]]:
     """(relative time of a step, changes)."""
     plan, local = config.distributed, config.step_scheduler.local_batch_size
     ours = config.model.hf is None

@@ -14,7 +14,7 @@ from raylaunch.errors import RaylaunchError
 from raylaunch.host.resources import memory_limit
 from raylaunch.scheduler.slurm import batch_script
 from raylaunch.scheduler.slurm.client import Slurm
-from raylaunch.tools.plan.gpu_models import CPU, Gpu
+from raylaunch.tools.plan.gpu_models import CPU, GpuModel
 
 MIB = 1 << 20
 
@@ -27,7 +27,7 @@ class Room:
     why: str = ""
 
 
-def of_worker(gpu: Gpu, config: Config, slurm: Slurm) -> Room:
+def of_worker(gpu: GpuModel, config: Config, slurm: Slurm) -> Room:
     """The GPU's own; on a CPU the worker's part of its node's."""
     if gpu is not CPU:
         return Room(gpu.memory)

@@ -18,11 +18,11 @@ from raylaunch.tools.plan import alternatives, checkpoint_size, memory, model_sh
 from raylaunch.tools.plan.alternatives import Fit
 from raylaunch.tools.plan.checkpoint_size import Saving
 from raylaunch.tools.plan.from_run import Measured
-from raylaunch.tools.plan.gpu_models import CPU, Gpu
+from raylaunch.tools.plan.gpu_models import CPU, GpuModel
 from raylaunch.tools.plan.memory import Peak
 from raylaunch.tools.plan.model_shape import Shape
-from raylaunch.tools.plan.sharding import Place
-from raylaunch.tools.plan.throughput import Pace
+from raylaunch.tools.plan.sharding import PlannedWorld
+from raylaunch.tools.plan.throughput import Throughput
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Given:
     """What a person says beside the config. `workers_per_node`: as many GPUs, or workers on a CPU. `bandwidth` in bytes
     per second, `failures` per node and hour; None: measured, or assumed."""
 
-    gpu: Gpu
+    gpu: GpuModel
     nodes: int
     workers_per_node: int
     available: int | None
@@ -48,14 +48,14 @@ class Given:
 class Estimate:
     """None where it cannot be said; `missing` says why, a line each, `notes` what else there is to know."""
 
-    place: Place
-    gpu: Gpu
+    place: PlannedWorld
+    gpu: GpuModel
     available: int | None
     room: str = ""
     shape: Shape | None = None
     peak: Peak | None = None
     would_fit: list[Fit] = field(default_factory=list)
-    pace: Pace | None = None
+    pace: Throughput | None = None
     step: float | None = None
     first_step: dict[str, float] | None = None
     end: float | None = None
@@ -137,7 +137,7 @@ def _memory(found: Estimate, config: Config, model: Shape) -> None:
         found.notes.append("distributed.compile and float8 are not in the memory: with them it is a little less")
 
 
-def _expert_shards(config: Config, where: Place) -> int:
+def _expert_shards(config: Config, where: PlannedWorld) -> int:
     plan = config.distributed
     over = plan.ep_size if plan.ep_size > 1 else plan.tp_size
     return where.world // plan.pp_size // where.replicas // over
@@ -155,7 +155,7 @@ def is_masked(config: Config) -> bool:
     return False
 
 
-def _pace(found: Estimate, config: Config, given: Given) -> Pace | None:
+def _pace(found: Estimate, config: Config, given: Given) -> Throughput | None:
     if given.tokens_per_s is not None:
         return throughput.stated(given.tokens_per_s)
     if given.like is not None:

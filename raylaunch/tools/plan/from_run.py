@@ -24,8 +24,8 @@ from raylaunch.scheduler.slurm import batch_script
 from raylaunch.state import files, records
 from raylaunch.tools.plan import checkpoint_size, model_shape, sharding, throughput
 from raylaunch.tools.plan.model_shape import Shape
-from raylaunch.tools.plan.sharding import Place
-from raylaunch.tools.plan.throughput import Pace
+from raylaunch.tools.plan.sharding import PlannedWorld
+from raylaunch.tools.plan.throughput import Throughput
 
 MOST_ROWS = 200
 """Of the metrics, the last ones; their median is the pace."""
@@ -44,7 +44,7 @@ class Measured:
     start: dict[str, float]
     bandwidth: float | None
 
-    def pace(self, config: Config, own: Shape | None, where: Place) -> Pace:
+    def pace(self, config: Config, own: Shape | None, where: PlannedWorld) -> Throughput:
         """Of another plan on the same kind of machine, were it to scale without loss."""
         how = f"measured: {self.tokens_per_s:,.0f} tokens/s of {self.workers} workers in run {self.run}"
         if self.flops is None or own is None:
@@ -52,7 +52,7 @@ class Measured:
         else:
             found = self.flops * where.world / throughput.work(config, own, where)
         same = abs(found / self.tokens_per_s - 1) < 1e-3
-        return Pace(found, how if same else f"{how}, by workers and operations", False, self.start)
+        return Throughput(found, how if same else f"{how}, by workers and operations", False, self.start)
 
 
 def read(run_dir: Path) -> Measured:

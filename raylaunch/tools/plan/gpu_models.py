@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuModel:
     """`memory` in bytes; `flops` in 1/s. None: it depends on the machine."""
 
     name: str
@@ -24,11 +24,11 @@ class Gpu:
     source: str
 
 
-def _gpu(name: str, gib: float, teraflops: float, source: str) -> Gpu:
-    return Gpu(name, int(gib * GIB), teraflops * 1e12, source)
+def _gpu(name: str, gib: float, teraflops: float, source: str) -> GpuModel:
+    return GpuModel(name, int(gib * GIB), teraflops * 1e12, source)
 
 
-CPU = Gpu("cpu", None, None, "this machine")
+CPU = GpuModel("cpu", None, None, "this machine")
 TABLE = {
     gpu.name: gpu
     for gpu in (
@@ -55,7 +55,7 @@ TABLE = {
 }
 
 
-def find(name: str) -> Gpu:
+def find(name: str) -> GpuModel:
     """By its name, or the part of it before the dash where that is one GPU's; UsageError with the list."""
     word = name.strip().lower()
     found = [gpu for key, gpu in TABLE.items() if key == word] or [
@@ -67,7 +67,7 @@ def find(name: str) -> Gpu:
     return found[0]
 
 
-def asked_for(gres: str) -> Gpu | None:
+def asked_for(gres: str) -> GpuModel | None:
     """The one that Slurm is asked for by type (`h100:8`, `gpu:a100:4`); None where no type is named or it may be
     several."""
     for word in gres.replace(",", ":").split(":"):

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from raylaunch.config.schema import Config
 from raylaunch.tools.plan import sharding
-from raylaunch.tools.plan.activations import FLOAT, Block
+from raylaunch.tools.plan.activations import FLOAT, BlockActivations
 from raylaunch.tools.plan.model_shape import Shape
-from raylaunch.tools.plan.sharding import Place, Stage, Unit
+from raylaunch.tools.plan.sharding import PlannedWorld, Stage, Unit
 
 CAUSES = {
     "parameters": "float32, this worker's shards",
@@ -57,10 +57,10 @@ def width_of(config: Config, on_gpu: bool) -> int:
     return 2 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else FLOAT
 
 
-def peak(config: Config, shape: Shape, where: Place, *, on_gpu: bool, masked: bool = False) -> Peak:
+def peak(config: Config, shape: Shape, where: PlannedWorld, *, on_gpu: bool, masked: bool = False) -> Peak:
     """The fullest moment of the fullest stage."""
     width = width_of(config, on_gpu)
-    block = Block.of(config, shape, on_gpu=on_gpu, width=width, masked=masked)
+    block = BlockActivations.of(config, shape, on_gpu=on_gpu, width=width, masked=masked)
     found = [
         _Step(config, shape, where, stage, block, on_gpu).peak()
         for stage in sharding.stages(config, shape, where, width)
@@ -71,7 +71,9 @@ def peak(config: Config, shape: Shape, where: Place, *, on_gpu: bool, masked: bo
 class _Step:
     """A step on one worker of a stage."""
 
-    def __init__(self, config: Config, shape: Shape, where: Place, stage: Stage, block: Block, on_gpu: bool) -> None:
+    def __init__(
+        self, config: Config, shape: Shape, where: PlannedWorld, stage: Stage, block: BlockActivations, on_gpu: bool
+    ) -> None:
         self._config, self._shape, self._where = config, shape, where
         self._stage, self._block, self._on_gpu = stage, block, on_gpu
         self._width = block.width

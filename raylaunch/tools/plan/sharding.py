@@ -69,7 +69,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Place:
+class PlannedWorld:
     """The world of a plan. `replicas`: copies of the model; `samples`: groups of workers that share no sample; `passes`:
     micro-batches a step of each worker; `spare`: nodes that the plan cannot share."""
 
@@ -83,7 +83,7 @@ class Place:
     passes: int
 
 
-def place(config: Config, nodes: int, workers_per_node: int) -> Place:
+def place(config: Config, nodes: int, workers_per_node: int) -> PlannedWorld:
     """UsageError where these nodes cannot share the plan."""
     plan, steps = config.distributed, config.step_scheduler
     together = plan.model_parallel
@@ -106,10 +106,10 @@ def place(config: Config, nodes: int, workers_per_node: int) -> Place:
     samples = of_stage // (plan.tp_size * plan.cp_size)
     batch = steps.global_batch_size or steps.local_batch_size * (steps.grad_acc_steps or 1) * (world // together)
     passes = math.ceil(math.ceil(batch / samples) / steps.local_batch_size)
-    return Place(nodes, workers_per_node, nodes - used, world, replicas, samples, batch, passes)
+    return PlannedWorld(nodes, workers_per_node, nodes - used, world, replicas, samples, batch, passes)
 
 
-def stages(config: Config, shape: Shape, where: Place, width: int) -> list[Stage]:
+def stages(config: Config, shape: Shape, where: PlannedWorld, width: int) -> list[Stage]:
     """The parts of the pipeline, one if there is none; `width`: bytes of an element in the computation."""
     plan = config.distributed
     tp, pp, ep = plan.tp_size, plan.pp_size, plan.ep_size

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from raylaunch.config.schema import Config
-from raylaunch.tools.plan.gpu_models import Gpu
+from raylaunch.tools.plan.gpu_models import GpuModel
 from raylaunch.tools.plan.model_shape import Shape
-from raylaunch.tools.plan.sharding import Place
+from raylaunch.tools.plan.sharding import PlannedWorld
 
 MFU = {"eager": 0.337, "compile": 0.390, "float8": 0.499}
 """Share of the peak that a model's own operations reach: torchtitan's published tokens per second of Llama 3.1 8B with
@@ -28,7 +28,7 @@ MADE = {True: 2e10, False: 1e8}
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """`tokens_per_s`: of all workers. `how`: where it is from, for people."""
 
     tokens_per_s: float
@@ -37,12 +37,12 @@ class Pace:
     start: Mapping[str, float] = field(default_factory=dict)
     """Measured seconds from the start of the workers to the first step; empty: none."""
 
-    def step(self, config: Config, where: Place) -> float:
+    def step(self, config: Config, where: PlannedWorld) -> float:
         """Seconds of a step."""
         return where.batch * config.data.seq_len / self.tokens_per_s
 
 
-def work(config: Config, shape: Shape, where: Place) -> float:
+def work(config: Config, shape: Shape, where: PlannedWorld) -> float:
     """What a token costs, in floating-point operations' time: with what is computed again and a pipeline's idle ends
     (Narayanan et al., 2021: (stages - 1) / micro-batches)."""
     plan = config.distributed
@@ -50,11 +50,11 @@ def work(config: Config, shape: Shape, where: Place) -> float:
     return shape.flops_per_token(config.data.seq_len) * RECOMPUTED[plan.activation_checkpointing] * idle
 
 
-def stated(tokens_per_s: float) -> Pace:
-    return Pace(tokens_per_s, "stated", False)
+def stated(tokens_per_s: float) -> Throughput:
+    return Throughput(tokens_per_s, "stated", False)
 
 
-def assumed(config: Config, shape: Shape, where: Place, gpu: Gpu, mfu: float | None) -> Pace | None:
+def assumed(config: Config, shape: Shape, where: PlannedWorld, gpu: GpuModel, mfu: float | None) -> Throughput | None:
     """From the GPU's peak; None where it is not known."""
     if gpu.flops is None:
         return None
@@ -64,10 +64,12 @@ def assumed(config: Config, shape: Shape, where: Place, gpu: Gpu, mfu: float | N
     how = f"assumed: {share:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s a GPU"
     if mfu is None:
         how += ", as torchtitan's on H100" + {"eager": "", "compile": " compiled", "float8": " in float8"}[kind]
-    return Pace(where.world * gpu.flops * share / work(config, shape, where), how, True)
+    return Throughput(where.world * gpu.flops * share / work(config, shape, where), how, True)
 
 
-def first_step(config: Config, shape: Shape, pace: Pace, where: Place, *, on_gpu: bool) -> dict[str, float]:
+def first_step(
+    config: Config, shape: Shape, pace: Throughput, where: PlannedWorld, *, on_gpu: bool
+) -> dict[str, float]:
     """Seconds from the job's start to the first step, by part."""
     if pace.start:
         return {"bring_up": BRING_UP, **pace.start}
@@ -78,7 +80,7 @@ def first_step(config: Config, shape: Shape, pace: Pace, where: Place, *, on_gpu
     return {name: seconds for name, seconds in found.items() if seconds}
 
 
-def training(config: Config, pace: Pace, where: Place) -> float:
+def training(config: Config, pace: Throughput, where: PlannedWorld) -> float:
     """Seconds of all steps, with their validations (a third of a step for each batch), without saves and faults."""
     steps = config.step_scheduler
     validations = steps.max_steps // steps.val_every_steps if steps.val_every_steps else 0

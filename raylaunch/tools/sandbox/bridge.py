@@ -19,13 +19,13 @@ from typing import Any
 
 from raylaunch.errors import SandboxError
 from raylaunch.host import locks
-from raylaunch.tools.sandbox.spec import BASE, Layout, Spec
+from raylaunch.tools.sandbox.spec import BASE, SandboxLayout, SandboxSpec
 
 LOCK_LIMIT = 60.0
 """Seconds to wait for another sandbox that is making its network."""
 
 
-def choose_network(layout: Layout) -> int:
+def choose_network(layout: SandboxLayout) -> int:
     """A third byte for 10.213.x.0/24 that no route of this machine overlaps.
 
     Call it under `network_lock` and add the bridge before letting go.
@@ -62,7 +62,7 @@ def network_lock() -> Iterator[None]:
         os.close(fd)
 
 
-def add_bridge(layout: Layout, spec: Spec) -> None:
+def add_bridge(layout: SandboxLayout, spec: SandboxSpec) -> None:
     _ip(
         [
             f"link add {layout.bridge} address {_mac(spec, 0)} type bridge",
@@ -72,7 +72,7 @@ def add_bridge(layout: Layout, spec: Spec) -> None:
     )
 
 
-def plug(layout: Layout, spec: Spec, pids: dict[str, int]) -> None:
+def plug(layout: SandboxLayout, spec: SandboxSpec, pids: dict[str, int]) -> None:
     """Give each node (name → pid of its init) its eth0; its other end goes to the bridge."""
     batch = []
     for node, pid in pids.items():
@@ -85,7 +85,7 @@ def plug(layout: Layout, spec: Spec, pids: dict[str, int]) -> None:
     _ip(batch)
 
 
-def node_setup(spec: Spec, node: str) -> list[str]:
+def node_setup(spec: SandboxSpec, node: str) -> list[str]:
     """The `ip -batch` lines that a node runs for itself, once its eth0 is there."""
     return [
         "link set lo up",
@@ -96,14 +96,14 @@ def node_setup(spec: Spec, node: str) -> list[str]:
     ]
 
 
-def unplug(layout: Layout, spec: Spec, node: str) -> None:
+def unplug(layout: SandboxLayout, spec: SandboxSpec, node: str) -> None:
     """Remove a node's cable, if it is there; both ends go."""
     veth = layout.veth(spec.index(node))
     if veth in existing(layout):
         _ip([f"link del {veth}"], forgive_missing=True)
 
 
-def cut(layout: Layout, spec: Spec, node: str) -> None:
+def cut(layout: SandboxLayout, spec: SandboxSpec, node: str) -> None:
     """Take the node's cable off the bridge. Its carrier stays, so nobody notices but by silence."""
     veth = layout.veth(spec.index(node))
     # Off the bridge, the cable's end is an interface of the machine, which would answer
@@ -112,28 +112,28 @@ def cut(layout: Layout, spec: Spec, node: str) -> None:
     _ip([f"link set {veth} nomaster"])
 
 
-def heal(layout: Layout, spec: Spec, node: str) -> None:
+def heal(layout: SandboxLayout, spec: SandboxSpec, node: str) -> None:
     """Put the node's cable back on the bridge."""
     _ip([f"link set {layout.veth(spec.index(node))} master {layout.bridge}"])
 
 
-def is_cut(layout: Layout, spec: Spec, node: str) -> bool:
+def is_cut(layout: SandboxLayout, spec: SandboxSpec, node: str) -> bool:
     """Whether the node has a cable that leads nowhere."""
     link = Path("/sys/class/net", layout.veth(spec.index(node)))
     return link.exists() and not (link / "master").exists()
 
 
-def existing(layout: Layout) -> list[str]:
+def existing(layout: SandboxLayout) -> list[str]:
     """Names of this sandbox's links on the machine."""
     return sorted(p.name for p in Path("/sys/class/net").iterdir() if p.name.startswith(layout.link_prefix))
 
 
-def remove_all(layout: Layout) -> None:
+def remove_all(layout: SandboxLayout) -> None:
     """Remove bridge and cables; those of dying nodes may vanish by themselves meanwhile."""
     _ip([f"link del {name}" for name in existing(layout)], forgive_missing=True)
 
 
-def _mac(spec: Spec, index: int) -> str:
+def _mac(spec: SandboxSpec, index: int) -> str:
     return f"02:72:6c:{spec.network:02x}:00:{index:02x}"
 
 

@@ -17,12 +17,12 @@ from typing import Literal
 
 from raylaunch.errors import SandboxError
 from raylaunch.tools.sandbox.procs import Proc, wait_for
-from raylaunch.tools.sandbox.spec import BASE, PREFIX, Layout
+from raylaunch.tools.sandbox.spec import BASE, PREFIX, SandboxLayout
 
 Kind = Literal["cgroup2", "freezer"]
 
 
-def mount_point(kind: Kind, layout: Layout) -> Path | None:
+def mount_point(kind: Kind, layout: SandboxLayout) -> Path | None:
     """Where that hierarchy is mounted: by the machine, or by this sandbox, or not at all."""
     own = None
     for line in Path("/proc/self/mounts").read_text().splitlines():
@@ -35,7 +35,7 @@ def mount_point(kind: Kind, layout: Layout) -> Path | None:
     return own
 
 
-def ensure_mount(kind: Kind, layout: Layout) -> Path | None:
+def ensure_mount(kind: Kind, layout: SandboxLayout) -> Path | None:
     """As `mount_point`, but mounts the hierarchy in the sandbox's directory where it is missing."""
     found = mount_point(kind, layout)
     if found is not None:
@@ -47,7 +47,7 @@ def ensure_mount(kind: Kind, layout: Layout) -> Path | None:
     return target if done.returncode == 0 else None
 
 
-def unmount_own(layout: Layout) -> None:
+def unmount_own(layout: SandboxLayout) -> None:
     """Undo `ensure_mount`."""
     kinds: tuple[Kind, ...] = ("cgroup2", "freezer")
     for kind in kinds:
@@ -56,7 +56,7 @@ def unmount_own(layout: Layout) -> None:
             subprocess.run(["umount", str(target)], capture_output=True, check=False)
 
 
-def group(layout: Layout, part: str = "") -> Path:
+def group(layout: SandboxLayout, part: str = "") -> Path:
     """The sandbox's cgroup2 directory, or that of one part of it ("head", "node1", …)."""
     root = mount_point("cgroup2", layout)
     if root is None:
@@ -64,7 +64,7 @@ def group(layout: Layout, part: str = "") -> Path:
     return root / layout.cgroup / part
 
 
-def freezer_group(layout: Layout, part: str = "") -> Path | None:
+def freezer_group(layout: SandboxLayout, part: str = "") -> Path | None:
     root = mount_point("freezer", layout)
     return None if root is None else root / layout.cgroup / part
 
@@ -133,7 +133,7 @@ def remove(path: Path) -> None:
     wait_for(f"cgroup {path} removed", gone, 5)
 
 
-def _own_mount(kind: Kind, layout: Layout) -> Path:
+def _own_mount(kind: Kind, layout: SandboxLayout) -> Path:
     return layout.dir / "mnt" / kind
 
 

@@ -16,7 +16,7 @@ from raylaunch.errors import SandboxError
 from raylaunch.tools.sandbox import cgroups
 from raylaunch.tools.sandbox.node import system_env, tail
 from raylaunch.tools.sandbox.procs import Proc, wait_for
-from raylaunch.tools.sandbox.spec import CONTROLLER, Layout, Spec
+from raylaunch.tools.sandbox.spec import CONTROLLER, SandboxLayout, SandboxSpec
 
 HEAD = "head"  # the cgroup of everything that is not a node
 
@@ -26,7 +26,7 @@ _SPAWN = 'echo 0 > "$1" || exit 1; shift; setsid "$@" </dev/null >>"$LOG" 2>&1 &
 _NAMED = f'hostname {CONTROLLER} && mount --bind "$1" /etc/hosts && shift && exec "$@"'
 
 
-def start_munged(layout: Layout) -> None:
+def start_munged(layout: SandboxLayout) -> None:
     """munged with a key and a socket of its own; ready when the socket is there."""
     layout.munge_key.touch(mode=0o400)
     layout.munge_key.write_bytes(secrets.token_bytes(128))
@@ -46,16 +46,16 @@ def start_munged(layout: Layout) -> None:
     _wait_up(layout, "munged", lambda: _accepts(layout.munge_socket))
 
 
-def start_slurmctld(layout: Layout) -> None:
+def start_slurmctld(layout: SandboxLayout) -> None:
     """slurmctld under its own host name; `wait_slurmctld` says when it answers."""
     _spawn(layout, "slurmctld", _renamed(layout, ["slurmctld", "-D", "-f", str(layout.slurm_conf)]))
 
 
-def wait_slurmctld(layout: Layout, spec: Spec) -> None:
+def wait_slurmctld(layout: SandboxLayout, spec: SandboxSpec) -> None:
     _wait_up(layout, "slurmctld", lambda: _accepts((spec.gateway, spec.ctld_port)))
 
 
-def start_accounting(layout: Layout, spec: Spec) -> None:
+def start_accounting(layout: SandboxLayout, spec: SandboxSpec) -> None:
     """MariaDB on a private socket without passwords, then slurmdbd; ready when both answer."""
     layout.database.mkdir(mode=0o700)
     _spawn(
@@ -82,7 +82,7 @@ def start_accounting(layout: Layout, spec: Spec) -> None:
     _wait_up(layout, "slurmdbd", lambda: _accepts((spec.gateway, spec.dbd_port)), timeout=60)
 
 
-def _spawn(layout: Layout, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+def _spawn(layout: SandboxLayout, name: str, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
     group = cgroups.group(layout, HEAD)
     group.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
@@ -102,11 +102,11 @@ def _spawn(layout: Layout, name: str, argv: Sequence[str], env: Mapping[str, str
         raise SandboxError(f"{name} ended at once", tail(_log(layout, name))) from None
 
 
-def record(layout: Layout, name: str) -> Path:
+def record(layout: SandboxLayout, name: str) -> Path:
     return layout.run / f"{name}.json"
 
 
-def _wait_up(layout: Layout, name: str, ready: Callable[[], bool], timeout: float = 20) -> None:
+def _wait_up(layout: SandboxLayout, name: str, ready: Callable[[], bool], timeout: float = 20) -> None:
     proc = Proc.load(record(layout, name))
 
     def up() -> bool:
@@ -117,12 +117,12 @@ def _wait_up(layout: Layout, name: str, ready: Callable[[], bool], timeout: floa
     wait_for(f"{name} answers", up, timeout, lambda: tail(_log(layout, name)))
 
 
-def _renamed(layout: Layout, argv: Sequence[str]) -> list[str]:
+def _renamed(layout: SandboxLayout, argv: Sequence[str]) -> list[str]:
     hosts = str(layout.dir / "etc" / "hosts")
     return ["unshare", "--uts", "--mount", "sh", "-c", _NAMED, "sh", hosts, *argv]
 
 
-def _log(layout: Layout, name: str) -> Path:
+def _log(layout: SandboxLayout, name: str) -> Path:
     return layout.log / f"{name}.out"
 
 

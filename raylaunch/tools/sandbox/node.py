@@ -19,7 +19,7 @@ from typing import TypedDict
 from raylaunch.errors import SandboxError
 from raylaunch.tools.sandbox import bridge, cgroups, init, slurm_conf
 from raylaunch.tools.sandbox.procs import Proc, wait_for
-from raylaunch.tools.sandbox.spec import Layout, Spec
+from raylaunch.tools.sandbox.spec import SandboxLayout, SandboxSpec
 
 
 class NodePlan(TypedDict):
@@ -44,7 +44,9 @@ def system_env() -> dict[str, str]:
     return {**os.environ, "PATH": f"{path}:/usr/local/sbin:/usr/sbin:/sbin"}
 
 
-def boot(layout: Layout, spec: Spec, nodes: Sequence[str], before_go: Callable[[], None] | None = None) -> None:
+def boot(
+    layout: SandboxLayout, spec: SandboxSpec, nodes: Sequence[str], before_go: Callable[[], None] | None = None
+) -> None:
     """Start these nodes side by side; slurmd runs in each once `before_go` has returned."""
     started: dict[str, subprocess.Popen[str]] = {}
     pids: dict[str, int] = {}
@@ -74,17 +76,17 @@ def boot(layout: Layout, spec: Spec, nodes: Sequence[str], before_go: Callable[[
                 outer.communicate()  # closes the pipes and reaps the outer process
 
 
-def record(layout: Layout, node: str) -> Path:
+def record(layout: SandboxLayout, node: str) -> Path:
     return layout.run / f"{node}.json"
 
 
-def living(layout: Layout, node: str) -> Proc | None:
+def living(layout: SandboxLayout, node: str) -> Proc | None:
     """The node's init, or None when the node is not running."""
     proc = Proc.load(record(layout, node))
     return proc if proc is not None and proc.alive() else None
 
 
-def kill(layout: Layout, spec: Spec, node: str, silent: bool) -> None:
+def kill(layout: SandboxLayout, spec: SandboxSpec, node: str, silent: bool) -> None:
     """End all processes of a node at once and take its cable away."""
     proc = living(layout, node)
     if proc is None:
@@ -97,7 +99,7 @@ def kill(layout: Layout, spec: Spec, node: str, silent: bool) -> None:
     os.utime(record(layout, node))  # when it ended, for `wait_until_noticeable`
 
 
-def clear(layout: Layout, spec: Spec, node: str) -> None:
+def clear(layout: SandboxLayout, spec: SandboxSpec, node: str) -> None:
     """Remove what a dead node leaves on the machine: commands entering it, cable, cgroups."""
     bridge.unplug(layout, spec, node)
     group = cgroups.group(layout, node)
@@ -109,7 +111,7 @@ def clear(layout: Layout, spec: Spec, node: str) -> None:
             cgroups.remove(path)
 
 
-def wait_until_noticeable(layout: Layout, node: str) -> None:
+def wait_until_noticeable(layout: SandboxLayout, node: str) -> None:
     """Wait until a boot of the node is certain to be seen as one: 1 to 2 s after its death.
 
     Slurm compares the second of the boot, worked out from an uptime that is rounded up, with
@@ -120,7 +122,7 @@ def wait_until_noticeable(layout: Layout, node: str) -> None:
     wait_for(f"time for {node} to boot", lambda: int(time.time()) > ended + 1, 5)
 
 
-def enter(layout: Layout, node: str, argv: Sequence[str], cwd: str | None = None) -> list[str]:
+def enter(layout: SandboxLayout, node: str, argv: Sequence[str], cwd: str | None = None) -> list[str]:
     """The command line that runs `argv` inside the node, in `cwd` where the node has it."""
     proc = living(layout, node)
     if proc is None:
@@ -148,7 +150,7 @@ def tail(path: Path, lines: int = 8) -> str:
     return f"{path}:\n  " + "\n  ".join(text.splitlines()[-lines:])
 
 
-def _start_init(layout: Layout, spec: Spec, node: str) -> subprocess.Popen[str]:
+def _start_init(layout: SandboxLayout, spec: SandboxSpec, node: str) -> subprocess.Popen[str]:
     groups = [cgroups.group(layout, node)]
     freezer = cgroups.freezer_group(layout, node) if spec.cgroup_proctrack else None
     if freezer is not None:

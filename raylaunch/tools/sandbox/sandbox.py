@@ -20,7 +20,7 @@ from typing import Any
 from raylaunch.errors import SandboxError, UsageError
 from raylaunch.tools.sandbox import bridge, cgroups, daemons, node, slurm, slurm_conf, teardown
 from raylaunch.tools.sandbox.procs import Proc, write_atomic
-from raylaunch.tools.sandbox.spec import DEFAULT_NAME, MAX_NODES, Layout, Spec
+from raylaunch.tools.sandbox.spec import DEFAULT_NAME, MAX_NODES, SandboxLayout, SandboxSpec
 
 _COMMANDS = {
     "slurmctld": "slurmctld",
@@ -83,8 +83,8 @@ def missing(accounting: bool = False) -> str:
 class Sandbox:
     """A sandbox that is up. Make one with `up`, or `load` the one of that name."""
 
-    layout: Layout
-    spec: Spec
+    layout: SandboxLayout
+    spec: SandboxSpec
 
     @classmethod
     def up(
@@ -99,7 +99,7 @@ class Sandbox:
 
         Raises UsageError for sizes that make no sense, SandboxError when it cannot be made.
         """
-        layout = Layout(name)
+        layout = SandboxLayout(name)
         for what, value, low, high in (
             ("--nodes", nodes, 1, MAX_NODES),
             ("--cpus", cpus, 1, 1024),
@@ -122,13 +122,13 @@ class Sandbox:
             raise
 
     @classmethod
-    def _build(cls, layout: Layout, nodes: int, cpus: int, gpus: int, accounting: bool) -> Sandbox:
+    def _build(cls, layout: SandboxLayout, nodes: int, cpus: int, gpus: int, accounting: bool) -> Sandbox:
         _make_directories(layout)
         if cgroups.ensure_mount("cgroup2", layout) is None:
             raise SandboxError("no cgroup2 file system can be mounted here", "in a container: run it --privileged")
         freezer = cgroups.ensure_mount("freezer", layout)
         with bridge.network_lock():
-            spec = Spec(
+            spec = SandboxSpec(
                 name=layout.name,
                 nodes=nodes,
                 cpus=cpus,
@@ -156,7 +156,7 @@ class Sandbox:
     @classmethod
     def load(cls, name: str = DEFAULT_NAME) -> Sandbox:
         """The sandbox of that name; SandboxError when there is none."""
-        layout = Layout(name)
+        layout = SandboxLayout(name)
         return cls(layout, layout.read_spec())
 
     @property
@@ -282,7 +282,7 @@ class Sandbox:
 
 def take_down(name: str = DEFAULT_NAME) -> bool:
     """`down` for a sandbox of which anything may be missing; False if there was nothing."""
-    layout = Layout(name)
+    layout = SandboxLayout(name)
     if teardown.leftovers(layout, processes=False):
         _require_root()
     return teardown.down(layout)
@@ -300,7 +300,7 @@ def _require_able(accounting: bool) -> None:
         raise SandboxError(what, remedy)
 
 
-def _make_directories(layout: Layout) -> None:
+def _make_directories(layout: SandboxLayout) -> None:
     modes = {
         layout.dir: 0o755,
         layout.dir / "etc": 0o755,
@@ -316,7 +316,7 @@ def _make_directories(layout: Layout) -> None:
         path.chmod(mode)  # mkdir heeds the umask, and other users must get in
 
 
-def _write_configuration(layout: Layout, spec: Spec) -> None:
+def _write_configuration(layout: SandboxLayout, spec: SandboxSpec) -> None:
     etc = layout.dir / "etc"
     write_atomic(layout.slurm_conf, slurm_conf.slurm_conf(spec, layout))
     write_atomic(etc / "cgroup.conf", slurm_conf.cgroup_conf())

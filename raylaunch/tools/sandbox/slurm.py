@@ -8,13 +8,13 @@ from collections.abc import Collection
 from raylaunch.errors import SandboxError
 from raylaunch.tools.sandbox.node import system_env, tail
 from raylaunch.tools.sandbox.procs import wait_for
-from raylaunch.tools.sandbox.spec import Layout
+from raylaunch.tools.sandbox.spec import SandboxLayout
 
 # Reasons that Slurm itself gives a node; any other was set by a person and is left alone.
 _SLURMS_OWN_REASONS = ("Node unexpectedly rebooted", "Not responding")
 
 
-def call(layout: Layout, *argv: str, timeout: float = 10) -> str:
+def call(layout: SandboxLayout, *argv: str, timeout: float = 10) -> str:
     """Output of a Slurm command, under a time limit: clients hang while slurmctld is away."""
     env = {**system_env(), "SLURM_CONF": str(layout.slurm_conf)}
     try:
@@ -28,14 +28,14 @@ def call(layout: Layout, *argv: str, timeout: float = 10) -> str:
     return done.stdout
 
 
-def node_states(layout: Layout, timeout: float = 10) -> dict[str, tuple[str, str]]:
+def node_states(layout: SandboxLayout, timeout: float = 10) -> dict[str, tuple[str, str]]:
     """Node → (state as sinfo's %T, with `*` when it does not respond; reason or "none")."""
     text = call(layout, "sinfo", "-h", "-N", "-p", "main", "-o", "%N|%T|%E", timeout=timeout)
     rows = (line.split("|", 2) for line in text.splitlines())
     return {row[0]: (row[1], row[2]) for row in rows}
 
 
-def wait_in_service(layout: Layout, nodes: Collection[str], resume: bool, timeout: float) -> None:
+def wait_in_service(layout: SandboxLayout, nodes: Collection[str], resume: bool, timeout: float) -> None:
     """Wait until Slurm would run jobs on the nodes.
 
     With `resume`, a node that Slurm holds back only because it rebooted or was silent is given
@@ -60,13 +60,13 @@ def wait_in_service(layout: Layout, nodes: Collection[str], resume: bool, timeou
     )
 
 
-def slurmd_start(layout: Layout, node: str) -> str:
+def slurmd_start(layout: SandboxLayout, node: str) -> str:
     """When the slurmd that slurmctld knows of started, as Slurm writes it; to the second."""
     text = call(layout, "scontrol", "--oneliner", "show", "node", node)
     return text.partition("SlurmdStartTime=")[2].split(" ", 1)[0]
 
 
-def wait_registered(layout: Layout, node: str, before: str, timeout: float) -> None:
+def wait_registered(layout: SandboxLayout, node: str, before: str, timeout: float) -> None:
     """Wait until another slurmd than the one started at `before` has reported to slurmctld."""
     wait_for(
         f"{node} registered",

@@ -1,4 +1,4 @@
-"""The text of Slurm's configuration files for a sandbox: pure functions of its `Spec`.
+"""The text of Slurm's configuration files for a sandbox: pure functions of its `SandboxSpec`.
 
 The settings are those of a small site, with two aims: short waits, and every behaviour
 that raylaunch must live with (preemption, requeue, time limits, dead nodes) within reach.
@@ -6,12 +6,12 @@ that raylaunch must live with (preemption, requeue, time limits, dead nodes) wit
 
 from __future__ import annotations
 
-from raylaunch.tools.sandbox.spec import CONTROLLER, Layout, Spec
+from raylaunch.tools.sandbox.spec import CONTROLLER, SandboxLayout, SandboxSpec
 
 GPU_DEVICE = "/dev/fakegpu"  # not nvidiaN: nothing may mistake a stand-in for a real one
 
 
-def slurm_conf(spec: Spec, layout: Layout) -> str:
+def slurm_conf(spec: SandboxSpec, layout: SandboxLayout) -> str:
     lines = [
         f"ClusterName={spec.name}",
         f"SlurmctldHost={CONTROLLER}({spec.gateway})",
@@ -68,7 +68,7 @@ def slurm_conf(spec: Spec, layout: Layout) -> str:
     return "\n".join([*lines, *_nodes(spec), *_partitions(_range("node", spec.nodes, start=1))]) + "\n"
 
 
-def _nodes(spec: Spec) -> list[str]:
+def _nodes(spec: SandboxSpec) -> list[str]:
     gres = f" Gres=gpu:{spec.gpus}" if spec.gpus else ""
     return [
         f"NodeName={node} NodeAddr={spec.address(node)} CPUs={spec.cpus} Boards=1 SocketsPerBoard=1"
@@ -96,14 +96,14 @@ def cgroup_conf() -> str:
     return "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
 
 
-def gres_conf(spec: Spec) -> str:
+def gres_conf(spec: SandboxSpec) -> str:
     if not spec.gpus:
         return ""
     devices = _range(GPU_DEVICE, spec.gpus, start=0)
     return f"NodeName={_range('node', spec.nodes, start=1)} Name=gpu File={devices}\n"
 
 
-def slurmdbd_conf(spec: Spec, layout: Layout) -> str:
+def slurmdbd_conf(spec: SandboxSpec, layout: SandboxLayout) -> str:
     return "\n".join(
         [
             "AuthType=auth/munge",
@@ -123,14 +123,14 @@ def slurmdbd_conf(spec: Spec, layout: Layout) -> str:
     )
 
 
-def hosts(spec: Spec) -> str:
+def hosts(spec: SandboxSpec) -> str:
     """/etc/hosts of every node: a node's own name is its address on the bridge, not loopback."""
     lines = ["127.0.0.1 localhost", f"{spec.gateway} {CONTROLLER}"]
     lines += [f"{spec.address(node)} {node}" for node in spec.node_names]
     return "\n".join(lines) + "\n"
 
 
-def _accounting(spec: Spec, layout: Layout) -> list[str]:
+def _accounting(spec: SandboxSpec, layout: SandboxLayout) -> list[str]:
     if not spec.accounting:
         return ["AccountingStorageType=accounting_storage/none"]
     return [

@@ -1,8 +1,8 @@
-"""Names, paths and addresses of one sandbox: everything follows from its name and its `Spec`.
+"""Names, paths and addresses of one sandbox: everything follows from its name and its `SandboxSpec`.
 
 What `down` has to find (directory, cgroups, network links) depends on the name alone, so a
 sandbox whose `up` was killed half-way can be removed without any record of how far it got.
-What only a living sandbox needs (size, subnet, ports) is the `Spec`, kept in sandbox.json.
+What only a living sandbox needs (size, subnet, ports) is the `SandboxSpec`, kept in sandbox.json.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Spec:
+class SandboxSpec:
     """What a sandbox is made of; written once by `up`, as sandbox.json."""
 
     name: str
@@ -78,12 +78,12 @@ class Spec:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Spec:
+    def from_json(cls, text: str) -> SandboxSpec:
         return cls(**json.loads(text))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Layout:
+class SandboxLayout:
     """Where a sandbox of that name keeps its things."""
 
     name: str
@@ -158,12 +158,12 @@ class Layout:
         """The bridge's end of a node's cable."""
         return f"{self.link_prefix}n{index}"
 
-    def read_spec(self) -> Spec:
+    def read_spec(self) -> SandboxSpec:
         """The record of a sandbox that is up; SandboxError when there is none."""
         try:
             if self.dir.stat().st_uid != 0:  # anyone may make directories there; root kills by its records
                 raise SandboxError(f"{self.dir} does not belong to root", "choose another --name")
-            return Spec.from_json(self.spec.read_text())
+            return SandboxSpec.from_json(self.spec.read_text())
         except FileNotFoundError:
             if self.dir.exists():
                 raise SandboxError(

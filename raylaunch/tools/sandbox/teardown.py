@@ -12,10 +12,10 @@ from pathlib import Path
 from raylaunch.errors import SandboxError
 from raylaunch.tools.sandbox import bridge, cgroups
 from raylaunch.tools.sandbox.procs import wait_for
-from raylaunch.tools.sandbox.spec import Layout
+from raylaunch.tools.sandbox.spec import SandboxLayout
 
 
-def down(layout: Layout) -> bool:
+def down(layout: SandboxLayout) -> bool:
     """Remove all of a sandbox; True if there was something. SandboxError names what is left."""
     if not leftovers(layout, processes=False):
         return False
@@ -38,7 +38,7 @@ def down(layout: Layout) -> bool:
     return True
 
 
-def _remove_directory(layout: Layout) -> None:
+def _remove_directory(layout: SandboxLayout) -> None:
     def gone() -> bool:
         # Users' programs outside the nodes may still be writing to state/: try again.
         shutil.rmtree(layout.dir, ignore_errors=True)
@@ -47,7 +47,7 @@ def _remove_directory(layout: Layout) -> None:
     wait_for(f"directory {layout.dir} removed", gone, 5, lambda: "something still writes into it")
 
 
-def leftovers(layout: Layout, processes: bool = True) -> list[str]:
+def leftovers(layout: SandboxLayout, processes: bool = True) -> list[str]:
     """What of the sandbox exists: directory, cgroups, links, and processes in its namespaces."""
     found = []
     if layout.dir.exists():
@@ -63,7 +63,7 @@ def leftovers(layout: Layout, processes: bool = True) -> list[str]:
     return found
 
 
-def _inside(layout: Layout) -> list[int]:
+def _inside(layout: SandboxLayout) -> list[int]:
     """Pids that still see mounts of a node or daemon: all have /etc/hosts from the directory."""
     pids = []
     needle = f" {layout.dir}/etc/hosts"

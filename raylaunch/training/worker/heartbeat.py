@@ -27,7 +27,7 @@ LINE_LIMIT = 1 << 14
 
 
 @dataclass(frozen=True)
-class Place:
+class DriverAddress:
     """What a worker needs to reach its driver."""
 
     address: str
@@ -38,10 +38,14 @@ class Place:
     """Seconds after which a worker whose interpreter does not go on writes its stacks; 0: never."""
 
 
-class Pulse:
+Place = DriverAddress
+"""Its former name: drivers that live longer than an upgrade hand it to new workers, pickled by name."""
+
+
+class HeartbeatClient:
     """The worker's side: a daemon thread. Stacks go to `stack_file`."""
 
-    def __init__(self, place: Place, rank: int, node: str, stack_file: Path) -> None:
+    def __init__(self, place: DriverAddress, rank: int, node: str, stack_file: Path) -> None:
         self._place, self._rank, self._node, self._stack_file = place, rank, node, stack_file
         self.wish = 0
         """What the driver asks for: 0, AT_COMMIT or NOW."""

@@ -19,19 +19,23 @@ from typing import Any
 from raylaunch.config import loader, user_code
 from raylaunch.errors import RunError, StateError
 from raylaunch.state import files, records, runs, thread_deaths
-from raylaunch.training.worker.heartbeat import Place, Pulse
+from raylaunch.training.worker.heartbeat import DriverAddress, HeartbeatClient
 from raylaunch.training.worker.session import Session
 
 
 @dataclass(frozen=True)
-class Spec:
+class WorkerSpec:
     """What the driver tells every worker of an attempt."""
 
     run_dir: Path
     attempt: int
     incarnation: int
     global_batch_size: int
-    pulse: Place
+    pulse: DriverAddress
+
+
+Spec = WorkerSpec
+"""Its former name (see `heartbeat.Place`)."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Seat:
     device: str
 
 
-def main(given: dict[str, Spec]) -> None:
+def main(given: dict[str, WorkerSpec]) -> None:
     """The `train_loop_per_worker` of every attempt."""
     import ray
     import ray.train
@@ -70,7 +74,7 @@ def main(given: dict[str, Spec]) -> None:
     work(spec, seat)
 
 
-def work(spec: Spec, seat: Seat) -> None:
+def work(spec: WorkerSpec, seat: Seat) -> None:
     """Call the trainer, with a session of its own."""
     run, attempt, rank = spec.run_dir, spec.attempt, seat.rank
     config = loader.load_resolved(run / records.CONFIG_FILE)
@@ -80,7 +84,7 @@ def work(spec: Spec, seat: Seat) -> None:
         rank=rank, world_size=seat.world_size, local_rank=seat.local_rank, local_world_size=seat.local_world_size,
         node=seat.node, device=seat.device, global_batch_size=spec.global_batch_size,
         cpus=int(os.environ.get("OMP_NUM_THREADS", "1")), incarnation=spec.incarnation,
-        pulse=Pulse(spec.pulse, rank, seat.node, stacks),
+        pulse=HeartbeatClient(spec.pulse, rank, seat.node, stacks),
     )  # fmt: skip
     session.start()
     session.event("connected", workers=session.world_size)  # all are there, and know each other

@@ -21,7 +21,7 @@ from raylaunch.errors import StateError
 from raylaunch.state import files
 from raylaunch.state.lines import Lines
 from raylaunch.training.stop_request import AT_COMMIT, NOW
-from raylaunch.training.worker.heartbeat import Pulse
+from raylaunch.training.worker.heartbeat import HeartbeatClient
 
 __all__ = ["AT_COMMIT", "NOW", "Session"]
 
@@ -56,7 +56,7 @@ class Session:
     """CPUs that this worker may use."""
     incarnation: int = 1
     """Of the head that this attempt belongs to: with `attempt` it says who may commit (see checkpoint.store)."""
-    pulse: Pulse | None = None
+    pulse: HeartbeatClient | None = None
     """The connection to the driver; None: nobody listens (tests by hand)."""
     at_return: tuple[str, int] | None = None
     """The outcome and step to `finish` with when the trainer returns, if it does without an error."""
