@@ -1,4 +1,4 @@
-"""Modules that were called otherwise, where users' code or processes that live longer than an upgrade still do.
+"""Modules and config keys that were called otherwise, where users' files or processes that outlive an upgrade still do.
 
 An import of a former name gives the module itself: its classes exist once. `python -m` works, too: the scripts of
 clusters that live, and agents that were started before the upgrade, start their processes by these names.
@@ -47,6 +47,15 @@ _IN_LIVING_PROCESSES = {
     "tracking.follow": "observe.trackers.uploader",
     "worker": "training.worker.main",
 }
+KEYS = {
+    "elastic.backoff": "restart_backoff",
+    "elastic.grow_after": "scale_up_delay",
+    "elastic.hold_timeout": "min_nodes_timeout",
+    "elastic.max_same_error": "max_identical_errors",
+    "alerts.held_after": "below_min_after",
+    "alerts.stall_least": "stall_min_seconds",
+}
+"""Config keys: a former one, with its section → its name now."""
 PACKAGES = {
     "alerts": "observe.alerts",
     "metrics": "observe.prometheus",

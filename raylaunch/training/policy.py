@@ -138,11 +138,11 @@ def decide(facts: TrainingFacts, elastic: ElasticConfig) -> Decision:
         return Finish("stopped", "the trainer stopped")
     # A hang at the same place again and again is the code's, however it looks.
     own = last is not None and (last.kind == "error" or last.cause == "hang")
-    if last is not None and own and facts.same_error >= elastic.max_same_error:
+    if last is not None and own and facts.same_error >= elastic.max_identical_errors:
         return Finish(
             "failed",
             f"the same {last.cause or 'error'} {facts.same_error} times with no commit between: {last.text}",
-            f"elastic.max_same_error={elastic.max_same_error}",
+            f"elastic.max_identical_errors={elastic.max_identical_errors}",
         )
     # So does a worker that is lost, or storage that a node does not reach, once it has gone on elsewhere.
     lost_limit = LOSSES_PER_STRIKE * (elastic.max_strikes + 1)
@@ -158,24 +158,29 @@ def decide(facts: TrainingFacts, elastic: ElasticConfig) -> Decision:
         setting = f"distributed: {facts.together} workers hold together"
     nodes = usable(facts.nodes, facts.workers_per_node, facts.together)
     if nodes < minimum:
-        if facts.held > elastic.hold_timeout:
+        if facts.held > elastic.min_nodes_timeout:
             return Finish(
                 "failed",
                 f"{nodes} of at least {minimum} nodes for {facts.held:.0f} s",
-                f"elastic.hold_timeout={elastic.hold_timeout}",
+                f"elastic.min_nodes_timeout={elastic.min_nodes_timeout}",
             )
         return Hold(f"{nodes} of at least {minimum} nodes", setting)
     reason = f"{nodes} nodes are alive"
     if last is not None:
         reason = f"{last.kind}: {last.text or last.fingerprint}; {reason}"
-    return Start(nodes * facts.workers_per_node, _delay(facts, elastic), reason, f"elastic.backoff={elastic.backoff:g}")
+    return Start(
+        nodes * facts.workers_per_node,
+        _delay(facts, elastic),
+        reason,
+        f"elastic.restart_backoff={elastic.restart_backoff:g}",
+    )
 
 
 def _delay(facts: TrainingFacts, elastic: ElasticConfig) -> float:
     """Seconds before the next attempt: more and more, while none makes a commit."""
     if facts.idle_attempts <= 1 or facts.rested:
         return 0.0
-    return min(MAX_BACKOFF, elastic.backoff * 2.0 ** min(facts.idle_attempts - 2, 16))
+    return min(MAX_BACKOFF, elastic.restart_backoff * 2.0 ** min(facts.idle_attempts - 2, 16))
 
 
 @dataclass(frozen=True)
@@ -318,18 +323,18 @@ def during(view: AttemptSnapshot, elastic: ElasticConfig) -> Move:
     if view.stopping or view.asked == NOW:
         return Continue()
     waiting = _may_join(view, 0.0)
-    setting = f"elastic.grow_after={elastic.grow_after:g}"
+    setting = f"elastic.scale_up_delay={elastic.scale_up_delay:g}"
     if view.asked == AT_COMMIT:
         if view.asked_for & waiting and _gains(view, waiting):
             return Continue()
         return Withdraw(f"{', '.join(sorted(view.asked_for))} cannot be used any more", setting)
     # Not soon after a start, and only onto nodes that stay: a node that comes and goes costs nothing then.
-    if not view.begun or view.age < elastic.grow_after:
+    if not view.begun or view.age < elastic.scale_up_delay:
         return Continue()
-    steady = _may_join(view, elastic.grow_after)
+    steady = _may_join(view, elastic.scale_up_delay)
     if not _gains(view, steady):
         return Continue()
-    reason = f"{', '.join(sorted(steady))} ready for {elastic.grow_after:g} s"
+    reason = f"{', '.join(sorted(steady))} ready for {elastic.scale_up_delay:g} s"
     return Resize(AT_COMMIT, "grow", steady, reason, setting)
 
 

@@ -12,7 +12,7 @@ trap '"$raylaunch" sandbox down --name "$name"' EXIT
 eval "$("$raylaunch" sandbox env --name "$name")"
 cat > "$out/run.yaml" <<YAML
 slurm: {nodes: 4, mem: 3G}
-elastic: {min_nodes: 1, max_nodes: 4, max_strikes: 1000, grow_after: 2, hang_timeout: 15}
+elastic: {min_nodes: 1, max_nodes: 4, max_strikes: 1000, scale_up_delay: 2, hang_timeout: 15}
 model: {size: tiny}
 data: {seq_len: 64}
 step_scheduler: {max_steps: 1000000, global_batch_size: 12, local_batch_size: 1, ckpt_every_steps: 10, val_every_steps: 0}

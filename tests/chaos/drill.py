@@ -81,7 +81,7 @@ class Drill:
         """A config file for the run, with these changes to its sections."""
         config: dict[str, Any] = {
             **undisturbed.config(self.site.state / "text"),
-            "elastic": {"grow_after": 1.0, "hang_timeout": 600},  # a run that waits at its gate does not hang
+            "elastic": {"scale_up_delay": 1.0, "hang_timeout": 600},  # a run that waits at its gate does not hang
             "trainer": gate.TRAINER,
             "slurm": {"env": {"PYTHONPATH": str(Path(__file__).parent)}},  # for trainers that misbehave
         }  # fmt: skip

@@ -222,7 +222,7 @@ nodes that fall silent, before one dies; and of the base job's three nodes the l
 
 
 def test_gauntlet(drill: Drill) -> None:
-    command = drill.train(RUN, elastic={"min_nodes": 2, "grow_after": 30})
+    command = drill.train(RUN, elastic={"min_nodes": 2, "scale_up_delay": 30})
     gauntlet = Gauntlet(drill)
     for fault in FAULTS:
         print(f"gauntlet: {fault.__name__} at step {gauntlet.steps}", flush=True)

@@ -108,7 +108,7 @@ def test_a_second_node_dies_during_the_recovery_from_the_first(drill: Drill) -> 
 
 
 def test_below_the_minimum_the_run_holds(drill: Drill) -> None:
-    command = drill.train("held", elastic={"min_nodes": 3, "grow_after": 1.0})
+    command = drill.train("held", elastic={"min_nodes": 3, "scale_up_delay": 1.0})
     drill.at_gate("held")
     drill.site.sandbox.kill(drill.other_than_head())
     hold = drill.wait_event("held", "decision", decision="hold")

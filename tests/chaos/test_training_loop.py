@@ -97,7 +97,7 @@ def test_the_same_error_twice_ends_the_run(drill: Drill) -> None:
     done = drill.train("broken", trainer="trouble:broken", step_scheduler={"ckpt_every_steps": 50}).ended()
     done.expect(1, "a bug in somebody's code", "2 times")
     decision = drill.run_events("broken", "decision")[-1]
-    assert "max_same_error" in decision["setting"]
+    assert "max_identical_errors" in decision["setting"]
 
 
 @pytest.mark.long

@@ -74,7 +74,7 @@ SWITCHES = (
         ("nodes::test_a_node_dies_and_is_replaced",),
     ),
     Switch(
-        "growth", "raylaunch/training/policy.py", "steady = _may_join(view, elastic.grow_after)", "steady: frozenset[str] = frozenset()",
+        "growth", "raylaunch/training/policy.py", "steady = _may_join(view, elastic.scale_up_delay)", "steady: frozenset[str] = frozenset()",
         ("nodes::test_a_node_dies_and_is_replaced", "nodes::test_a_scaled_cluster_grows_and_shrinks"),
     ),
     Switch(
@@ -181,7 +181,7 @@ SWITCHES = (
     ),
     Switch("watchdog", "raylaunch/training/hang_detector.py", "if idle <= most:", "if True:", ("training_loop::test_a_rank_hangs",)),
     Switch(
-        "verdict", "raylaunch/training/policy.py", "and own and facts.same_error >= elastic.max_same_error", "and False",
+        "verdict", "raylaunch/training/policy.py", "and own and facts.same_error >= elastic.max_identical_errors", "and False",
         ("training_loop::test_the_same_error_twice_ends_the_run",),
     ),
     Switch(

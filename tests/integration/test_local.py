@@ -183,7 +183,7 @@ def test_a_killed_worker_leaves_no_trace_in_the_curve(site: Site) -> None:
 
 
 def test_a_lost_node_is_left_at_once_and_grown_back_onto_at_a_commit(site: Site) -> None:
-    more = [*LONGER, "--set", "elastic.grow_after=2"]
+    more = [*LONGER, "--set", "elastic.scale_up_delay=2"]
     site("train", str(site.config), "--cluster", "two", "--run", "lose", "--detach", *more)
     until(lambda: max(site.curve("lose"), default=0) >= 8, "step 8")
     row = next(r for r in json.loads((site.state / "clusters/two/agents.json").read_text()) if r["node"] == "local2")

@@ -47,7 +47,7 @@ class Site:
         """The words that train a script."""
         config = self.folder / f"{run}.yaml"
         trainer = {"script": str(script), "args": [str(a) for a in args], **sets}
-        config.write_text(json.dumps({"trainer": trainer, "elastic": {"backoff": 0}}))
+        config.write_text(json.dumps({"trainer": trainer, "elastic": {"restart_backoff": 0}}))
         return ["train", config, "--run", run]
 
     def lines(self, run: str, what: str) -> list[dict[str, Any]]:
@@ -235,7 +235,7 @@ def test_a_script_grows_when_it_may(site: Site, grow: bool) -> None:
     script.write_text("import os, time\nprint('world', os.environ['WORLD_SIZE'], flush=True)\ntime.sleep(600)\n")
     words = site.script(run, script, grow=grow)
     config = json.loads(Path(str(words[1])).read_text())
-    Path(str(words[1])).write_text(json.dumps(config | {"elastic": {"backoff": 0, "grow_after": 2}}))
+    Path(str(words[1])).write_text(json.dumps(config | {"elastic": {"restart_backoff": 0, "scale_up_delay": 2}}))
     site(*words, "--detach")
     until("two", lambda: "world 2" in site.log(run, 1, 0))
 
@@ -347,7 +347,7 @@ def test_how_loops_end(site: Site) -> None:
     (folder / "loops.py").write_text(LOOPS)
     (folder / "loops.yaml").write_text(
         "trainer: loops:train\nstep_scheduler: {max_steps: 12, global_batch_size: 4, warmup_steps: 0, ckpt_every_steps: 5}\n"
-        "elastic: {backoff: 0}\n"
+        "elastic: {restart_backoff: 0}\n"
     )
     words = ["train", "loops.yaml", "--run"]
     assert "is finished at step 7" in site(*words, "early", cwd=folder)

@@ -292,7 +292,7 @@ def test_submit(site: Site) -> None:
     steps = {"max_steps": last, "warmup_steps": 5, "val_every_steps": 0}
     small = {"nodes": 1, "ntasks_per_node": 2, **GATED["slurm"]}
     good = write_config(site, "good", step_scheduler=steps, trainer=GATED["trainer"], slurm=small)
-    bad = write_config(site, "bad", data={"text": ["/no/such/text"]}, elastic={"max_same_error": 1})
+    bad = write_config(site, "bad", data={"text": ["/no/such/text"]}, elastic={"max_identical_errors": 1})
     jobs = {}
     for path in (good, bad):
         done = site.run("submit", path).expect(0)

@@ -142,7 +142,7 @@ def test_held_only_when_it_lasts() -> None:
     assert run.wait(30) == []
     held = one(run.wait(31), "held")
     assert held.text == (
-        "waits for nodes: 1 of at least 2 nodes (elastic.min_nodes=2); gives up in 29 min (elastic.hold_timeout), saved"
+        "waits for nodes: 1 of at least 2 nodes (elastic.min_nodes=2); gives up in 29 min (elastic.min_nodes_timeout), saved"
     )
     assert held.severity == "critical" and run.wait(100) == []
     run.start()

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import raylaunch
-from raylaunch.config import former_names
+from raylaunch.config import former_names, loader
 from raylaunch.config.schema import TrainerConfig
 from raylaunch.config.user_code import _full_name
+from raylaunch.errors import ConfigError
 
 LIGHT = [name for name in former_names.NAMES if ".trainers." not in name and not name.endswith((".loop", ".raystart"))]
 """Without those that import torch or Ray."""
@@ -83,3 +84,24 @@ def test_every_error_is_public() -> None:
 
     ours = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
     assert ours <= set(raylaunch.__all__)
+
+
+@pytest.mark.parametrize(("former", "now"), sorted(former_names.KEYS.items()))
+def test_a_former_key_is_read_and_its_new_name_told(tmp_path: Path, former: str, now: str) -> None:
+    section, _, key = former.partition(".")
+    path, told = tmp_path / "c.yaml", []
+    path.write_text(f"{section}:\n  {key}: 7\n")
+    config = loader.load(path, user_file=None, tell=told.append)
+    assert getattr(getattr(config, section), now) == 7
+    assert told == [f"{path}:2: {former} is {section}.{now} now"]
+    assert getattr(getattr(loader.load_resolved(path), section), now) == 7
+    path.write_text(f"{section}: {{{key}: 7}}\n")
+    newer = loader.load(path, [f"{section}.{now}=8"], user_file=None)
+    assert getattr(getattr(newer, section), now) == 8, "layers still win by their order"
+
+
+def test_both_names_of_a_key_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("elastic:\n  restart_backoff: 1\n  backoff: 2\n")
+    with pytest.raises(ConfigError, match=r"c.yaml:3: elastic.backoff: the former name of elastic.restart_backoff"):
+        loader.load(path, user_file=None)

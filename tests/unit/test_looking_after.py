@@ -58,7 +58,7 @@ class Bench:
         self.made, self.clock, self.ray, self.pulse = Made(tmp_path), Clock(), FakeRay("a", "b", "c"), FakePulse()
         self.made.members(a="ready", b="ready")
         self.events: list[tuple[str, dict[str, Any]]] = []
-        elastic = ElasticConfig(grow_after=5, hang_timeout=5)
+        elastic = ElasticConfig(scale_up_delay=5, hang_timeout=5)
         given = Watched(self.made.run_dir, 1, frozenset("ab"), 4, elastic, **attempt)
         spec = WorkerSpec(self.made.run_dir, 1, 1, 4, DriverAddress("", 0, ""))
         order = WorkerGroupSpec("r-1", (RayNode("a", "1", 0), RayNode("b", "2", 0)), 2, spec, tmp_path, 60)

@@ -136,10 +136,10 @@ def test_at_the_minimum_the_replacement_comes_first() -> None:
 
 
 def test_giving_up() -> None:
-    least = ElasticConfig(min_nodes=3, hold_timeout=60)
+    least = ElasticConfig(min_nodes=3, min_nodes_timeout=60)
     stuck = facts(members=LOST, refused="no sbatch", below_min=61.0)
     [end] = decide(stuck, least)
-    assert isinstance(end, GiveUp) and "no sbatch" in end.reason and end.setting == "elastic.hold_timeout=60"
+    assert isinstance(end, GiveUp) and "no sbatch" in end.reason and end.setting == "elastic.min_nodes_timeout=60"
     for hope in ({"watched": True}, {"below_min": 59.0}, {"joiners": (Joiner("2", True),)}, {"slurm_answers": False}):
         assert isinstance(decide(facts(**{**stuck.__dict__, **hope}), least)[0], Hold)
 
@@ -356,7 +356,7 @@ def test_whatever_happens(
 ) -> None:
     """The minimum stands, the maximum too, and once the faults end the wanted number is there, to stay."""
     join = JoinConfig(partition="low" if taking else None, max_pending=pending)
-    elastic = ElasticConfig(min_nodes=min(minimum, nodes), join=join, hold_timeout=100_000)
+    elastic = ElasticConfig(min_nodes=min(minimum, nodes), join=join, min_nodes_timeout=100_000)
     world = World(elastic, wanted=nodes, max_nodes=nodes + more, ceiling=nodes + more if taking else 0, shared=shared)
     for what, index, turns in history:
         world.fault(what, index)

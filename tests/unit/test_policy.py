@@ -47,7 +47,7 @@ def facts(**given: object) -> TrainingFacts:
 
 
 def test_starts_with_every_worker_of_every_node() -> None:
-    assert decide(facts(), ElasticConfig()) == Start(8, 0.0, "4 nodes are alive", "elastic.backoff=1")
+    assert decide(facts(), ElasticConfig()) == Start(8, 0.0, "4 nodes are alive", "elastic.restart_backoff=1")
 
 
 def test_goes_on_smaller_after_a_fault_at_once() -> None:
@@ -60,7 +60,7 @@ def test_the_same_error_twice_ends_the_run_and_a_fault_does_not() -> None:
     assert isinstance(decide(facts(last=ERROR, same_error=1), ElasticConfig()), Start)
     verdict = decide(facts(last=ERROR, same_error=2), ElasticConfig())
     assert isinstance(verdict, Finish) and verdict.state == "failed" and "ValueError" in verdict.reason
-    assert verdict.setting == "elastic.max_same_error=2"
+    assert verdict.setting == "elastic.max_identical_errors=2"
     assert isinstance(decide(facts(last=FAULT, same_error=50, idle_attempts=50), ElasticConfig()), Start)
 
 
@@ -90,7 +90,7 @@ def test_grows_by_as_many_nodes_as_the_plan_can_share() -> None:
 
 
 def test_holds_below_the_minimum_and_gives_up_in_the_end() -> None:
-    elastic = ElasticConfig(min_nodes=3, hold_timeout=60)
+    elastic = ElasticConfig(min_nodes=3, min_nodes_timeout=60)
     assert isinstance(decide(facts(nodes=2), elastic), Hold)
     assert isinstance(decide(facts(nodes=2, held=61), elastic), Finish)
     assert isinstance(decide(facts(nodes=3, held=61), elastic), Start)
@@ -134,7 +134,7 @@ def test_every_decision_keeps_the_promises(
             assert 0 <= decision.delay <= MAX_BACKOFF
             assert stop is None and kind not in {"finished", "stopped"}
         case Hold():
-            assert nodes < (minimum or 1) and held <= elastic.hold_timeout
+            assert nodes < (minimum or 1) and held <= elastic.min_nodes_timeout
         case Finish():
             assert decision.state != "finished" or kind == "finished"
 
@@ -183,10 +183,10 @@ def test_a_draining_node_is_left_now_and_once() -> None:
 
 def test_growth_waits_for_nodes_that_stay_and_is_taken_back_when_they_do_not() -> None:
     three = nodes(a="ready", b="ready", c="ready")
-    elastic = ElasticConfig(grow_after=10)
+    elastic = ElasticConfig(scale_up_delay=10)
     move = during(view(nodes=three), elastic)
     assert isinstance(move, Resize) and move.when == AT_COMMIT and move.nodes == {"c"}
-    assert move.setting == "elastic.grow_after=10"
+    assert move.setting == "elastic.scale_up_delay=10"
     for too_early in (
         view(nodes={**three, "c": TrainingNode("ready", 9)}), view(nodes=three, age=9), view(nodes=three, begun=False),
         view(nodes=three, excluded=frozenset("c")), view(nodes=three, draining=frozenset("c")),
@@ -282,8 +282,8 @@ class World:
                 case Resize():
                     assert asked is None or (asked.when, move.when) == (AT_COMMIT, NOW)
                     if move.why == "grow":
-                        assert self.now - began >= self.elastic.grow_after
-                        assert all(found.nodes[n].ready_for >= self.elastic.grow_after for n in move.nodes)
+                        assert self.now - began >= self.elastic.scale_up_delay
+                        assert all(found.nodes[n].ready_for >= self.elastic.scale_up_delay for n in move.nodes)
                         assert not move.nodes & on
                     asked = move
                 case Withdraw():
@@ -338,14 +338,16 @@ HISTORIES = st.lists(st.tuples(st.sampled_from(FATES), st.integers(0, 30)), max_
 
 
 @settings(max_examples=400, deadline=None)
-@given(fates=HISTORIES, count=st.integers(1, 6), minimum=st.integers(1, 6), grow_after=st.integers(0, 20),
+@given(fates=HISTORIES, count=st.integers(1, 6), minimum=st.integers(1, 6), scale_up_delay=st.integers(0, 20),
        same=st.integers(1, 4))  # fmt: skip
 def test_every_history_ends_as_it_must(
-    fates: list[tuple[str, int]], count: int, minimum: int, grow_after: int, same: int
+    fates: list[tuple[str, int]], count: int, minimum: int, scale_up_delay: int, same: int
 ) -> None:
     """Nodes come back and the trainer is healthy in the end: the run finishes, unless the code itself fails
-    `max_same_error` times with no commit between. (The minimum is asserted at each start.)"""
-    elastic = ElasticConfig(min_nodes=min(minimum, count), grow_after=grow_after, max_same_error=same, max_strikes=9)
+    `max_identical_errors` times with no commit between. (The minimum is asserted at each start.)"""
+    elastic = ElasticConfig(
+        min_nodes=min(minimum, count), scale_up_delay=scale_up_delay, max_identical_errors=same, max_strikes=9
+    )
     world = World(fates, count, elastic)
     end = world.run()
     if end.state == "finished":
@@ -353,7 +355,7 @@ def test_every_history_ends_as_it_must(
     else:
         own = {"error", "other error", "hang"}
         assert end.state == "failed" and sum(fate in own for fate, _ in fates) >= same
-        assert end.setting == f"elastic.max_same_error={same}"
+        assert end.setting == f"elastic.max_identical_errors={same}"
     # A resize costs an attempt: no more of them than there were reasons.
     assert world.attempts <= 1 + 2 * len(fates) + count
 
@@ -362,7 +364,7 @@ def test_every_history_ends_as_it_must(
 @given(fates=st.lists(st.tuples(st.sampled_from(["node", "two nodes", "all nodes", "worker", "drain"]), st.integers(0, 4)),
                       max_size=60))  # fmt: skip
 def test_faults_of_the_machines_never_end_a_run(fates: list[tuple[str, int]]) -> None:
-    world = World(fates, 3, ElasticConfig(max_same_error=1, max_strikes=20))
+    world = World(fates, 3, ElasticConfig(max_identical_errors=1, max_strikes=20))
     assert world.run().state == "finished"
 
 
@@ -376,7 +378,7 @@ def test_a_worker_that_is_lost_on_every_node_is_the_code_s() -> None:
 
 @given(same=st.integers(1, 5))
 def test_the_same_error_again_and_again_ends_the_run_after_that_many(same: int) -> None:
-    world = World([("error", 1)] * 20, 2, ElasticConfig(max_same_error=same))
+    world = World([("error", 1)] * 20, 2, ElasticConfig(max_identical_errors=same))
     assert world.run().state == "failed" and world.attempts == same
 
 

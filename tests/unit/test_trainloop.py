@@ -127,7 +127,7 @@ def test_a_trainer_without_a_word_is_an_error(bench: Callable[..., Bench]) -> No
 
 
 def test_attempts_without_a_commit_are_paused_and_decided_again_after_the_pause(bench: Callable[..., Bench]) -> None:
-    one = bench(elastic=ElasticConfig(backoff=4, max_strikes=9))
+    one = bench(elastic=ElasticConfig(restart_backoff=4, max_strikes=9))
     one.does(ends(LOST), ends(LOST), ends(LOST), one.says("finished"))
     one.clock.at(6, lambda: one.made.members(b="ended"))  # while the fourth attempt is waited for
     assert one.driver().drive() == "finished"
@@ -136,7 +136,7 @@ def test_attempts_without_a_commit_are_paused_and_decided_again_after_the_pause(
 
 
 def test_a_pause_ends_with_a_stop(bench: Callable[..., Bench]) -> None:
-    one = bench(elastic=ElasticConfig(backoff=50))
+    one = bench(elastic=ElasticConfig(restart_backoff=50))
     one.does(ends(LOST), ends(LOST))
     one.clock.at(10, lambda: runs.request_stop(one.made.run_dir, "raylaunch stop"))
     assert one.driver().drive() == "stopped" and one.state() == ("stopped", "raylaunch stop")
@@ -144,7 +144,7 @@ def test_a_pause_ends_with_a_stop(bench: Callable[..., Bench]) -> None:
 
 
 def test_below_the_minimum_it_holds_until_a_node_is_there(bench: Callable[..., Bench]) -> None:
-    one = bench(elastic=ElasticConfig(min_nodes=4, hold_timeout=100))
+    one = bench(elastic=ElasticConfig(min_nodes=4, min_nodes_timeout=100))
     one.does(one.says("finished"))
     one.clock.at(30, lambda: one.made.members(d="ready"))
     one.clock.at(30, lambda: one.ray.names.append("d"))
@@ -154,7 +154,7 @@ def test_below_the_minimum_it_holds_until_a_node_is_there(bench: Callable[..., B
 
 
 def test_it_gives_up_after_the_hold_timeout(bench: Callable[..., Bench]) -> None:
-    one = bench(elastic=ElasticConfig(min_nodes=4, hold_timeout=100))
+    one = bench(elastic=ElasticConfig(min_nodes=4, min_nodes_timeout=100))
     assert one.driver().drive() == "failed" and "3 of at least 4 nodes for 10" in one.state()[1]
 
 

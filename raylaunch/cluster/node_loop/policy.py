@@ -258,10 +258,10 @@ def _stand(facts: NodeLoopFacts, count: NodeCounts, minimum: int, elastic: Elast
             f"{count.staying} of {count.wanted} nodes are alive, {count.coming} coming" + (f"; {why}" if why else "")
         )
     stuck = sum(j.count for j in facts.joiners if j.pending and j.blocked)
-    if count.coming - stuck <= 0 and not facts.watched and facts.below_min >= elastic.hold_timeout:
+    if count.coming - stuck <= 0 and not facts.watched and facts.below_min >= elastic.min_nodes_timeout:
         return GiveUp(
             f"{count.alive} of at least {minimum} nodes for {facts.below_min:.0f} s, and none can come"
             + (f": {facts.refused}" if facts.refused else ""),
-            f"elastic.hold_timeout={elastic.hold_timeout}",
+            f"elastic.min_nodes_timeout={elastic.min_nodes_timeout}",
         )
     return Hold(f"{count.alive} of at least {minimum} nodes, {count.coming} coming", f"elastic.min_nodes={minimum}")

@@ -89,17 +89,17 @@ class ElasticConfig(Section):
     replace: bool = True
     """A lost node is replaced by a joiner job."""
     join: JoinConfig = Field(default_factory=JoinConfig)
-    grow_after: Annotated[float, Field(ge=0, le=3600)] = 10.0
+    scale_up_delay: Annotated[float, Field(ge=0, le=3600)] = 10.0
     """Seconds that a new node must have been ready before the run grows onto it, at the next commit."""
     max_strikes: Positive = 3
     """A node that was lost or broken this often is excluded for the life of the cluster."""
     max_requeues: NotNegative = 100
     """How often the job goes on in another allocation after its time or its nodes ran out; 0: it ends."""
-    max_same_error: Positive = 2
+    max_identical_errors: Positive = 2
     """The same error this often with no commit between ends the run."""
-    backoff: Annotated[float, Field(ge=0, le=600)] = 1.0
+    restart_backoff: Annotated[float, Field(ge=0, le=600)] = 1.0
     """Seconds before the second attempt without progress; doubles, at most 60."""
-    hold_timeout: Positive = 1800
+    min_nodes_timeout: Positive = 1800
     """Seconds that a run waits below its minimum of nodes before it gives up, saved."""
     hang_timeout: Annotated[float, Field(ge=5)] = 120.0
     """Seconds without a step, at the least, before a run counts as hung; see hang_factor."""

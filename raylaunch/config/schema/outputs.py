@@ -74,10 +74,10 @@ class AlertsConfig(Section):
     max_per_hour: Positive = 20
     """Of all kinds; further ones come together, later. What is critical and the end of the run come in any case."""
     stall_factor: Annotated[float, Field(ge=2)] = 10.0
-    """A stall: no line of metrics for this many times the median time between two, and for stall_least."""
-    stall_least: Annotated[float, Field(gt=0)] = 120.0
+    """A stall: no line of metrics for this many times the median time between two, and for stall_min_seconds."""
+    stall_min_seconds: Annotated[float, Field(gt=0)] = 120.0
     """Seconds that are no stall yet; 600 are none while a checkpoint or a validation may be under way."""
-    held_after: Annotated[float, Field(ge=0)] = 60.0
+    below_min_after: Annotated[float, Field(ge=0)] = 60.0
     """Seconds below the minimum of nodes until that is told."""
     loss_spike: Annotated[float, Field(gt=0)] = 6.0
     """A spike: the mean of three losses is this many times their usual spread above the median of the hundred before."""

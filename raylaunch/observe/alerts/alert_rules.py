@@ -98,10 +98,10 @@ class Rules:
                 facts={"step": m.step, "seconds": round(quiet, 1), "limit": round(limit, 1)},
             )  # fmt: skip
         held = now - self._held_since
-        if m.held and not m.held_told and held >= own.held_after:
+        if m.held and not m.held_told and held >= own.below_min_after:
             m.held_told = True
-            left = self._config.elastic.hold_timeout - held
-            text = f"waits for nodes: {m.held}; gives up in {lasting(left)} (elastic.hold_timeout), saved"
+            left = self._config.elastic.min_nodes_timeout - held
+            text = f"waits for nodes: {m.held}; gives up in {lasting(left)} (elastic.min_nodes_timeout), saved"
             self._add("held", text, wall, facts={"step": m.step, "seconds": round(held, 1)})
         if end is not None and own.walltime_left and not m.over and m.paused is None:
             self._walltime(wall, end)

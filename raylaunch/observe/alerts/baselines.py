@@ -33,7 +33,7 @@ def stall_limit(config: Config, gaps: Sequence[float], step: int) -> float | Non
     middle = usual(gaps)
     if middle is None:
         return None
-    limit = max(config.alerts.stall_least, config.alerts.stall_factor * middle)
+    limit = max(config.alerts.stall_min_seconds, config.alerts.stall_factor * middle)
     steps, every = config.step_scheduler, config.logging.log_every_steps
     ahead = step + every
     pauses = [n for n in (steps.ckpt_every_steps, steps.val_every_steps) if n]

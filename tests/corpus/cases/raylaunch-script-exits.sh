@@ -13,7 +13,7 @@ if dist.get_rank() == 0:
     sys.exit(3)
 time.sleep(60)
 PY
-echo "{trainer: {script: $PWD/train.py}, elastic: {backoff: 0}}" > run.yaml
+echo "{trainer: {script: $PWD/train.py}, elastic: {restart_backoff: 0}}" > run.yaml
 ray up --backend local --nodes 2 >/dev/null 2>&1
 ray train run.yaml --run second
 ray logs second
