@@ -6,6 +6,8 @@ import ast
 import inspect
 from pathlib import Path
 
+import yaml
+
 from raylaunch.config import schema
 from raylaunch.config.schema import Config, Section
 
@@ -24,38 +26,55 @@ def field_notes(section: type[Section]) -> dict[str, str]:
     return notes
 
 
+def described(note: str) -> tuple[str, str]:
+    """A field's docstring: its description, and its example in YAML."""
+    text, _, example = note.partition(" Example: `")
+    return text, example.removesuffix("`.")
+
+
+def in_yaml(value: object) -> str:
+    """A default as one writes it."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=2**31, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...").removesuffix("\n...")
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def section(path: str, kind: type[Section]) -> list[str]:
     """The table of a section, then those of the sections in it."""
-    title = f"{inspect.getdoc(kind)}".split(":", 1)[-1].strip().strip("`: ").capitalize()
-    lines = ["", f"## `{path}:`", "", title, "", "| key | default | |", "| --- | --- | --- |"]
+    title = f"{inspect.getdoc(kind)}".partition(":` ")[2].replace("\n", " ")
+    title = title[:1].upper() + title[1:]
+    lines = ["", f"## `{path}:`", "", title, "", "| key | type | default | description | example |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
     notes = field_notes(kind)
     inner = []
     for key, item in kind.model_fields.items():
         nested = schema.section_type(kind, key)
         if nested is not None:
-            lines.append(f"| `{key}` | | see `{path}.{key}:` |")
+            lines.append(f"| `{key}` | section | | See `{path}.{key}:`. | |")
             inner += section(f"{path}.{key}", nested)
             continue
-        default = item.get_default(call_default_factory=True)
-        lines.append(f"| `{key}` | `{default}` | {notes.get(key, '').replace('|', chr(92) + '|')} |")
+        text, example = described(notes[key])
+        kind_of_value = str(schema.FieldType.of(kind, key)).removesuffix(" or null")
+        default = in_yaml(item.get_default(call_default_factory=True))
+        lines.append(f"| `{key}` | {cell(kind_of_value)} | `{default}` | {cell(text)} | `{cell(example)}` |")
     return [*lines, *inner]
 
 
 def text() -> str:
+    sizes = (f"`{name}` (dim {s['dim']}, {s['n_layers']} layers)" for name, s in schema.SIZES.items())
     lines = [
         "# Configuration", "",
-        "All keys, with their defaults. Made from `raylaunch/config/schema/` by `python docs/make_configuration.py`.", "",
-        "Sizes that `model.size` names: " + ", ".join(
-            f"`{name}` (dim {s['dim']}, {s['n_layers']} layers)" for name, s in schema.SIZES.items()
-        ) + ".",
+        "All keys of a raylaunch configuration file. This page is generated from `raylaunch/config/schema/` by",
+        "`python docs/make_configuration.py`. Former names of keys are still accepted, with a note that gives the new name.", "",
+        "Named shapes for `model.size`: " + ", ".join(sizes) + ".",
     ]  # fmt: skip
-    for name, field in Config.model_fields.items():
+    for name in Config.model_fields:
         kind = schema.section_type(Config, name)
-        if kind is not None:
-            lines += section(name, kind)
-            continue
-        note = field_notes(Config).get(name, "")
-        lines += ["", f"## `{name}`", "", f"{note} Default: `{field.default}`."]
+        assert kind is not None
+        lines += section(name, kind)
     return "\n".join(lines) + "\n"
 
 

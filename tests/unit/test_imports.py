@@ -78,18 +78,6 @@ def test_every_command_is_documented() -> None:
     assert not missing, f"README.md says nothing of: {missing}"
 
 
-def test_the_configuration_page_is_the_schema() -> None:
-    """`python docs/make_configuration.py` writes it anew."""
-    import importlib.util
-
-    path = PACKAGE.parent / "docs" / "make_configuration.py"
-    spec = importlib.util.spec_from_file_location("make_configuration", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.TARGET.read_text() == module.text()
-
-
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_every_command_has_help(command: str) -> None:
     from click.testing import CliRunner

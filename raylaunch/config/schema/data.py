@@ -14,21 +14,28 @@ LEAST_SHARE = 0.001
 
 
 class DataConfig(Section):
-    """`data:` text byte by byte, or what `raylaunch data prepare` made of documents."""
+    """`data:` the training data: plain text, or datasets written by `raylaunch data prepare`."""
 
     text: list[str] = Field(default_factory=lambda: [STDLIB], min_length=1)
-    """Files, directories, globs, or `stdlib:` for Python's own library source."""
+    """Text to train on, byte by byte: files, directories or glob patterns. `stdlib:` is the source code of Python's
+    standard library. Example: `["/shared/corpus/*.txt"]`."""
     prepared: str | None = None
-    """In place of `text`: a directory that `raylaunch data prepare` made."""
+    """Train on a dataset that `raylaunch data prepare` wrote, in place of `data.text`. Example: `/shared/tokens`."""
     mixture: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """In place of `text`: several such directories, each with its weight; samples are taken in these proportions."""
+    """Train on several prepared datasets, in proportion to their weights. Example: `{/shared/web: 0.8, /shared/code:
+    0.2}`."""
     validation: str | None = None
-    """A prepared directory to validate on. Default: val_fraction of what is trained on, held out."""
+    """Prepared dataset for validation. Default: hold out `data.val_fraction` of the training data. Example:
+    `/shared/tokens-val`."""
     document_mask: bool | None = None
-    """Attention stays inside a document, and no document is predicted from the one before. Default: for conversations."""
+    """Restrict attention to tokens of the same document, and do not predict across document boundaries. Default: true
+    for conversations, else false. Example: `true`."""
     seq_len: Annotated[int, Field(ge=2)] = 256
+    """Tokens per sample. Example: `4096`."""
     val_fraction: Share = 0.01
+    """Fraction of the training data that is held out for validation. Example: `0.005`."""
     seed: NotNegative = 0
+    """Seed for the order of samples and for the initial weights. Example: `17`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

@@ -19,46 +19,59 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 class LoraConfig(Section):
-    """`model.lora:` train small adapters of a model of `model.hf`, and save only them (peft's LoRA)."""
+    """`model.lora:` train low-rank adapters (PEFT's LoRA) of the model that `model.hf` names, and save only these."""
 
     rank: NotNegative = 0
-    """0: train the model itself."""
+    """Rank of the LoRA adapters. 0: train the whole model. Example: `16`."""
     alpha: Positive | None = None
-    """Default: twice the rank."""
+    """LoRA scaling factor. Default: twice the rank. Example: `32`."""
     dropout: Share = 0.0
+    """Dropout probability in the adapters. Example: `0.05`."""
     target_modules: list[Line] = Field(default_factory=list)
-    """Default: all linear ones but the head."""
+    """Modules that get adapters. Default: all linear layers except the head. Example: `[q_proj, v_proj]`."""
 
 
 class ModelConfig(Section):
-    """`model:` a Llama-style decoder; `size` names a shape, the other keys override it. Or `hf`."""
+    """`model:` the model: a Llama-style decoder, a model of `transformers` (`hf`), or your own module (`_target_`)."""
 
     hf: Line | None = None
-    """In place of the decoder: a causal language model of transformers, by path or by name. Needs raylaunch[hf]."""
+    """Train a causal language model of `transformers` in place of the built-in decoder: a directory or a name on the
+    Hugging Face Hub. Needs `raylaunch[hf]`. Example: `Qwen/Qwen2.5-0.5B`."""
     hf_init: Literal["pretrained", "random"] = "pretrained"
-    """Begin with its weights, or with fresh ones of its shape."""
+    """Start from the pretrained weights of `model.hf`, or from random ones. Example: `random`."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     target: Annotated[str, Field(pattern=r"^[\w.]+[.:]\w+$", examples=["package.module:function"])] | None = None
-    """In place of the decoder: a function or class that makes a module from tokens [B, S] to logits [B, S, vocab_size].
-    Written as `_target_`, all other keys of the section are its arguments."""
+    """Train your own module in place of the built-in decoder: a function or class that returns an `nn.Module` from
+    tokens [B, S] to logits [B, S, vocab_size]. Written as `_target_`; all other keys of the section are its arguments.
+    Example: `my_package.models:build`."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    """The arguments of target."""
+    """Arguments of `model.target`. Example: `{width: 512}`."""
     size: Literal["tiny", "1M", "10M", "125M", "1B", "8B"] = "1M"
+    """Named shape of the built-in decoder. The keys below override single dimensions. Example: `125M`."""
     dim: Positive = 128
+    """Hidden dimension. Must be a multiple of `model.n_heads`. Example: `768`."""
     n_layers: Positive = 4
+    """Number of transformer blocks. Example: `12`."""
     n_heads: Positive = 4
+    """Number of attention heads. Example: `12`."""
     n_kv_heads: Positive = 2
+    """Number of key and value heads (grouped-query attention). Example: `4`."""
     ffn_dim: Positive = 384
+    """Hidden dimension of the feed-forward layers. Example: `2048`."""
     vocab_size: Annotated[int, Field(ge=257)] = 264
-    """Bytes and one separator are 257; 264 divides by eight."""
+    """Vocabulary size. Byte-level text needs 257 (the bytes and one separator); 264 is divisible by eight. Example:
+    `32000`."""
     rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    """Base of the rotary position embedding. Example: `500000.0`."""
     n_experts: NotNegative = 0
-    """A mixture of so many experts in each block, each of ffn_dim; 0: none."""
+    """Experts per block (mixture of experts), each of size `model.ffn_dim`. 0: dense. Example: `8`."""
     n_experts_per_token: Positive = 2
+    """Experts that process each token. Example: `1`."""
     router_aux_loss: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the loss that balances the load of the experts."""
+    """Weight of the load-balancing loss of the experts. Example: `0.02`."""
     init_from: Line | None = None
-    """Begin with these weights: a directory in Hugging Face's Llama layout (config.json, *.safetensors)."""
+    """Start from the weights in this directory, in Hugging Face's Llama layout (`config.json`, `*.safetensors`).
+    Example: `/shared/llama-1b`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -10,16 +10,18 @@ from raylaunch.config.schema.base import Address, Line, NotNegative, Positive, S
 
 
 class LoggingConfig(Section):
-    """`logging:`."""
+    """`logging:` metrics, profiles and memory snapshots."""
 
     log_every_steps: Positive = 1
-    """Steps between two lines of metrics.jsonl; the last step always has one."""
+    """Steps between two lines of `metrics.jsonl`. The last step is always logged. Example: `10`."""
     profile_steps: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
-    """The first and the last step to trace with torch's profiler, into `profile` in the run directory."""
+    """First and last step to trace with the PyTorch profiler. The trace is written to `profile` in the run directory.
+    Example: `[100, 105]`."""
     memory_snapshots: bool = False
-    """What lay in a GPU's memory when it ran out, into `memory` in the run directory; costs some speed."""
+    """On a CUDA out-of-memory error, save a memory snapshot to `memory` in the run directory. Slows training slightly.
+    Example: `true`."""
     tensorboard: bool = False
-    """Event files for it, in the run directory."""
+    """Write TensorBoard event files to the run directory. Example: `true`."""
 
     @model_validator(mode="after")
     def _window(self) -> Self:
@@ -29,24 +31,29 @@ class LoggingConfig(Section):
 
 
 class WandbConfig(Section):
-    """`wandb:` Weights & Biases; on when it has a project. Needs raylaunch[wandb], and WANDB_API_KEY or ~/.netrc."""
+    """`wandb:` Weights & Biases. Needs `raylaunch[wandb]`, and WANDB_API_KEY or ~/.netrc."""
 
     project: Line | None = None
+    """Weights & Biases project. Setting it turns W&B on. Example: `llama`."""
     entity: Line | None = None
+    """User or team that owns the project. Example: `my-team`."""
     name: Line | None = None
-    """Default: the run's name."""
+    """Name of the W&B run. Default: the run's name. Example: `baseline`."""
     group: Line | None = None
+    """Group of the W&B run. Example: `ablations`."""
     tags: list[Line] = Field(default_factory=list)
+    """Tags of the W&B run. Example: `[fsdp, 1b]`."""
     mode: Literal["online", "offline"] = "online"
-    """offline: into the run directory, for `wandb sync`."""
+    """`offline` writes to the run directory, for `wandb sync`. Example: `offline`."""
 
 
 class MlflowConfig(Section):
-    """`mlflow:` on when it has an experiment. Needs raylaunch[mlflow]."""
+    """`mlflow:` MLflow. Needs `raylaunch[mlflow]`."""
 
     experiment: Line | None = None
+    """MLflow experiment. Setting it turns MLflow on. Example: `llama`."""
     tracking_uri: Line | None = None
-    """Default: MLFLOW_TRACKING_URI."""
+    """Address of the MLflow server. Default: `MLFLOW_TRACKING_URI`. Example: `http://mlflow:5000`."""
 
 
 AlertKind = Literal[
@@ -56,35 +63,45 @@ AlertKind = Literal[
 
 
 class AlertsConfig(Section):
-    """`alerts:` be told what happens to a run, by one or more of slack, webhook, command and mail (docs/alerts.md)."""
+    """`alerts:` notifications about a run, sent to Slack, a webhook, a command or by mail ([Alerts](alerts.md))."""
 
     slack: Address | None = None
-    """An incoming webhook of Slack's, or of what understands them (Mattermost, Rocket.Chat): its address, `env:NAME` or
-    `file:PATH`. It is a secret."""
+    """Incoming webhook of Slack, Mattermost or Rocket.Chat: its URL, `env:NAME` or `file:PATH`. The URL is a secret.
+    Example: `env:SLACK_HOOK`."""
     webhook: Address | None = None
-    """Gets each alert as JSON, by POST. A secret, too."""
+    """URL that receives each alert as JSON in a POST request; also `env:NAME` or `file:PATH`. The URL is a secret.
+    Example: `file:~/.config/raylaunch/hook`."""
     command: list[Line] = Field(default_factory=list)
-    """A command, word by word and without a shell, that gets each alert as JSON on its stdin, on the head's node."""
+    """Command (a list of words, run without a shell on the head's node) that receives each alert as JSON on standard
+    input. Example: `[/shared/bin/notify]`."""
     mail: Annotated[str, Field(pattern=r"^[^\s@-][^\s@]*(@[^\s@]+)?$", examples=["me@example.org"])] | None = None
-    """An address. Slurm mails the states of the job (slurm.mail_type), the head's node the rest if it has a mailer."""
+    """Mail address. Slurm mails job state changes (`slurm.mail_type`); other alerts are sent from the head's node if it
+    can send mail. Example: `me@example.org`."""
     kinds: Annotated[list[AlertKind], Field(min_length=1)] = [*get_args(AlertKind)]
-    """Those that are wanted. Default: all."""
+    """Kinds of alerts to send. Default: all. Example: `[failed, finished]`."""
     min_interval: Annotated[float, Field(ge=0)] = 300.0
-    """Seconds between two alerts of one kind about one thing; what comes sooner is folded into the next."""
+    """Minimum number of seconds between two alerts of the same kind about the same node or run. Further ones are merged
+    into the next. Example: `600`."""
     max_per_hour: Positive = 20
-    """Of all kinds; further ones come together, later. What is critical and the end of the run come in any case."""
+    """Maximum number of alerts per hour. Further ones are merged and sent later. Critical alerts and the end of the run
+    are always sent. Example: `10`."""
     stall_factor: Annotated[float, Field(ge=2)] = 10.0
-    """A stall: no line of metrics for this many times the median time between two, and for stall_min_seconds."""
+    """Send `stalled` when no metrics were written for this many times the median interval, and for at least
+    `alerts.stall_min_seconds`. Example: `20`."""
     stall_min_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """Seconds that are no stall yet; 600 are none while a checkpoint or a validation may be under way."""
+    """Minimum number of seconds without metrics before `stalled` is sent (600 while a checkpoint or a validation may be
+    running). Example: `300`."""
     below_min_after: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds below the minimum of nodes until that is told."""
+    """Seconds below the minimum number of nodes before `held` is sent. Example: `300`."""
     loss_spike: Annotated[float, Field(gt=0)] = 6.0
-    """A spike: the mean of three losses is this many times their usual spread above the median of the hundred before."""
+    """Send `loss_spike` when the mean of three losses exceeds the median of the previous hundred by this many times
+    their usual spread. Example: `10`."""
     checkpoint_late: Annotated[float, Field(ge=1)] = 2.0
-    """Late: no commit for this many times step_scheduler.ckpt_every_steps."""
+    """Send `checkpoint_late` when no checkpoint was saved for this many times `step_scheduler.ckpt_every_steps`.
+    Example: `3`."""
     walltime_left: NotNegative = 1800
-    """Seconds before the end of the allocation; told if the run will hardly be done by then. 0: never."""
+    """Send `walltime` this many seconds before the allocation ends, if the run is unlikely to finish in time. 0: never.
+    Example: `3600`."""
 
     @property
     def sinks(self) -> list[str]:
@@ -99,10 +116,11 @@ class AlertsConfig(Section):
 
 
 class CostConfig(Section):
-    """`cost:` prices, for `raylaunch report`; each is optional, and what is given adds up."""
+    """`cost:` prices, used by `raylaunch report`."""
 
     gpu_hour: Annotated[float, Field(ge=0)] | None = None
-    """Of one GPU that is held for an hour."""
+    """Price of one allocated GPU per hour. Example: `2.5`."""
     node_hour: Annotated[float, Field(ge=0)] | None = None
-    """Of one node that is held for an hour."""
+    """Price of one allocated node per hour. Prices add up. Example: `1.0`."""
     currency: Line = "USD"
+    """Currency of the prices. Example: `EUR`."""

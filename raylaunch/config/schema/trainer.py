@@ -12,25 +12,28 @@ SCRIPT_ENTRY = "raylaunch.trainers.script:run"
 
 
 class TrainerConfig(Section):
-    """`trainer:` what each worker runs: a function, whose name may be written alone, or a script."""
+    """`trainer:` what each worker runs: a function (`trainer: module:function` for short) or a script."""
 
     shorthand: ClassVar[str | None] = "function"
 
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$", examples=["trainers.fsdp:train"])] = "trainers.fsdp:train"
-    """A function `(config, session)`. `trainers.x` is your module if you have one, else raylaunch's own."""
+    """The function `(config, session)` that each worker calls, as `module:function`. `trainers.x` is your own module if
+    you have one, else raylaunch's. Example: `my_package.training:train`."""
     script: Line | None = None
-    """In place of a function: a script as `torchrun` would start it, one process a worker, with its variables.
-    A relative path is one in chdir."""
+    """A script to run in place of a function, started as `torchrun` would start it: one process per worker, with the
+    same environment variables. A relative path is relative to `trainer.chdir`. Example: `train.py`."""
     args: list[str] = Field(default_factory=list)
-    """The script's arguments."""
+    """Arguments of the script. Example: `[--lr, "0.1"]`."""
     chdir: Line | None = None
-    """A script's working directory; a function's module is looked for there first. Default: that of the command line."""
+    """Working directory of the script. For a function: the first directory to import its module from. Default: the
+    directory in which you call `raylaunch`. Example: `/shared/me/project`."""
     stop_signal: Literal["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"] = "SIGTERM"
-    """What the script gets when the run is to stop, for it to save."""
+    """Signal that asks the script to save and exit. Example: `SIGUSR1`."""
     stop_timeout: Annotated[float, Field(ge=0)] = 30.0
-    """Seconds from stop_signal to SIGKILL."""
+    """Seconds between `trainer.stop_signal` and SIGKILL. Example: `120`."""
     grow: bool = False
-    """Stop a script and start it again when nodes come; else it grows when it starts again for another reason."""
+    """Restart the script to use nodes that have joined. If false, new nodes are used from the next restart on. Example:
+    `true`."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:

@@ -11,43 +11,58 @@ from raylaunch.config.schema.base import NotNegative, Positive, Section, Share
 
 
 class OptimizerConfig(Section):
-    """`optimizer:`."""
+    """`optimizer:` the optimizer."""
 
     name: Literal["adamw"] = "adamw"
+    """The optimizer. Example: `adamw`."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate. Example: `0.0003`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Weight decay, of matrices only. Example: `0.05`."""
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    """AdamW's betas. Example: `[0.9, 0.99]`."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon. Example: `1.0e-10`."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip gradients to this global norm. `null`: do not clip. Example: `0.5`."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Keep an exponential moving average of what is trained, with this decay (0.999, say); validated beside it as
-    `val_loss_ema`, and what save_consolidated writes."""
+    """Keep an exponential moving average of the trained weights, with this decay. It is validated as `val_loss_ema`,
+    and it is what `checkpoint.save_consolidated` writes. Example: `0.999`."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """A loss or gradient that is no number: end the run, leave the step out, or go back to the last
-    commit and leave that batch out. The last two wait for each step's result before the update."""
+    """What to do when the loss or a gradient is NaN or infinite: end the run (`stop`), leave out the step (`skip`), or
+    go back to the last checkpoint and leave out the batch (`rollback`). The last two wait for the result of each step
+    before the update. Example: `skip`."""
 
 
 class StepSchedulerConfig(Section):
-    """`step_scheduler:` how many steps of how many samples, and what happens every so many."""
+    """`step_scheduler:` batch sizes, the number of steps, the learning rate schedule, and how often to save and
+    validate."""
 
     max_steps: Positive = 200
+    """Number of optimizer steps of the run. Example: `10000`."""
     local_batch_size: Positive = 8
-    """Samples per worker and pass."""
+    """Samples per worker and forward pass (micro-batch). Example: `4`."""
     grad_acc_steps: Positive | None = None
-    """Passes per step at the size the run starts with; fixes the global batch from then on."""
+    """Forward passes per step at the initial number of workers. It fixes the global batch size for the rest of the run.
+    Example: `8`."""
     global_batch_size: Positive | None = None
-    """Samples per step, a constant of the run at any number of workers."""
+    """Samples per step, constant at any number of workers. Default: `local_batch_size` × `grad_acc_steps` × the number
+    of workers at the start. Example: `512`."""
     ckpt_every_steps: Positive = 50
+    """Steps between two checkpoints. Example: `500`."""
     val_every_steps: NotNegative = 50
-    """0: never."""
+    """Steps between two validations. 0: never validate. Example: `500`."""
     val_batches: Positive = 4
+    """Batches per validation. Example: `16`."""
     warmup_steps: NotNegative = 10
+    """Steps of linear learning rate warm-up. Example: `200`."""
     lr_decay_style: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After the warm-up; wsd (warm-up, stable, decay): constant, then linear over the last lr_decay_steps."""
+    """Learning rate schedule after the warm-up. `wsd` (warm-up, stable, decay) is constant, then linear over the last
+    `lr_decay_steps`. Example: `wsd`."""
     lr_decay_steps: Positive | None = None
-    """Of wsd. Default: a tenth of max_steps."""
+    """Length of the decay of `wsd`. Default: a tenth of `max_steps`. Example: `1000`."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """The decay ends at this share of lr."""
+    """Final learning rate, as a fraction of `optimizer.lr`. Example: `0.01`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -67,31 +82,38 @@ class StepSchedulerConfig(Section):
 
 
 class DistributedConfig(Section):
-    """`distributed:`."""
+    """`distributed:` how the model is distributed over the workers."""
 
     strategy: Literal["ddp", "fsdp", "hsdp"] = "fsdp"
-    """ddp: each worker has the whole model; fsdp: a shard of it; hsdp: shards inside a node, whole on each node."""
+    """`ddp`: each worker holds the whole model. `fsdp`: the model is sharded over all workers. `hsdp`: sharded within a
+    node, replicated across nodes. Example: `hsdp`."""
     tp_size: Positive = 1
-    """Tensor parallel: so many workers share each layer's products, and the tokens between them. Best inside a node."""
+    """Tensor parallel size: workers that share the matrix products of each layer (with sequence parallelism). Best
+    within a node. Example: `2`."""
     cp_size: Positive = 1
-    """Context parallel: so many workers share the tokens of each sample."""
+    """Context parallel size: workers that share the tokens of each sample. Example: `2`."""
     pp_size: Positive = 1
-    """Pipeline parallel: so many stages, each with a part of the blocks. More micro-batches a step (see
-    step_scheduler.local_batch_size) keep them busy."""
+    """Pipeline parallel size: number of stages. More micro-batches per step (see `step_scheduler.local_batch_size`)
+    reduce idle time. Example: `2`."""
     ep_size: Positive = 1
-    """Expert parallel: so many workers share the experts of each block, and send each other their tokens."""
+    """Expert parallel size: workers that share the experts of each block. Example: `4`."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward pass computes again, to save memory: nothing, all but products and attention, or all of a block."""
+    """What the backward pass recomputes to save memory: nothing, everything except matrix products and attention
+    (`selective`), or the whole block (`full`). Example: `selective`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; auto: bfloat16 on GPU, float32 on CPU. Parameters are kept in float32."""
+    """Data type of the computation. `auto`: bfloat16 on GPUs, float32 on CPUs. Parameters are kept in float32. Example:
+    `bfloat16`."""
     cpu_offload: bool = False
-    """Parameters, gradients and optimizer states lie in the host's memory, and are copied to the GPU block by block."""
+    """Keep parameters, gradients and optimizer states in CPU memory, and copy them to the GPU block by block. Example:
+    `true`."""
     float8: bool = False
-    """The products of the blocks in float8, where the GPU has it (H100 and newer). Needs raylaunch[float8]."""
+    """Compute matrix products in float8, on GPUs that support it (H100 and newer). Needs `raylaunch[float8]`. Example:
+    `true`."""
     compile: bool = False
-    """torch.compile, block by block; what it makes is kept in the run directory for the next attempt. Not with tp_size."""
+    """Compile each block with `torch.compile`. The result is cached in the run directory for the next attempt. Not with
+    `tp_size`. Example: `true`."""
     comm_timeout: Positive = 600
-    """Seconds after which a collective that does not complete is an error."""
+    """Seconds after which an incomplete collective is an error. Example: `1800`."""
 
     @property
     def model_parallel(self) -> int:
@@ -100,25 +122,27 @@ class DistributedConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """`checkpoint:`."""
+    """`checkpoint:` where checkpoints are saved, how, and how many are kept."""
 
     checkpoint_dir: str | None = None
-    """Shared by all nodes. Default: `checkpoints` in the run directory."""
+    """Directory for checkpoints, shared by all nodes. Each run gets a subdirectory. Default: `checkpoints` in the run
+    directory. Example: `/shared/checkpoints`."""
     keep_last_n_checkpoints: Positive = 2
+    """Number of most recent checkpoints to keep. Example: `3`."""
     keep_every_n_steps: NotNegative = 0
-    """Those of every so many steps stay for good; 0: none."""
+    """Also keep the checkpoint of every Nth step forever. 0: none. Example: `10000`."""
     keep_best: bool = False
-    """The one with the lowest val_loss stays, of those that were saved right after a validation."""
+    """Also keep the checkpoint with the lowest `val_loss`, of those saved right after a validation. Example: `true`."""
     async_save: bool = False
-    """The steps wait for a copy of the state in memory, and not for the storage."""
+    """Save in the background: training waits for a copy of the state in memory, not for the storage. Example:
+    `true`."""
     async_checkpointer_type: Literal["thread", "process"] = "thread"
-    """Where the copy is written from. A process beside each worker (about 0.4 GB of its own) leaves the steps all of
-    Python; a thread costs nothing more than the copy."""
+    """What writes the copy: a `thread` of the worker, or a separate `process` (about 0.4 GB each), which avoids
+    contention for the GIL. Example: `process`."""
     save_consolidated: bool = False
-    """When the run is finished, write its weights into `model` in the run directory, as safetensors that the model's own
-    loader reads. The run counts as finished before that. The export is ended after two hours, or
-    one minute after another run began to wait. If it fails, or the head's node dies meanwhile, nothing of the run is lost: the event `export_failed` has the
-    command that tries again, `raylaunch checkpoints RUN export latest --to DIR`."""
+    """Export the weights as safetensors to `model` in the run directory when the run has finished. The run counts as
+    finished before the export, which may take two hours at most, or one minute once another run is waiting. If it
+    fails, the event `export_failed` has the command to repeat it. Example: `true`."""
 
     @property
     def background(self) -> Literal["thread", "process"] | None:

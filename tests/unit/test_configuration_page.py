@@ -1,0 +1,60 @@
+"""docs/configuration.md: it is the schema, and every key has a description and an example that works."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import raylaunch
+from raylaunch.config import loader, schema
+from raylaunch.config.schema import Config, Section
+
+COMPANIONS = {
+    "model.n_experts_per_token": ["model.n_experts=2"],
+    "model.lora.rank": ["model.hf=a/b"],
+    "model.kwargs": ["model.target=a.b:c"],
+    "model.n_heads": ["model.dim=768"],
+    "distributed.ep_size": ["model.n_experts=4"],
+    "elastic.max_nodes": ["slurm.nodes=2"],
+}
+"""What an example needs beside it."""
+
+
+def page() -> ModuleType:
+    path = Path(raylaunch.__file__).parents[1] / "docs" / "make_configuration.py"
+    spec = importlib.util.spec_from_file_location("make_configuration", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def keys(kind: type[Section] = Config, path: str = "") -> Iterator[tuple[str, type[Section], str]]:
+    for name in kind.model_fields:
+        inner = schema.section_type(kind, name)
+        if inner is None:
+            yield f"{path}{name}", kind, name
+        else:
+            yield from keys(inner, f"{path}{name}.")
+
+
+def test_the_page_is_the_schema() -> None:
+    """`python docs/make_configuration.py` writes it anew."""
+    made = page()
+    assert made.TARGET.read_text() == made.text()
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "name"), list(keys()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_key_has_a_description_and_an_example_that_works(key: str, kind: type[Section], name: str) -> None:
+    made = page()
+    text, example = made.described(made.field_notes(kind).get(name, ""))
+    assert text.endswith(".") and text[0] not in "abcdefghijklmnopqrstuvwxyz" and example, (
+        f"{key}: {text!r} {example!r}"
+    )
+    loader.load(None, [*COMPANIONS.get(key, []), f"{key}={example}"], user_file=None)
