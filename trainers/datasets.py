@@ -155,7 +155,7 @@ def prepared(directory: Path | str, vocab_size: int) -> Manifest:
     """A prepared dataset; RunError for one that this model cannot read."""
     manifest = dataset.read(directory)
     if manifest.format == "table":
-        raise RunError(f"{directory} is a table, no tokens", "A loop of your own reads it: raylaunch.data.table.Table.")
+        raise RunError(f"{directory} is a table, no tokens", "Read it in your own loop with raylaunch.Table.")
     needed = int(manifest.tokenizer["vocab_size"])
     if needed > vocab_size:
         raise RunError(

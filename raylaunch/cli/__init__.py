@@ -13,33 +13,42 @@ import click
 from raylaunch import __version__
 from raylaunch.errors import RaylaunchError, UsageError
 
-# name → (module:attribute, what it does); the help page is made from this table alone.
-COMMANDS = {
-    "up": ("raylaunch.cli.up:up", "Bring a cluster of Ray nodes up."),
-    "plan": ("raylaunch.cli.plan:plan", "Memory, time and checkpoints of a run, before it starts."),
-    "train": ("raylaunch.cli.train:train", "Train on a cluster; the same run name resumes."),
-    "submit": ("raylaunch.cli.train:submit", "One batch job: cluster up, train, give it back."),
-    "attach": ("raylaunch.cli.train:attach", "Watch a run that goes on."),
-    "stop": ("raylaunch.cli.train:stop", "Save a run and end it."),
-    "status": ("raylaunch.cli.status:status", "Clusters, jobs, nodes and runs."),
-    "logs": ("raylaunch.cli.logs:logs", "What the workers, the driver or the nodes print."),
-    "why": ("raylaunch.cli.why:why", "Why a run, a job or the job of a log failed."),
-    "alerts": ("raylaunch.cli.alerts:alerts", "Try who is told of a run, and see what was sent."),
-    "report": ("raylaunch.cli.report:report", "One page about a run: what happened, what it cost."),
-    "history": ("raylaunch.cli.history:history", "Runs and clusters that there were, their hours, and who asked."),
-    "dashboard": ("raylaunch.cli.status:dashboard", "The Ray dashboard's address and tunnel."),
-    "down": ("raylaunch.cli.down:down", "Save what runs and take a cluster down."),
-    "scale": ("raylaunch.cli.scale:scale", "Give a living cluster more nodes, or fewer."),
-    "watch": ("raylaunch.cli.watch:watch", "See a cluster and its run live."),
-    "checkpoints": ("raylaunch.cli.checkpoints:checkpoints", "List, verify, tidy up and export a run's checkpoints."),
-    "data": ("raylaunch.cli.data:data", "Prepare documents for training, and look at them."),
-    "convert": ("raylaunch.cli.convert:convert", "The config that does what an sbatch script does."),
-    "doctor": ("raylaunch.cli.doctor:doctor", "The state of the cluster and its nodes, and what to do about it."),
-    "script": ("raylaunch.cli.up:script", "Print the batch script that `up` would submit."),
-    "metrics": ("raylaunch.cli.metrics:metrics", "Clusters and runs in Prometheus and Grafana."),
-    "chaos": ("raylaunch.cli.chaos:chaos", "Do faults to a run on purpose; what each cost."),
-    "sandbox": ("raylaunch.cli.sandbox:sandbox", "A real Slurm cluster on this machine, to try things."),
+# Group → name → (module:attribute, what it does); the help page and docs/cli.md are made from this table.
+GROUPS = {
+    "Run": {
+        "up": ("raylaunch.cli.up:up", "Start a cluster of Ray nodes on Slurm."),
+        "train": ("raylaunch.cli.train:train", "Train on a running cluster, or resume a run."),
+        "submit": ("raylaunch.cli.train:submit", "Submit one batch job that starts a cluster and trains."),
+        "attach": ("raylaunch.cli.train:attach", "Follow a running training run."),
+        "stop": ("raylaunch.cli.train:stop", "Save a checkpoint and stop a run."),
+        "scale": ("raylaunch.cli.scale:scale", "Change the number of nodes of a running cluster."),
+        "down": ("raylaunch.cli.down:down", "Save the running job and stop a cluster."),
+    },
+    "Observe": {
+        "status": ("raylaunch.cli.status:status", "Show clusters, jobs, nodes and runs."),
+        "watch": ("raylaunch.cli.watch:watch", "Show a cluster and its run live."),
+        "logs": ("raylaunch.cli.logs:logs", "Print the logs of workers, driver or nodes."),
+        "why": ("raylaunch.cli.why:why", "Explain why a run or a job failed."),
+        "report": ("raylaunch.cli.report:report", "Write a one-page report about a run."),
+        "history": ("raylaunch.cli.history:history", "Show past runs, node-hours, and the audit log."),
+        "dashboard": ("raylaunch.cli.status:dashboard", "Print the address of the Ray dashboard."),
+        "alerts": ("raylaunch.cli.alerts:alerts", "Send a test alert, or list the alerts of a run."),
+        "metrics": ("raylaunch.cli.metrics:metrics", "Export metrics to Prometheus and Grafana."),
+    },
+    "Prepare": {
+        "doctor": ("raylaunch.cli.doctor:doctor", "Check Slurm, the state directory and the nodes."),
+        "plan": ("raylaunch.cli.plan:plan", "Estimate memory, run time and checkpoint size."),
+        "convert": ("raylaunch.cli.convert:convert", "Convert an sbatch script to a configuration."),
+        "data": ("raylaunch.cli.data:data", "Prepare training data, or inspect it."),
+        "script": ("raylaunch.cli.up:script", "Print the batch script that `up` would submit."),
+    },
+    "Operate": {
+        "checkpoints": ("raylaunch.cli.checkpoints:checkpoints", "List, verify, clean up and export checkpoints."),
+        "chaos": ("raylaunch.cli.chaos:chaos", "Inject faults into a run and measure each recovery."),
+        "sandbox": ("raylaunch.cli.sandbox:sandbox", "Run a local Slurm cluster for experiments."),
+    },
 }
+COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
 
 
 class Lazy(click.Group):
@@ -76,14 +85,15 @@ class Lazy(click.Group):
             raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        for title, group in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, text) for name, (_, text) in group.items()])
 
 
 @click.command(cls=Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="raylaunch")
 def cli() -> None:
-    """Keep Ray nodes alive on Slurm, and PyTorch FSDP training alive on those nodes.
+    """Train with PyTorch FSDP on Slurm, and keep training when nodes die.
 
     \b
       raylaunch up --nodes 4 && raylaunch train cfg.yaml

@@ -29,15 +29,16 @@ from raylaunch.state import files
 
 @click.group()
 def alerts() -> None:
-    """Be told what happens to a run (`alerts:` in its config)."""
+    """Test the alerts of a configuration, or list those of a run (see `alerts:` in the configuration)."""
 
 
 @alerts.command()
 @click.argument("path", metavar="[CONFIG]", required=False, type=click.Path(path_type=Path))
 @options.sets_option
 def test(path: Path | None, sets: tuple[str, ...]) -> None:
-    """Send one alert to each sink of CONFIG (and of your own config.yaml) from this machine, once, and say what came
-    back; exit code 1 when one was not taken."""
+    """Send a test alert from this machine to every destination of CONFIG and of your own config.yaml, and print each result.
+
+    The exit code is 1 if a destination did not accept it."""
     own = secrets.resolved(loader.load(path, sets).alerts)
     if not own.sinks:
         raise UsageError(
@@ -58,10 +59,10 @@ def test(path: Path | None, sets: tuple[str, ...]) -> None:
 
 @alerts.command("list")
 @click.argument("run")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.state_dir_option
 def list_(run: str, as_json: bool, state_dir: Path | None) -> None:
-    """The alerts of RUN, what became of them, and what has still to be sent."""
+    """List the alerts of RUN: those that were sent, those that failed, and those that are pending."""
     run_dir, _ = find_run(options.state_dir(state_dir), run)
     rows = [row for row in files.read_lines(run_dir / files.EVENTS_FILE) if _is_alert(row)]
     waiting = _waiting(run_dir)

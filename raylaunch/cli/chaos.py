@@ -23,36 +23,45 @@ from raylaunch.tools.chaos.target import Victim
 
 @click.command()
 @click.argument("run", required=False)
-@click.option("--every", default="60s", show_default=True, help="Time between two faults, on average.")
-@click.option("--faults", default="worker,driver,raylet,agent", show_default=True, help="Which, in turn; see below.")
-@click.option("--for", "duration", help="How long. Default: 10m, unless --count is given.")
-@click.option("--count", type=click.IntRange(1), help="How many faults.")
-@click.option("--seed", default=0, show_default=True, help="The same seed gives the same sequence.")
-@click.option("--limit", default="5m", show_default=True, help="A run that takes longer to recover has failed.")
-@click.option("--hold", default="15s", show_default=True, help="How long freeze, cut, slurmd and slurmctld last.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the ledger there, too.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the run there (PNG); needs raylaunch[plot].")
-@click.option("--simulate", is_flag=True, help="No fault: what a large cluster would make of these recoveries.")
-@click.option("--nodes", help="With --simulate: its sizes, as N,N,…; one size N stands for N/8 to N.")
-@click.option("--mttf-node", help="With --simulate: mean time between failures of one node, e.g. 30d.")
-@click.option("--from", "source", metavar="RUN", help="With --simulate: phases as measured in this run.")
-@click.option("--phases", metavar="NAME=SECONDS,…", help="With --simulate: phases of a recovery, by hand.")
-@click.option("--interval", help="With --simulate: times between two saves, as 1m,5m,…")
-@click.option("--save", help="With --simulate: how long a save keeps the steps waiting.")
-@click.option("--replace", default="5m", show_default=True, help="With --simulate: until a lost node is replaced.")
-@click.option("--check", "check_run", metavar="RUN", help="Compare the model with what a chaos run really did.")
+@click.option("--every", default="60s", show_default=True, help="Mean time between two faults.")
+@click.option(
+    "--faults",
+    default="worker,driver,raylet,agent",
+    show_default=True,
+    help="Kinds of faults, injected in turn (see above).",
+)
+@click.option("--for", "duration", help="Duration. Default: 10m, unless --count is given.")
+@click.option("--count", type=click.IntRange(1), help="Number of faults.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the sequence of faults.")
+@click.option("--limit", default="5m", show_default=True, help="Maximum time for a recovery.")
+@click.option("--hold", default="15s", show_default=True, help="Duration of freeze, cut, slurmd and slurmctld.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Also write the summary to this file, as JSON."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot the run to this PNG file. Needs raylaunch[plot].")
+@click.option(
+    "--simulate", is_flag=True, help="Inject nothing: estimate the goodput of a large cluster from measured recoveries."
+)
+@click.option("--nodes", help="With --simulate: cluster sizes as N,N,…; a single N means N/8 to N.")
+@click.option("--mttf-node", help="With --simulate: mean time to failure of a node, for example 30d.")
+@click.option("--from", "source", metavar="RUN", help="With --simulate: take the phases of a recovery from this run.")
+@click.option("--phases", metavar="NAME=SECONDS,…", help="With --simulate: the phases of a recovery.")
+@click.option("--interval", help="With --simulate: checkpoint intervals, as 1m,5m,…")
+@click.option("--save", help="With --simulate: time that a checkpoint blocks training.")
+@click.option("--replace", default="5m", show_default=True, help="With --simulate: time to replace a lost node.")
+@click.option("--check", "check_run", metavar="RUN", help="Compare the model with this chaos run.")
 @options.state_dir_option
 def chaos(run: str | None, state_dir: Path | None, **given: Any) -> None:
-    """Do faults to RUN, wait for each recovery, and print the ledger.
+    """Inject faults into RUN, wait for each recovery, and print a summary.
 
     \b
       raylaunch chaos demo --faults node,worker,head --every 60s --for 10m --seed 7
       raylaunch chaos --simulate --nodes 2048 --mttf-node 30d
     \b
-    For any cluster of one's own: worker, hang, raylet, agent, driver, gcs, dashboard.
+    Faults on any cluster of yours: worker, hang, raylet, agent, driver, gcs, dashboard.
     On a sandbox, as root, also: node, head, freeze, cut, drain, slurmd, slurmctld.
 
-    Exit code 0: every fault was recovered.
+    The exit code is 0 if the run recovered from every fault.
     """
     where = options.state_dir(state_dir)
     if given["check_run"]:

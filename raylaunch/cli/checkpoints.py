@@ -38,7 +38,7 @@ Given = tuple[str, Config, Path]
 @options.state_dir_option
 @click.pass_context
 def checkpoints(ctx: click.Context, run: str, state_dir: Path | None) -> None:
-    """The checkpoints of RUN: `ls` (when nothing is said), `verify`, `gc`, `export`."""
+    """List (the default), verify, clean up or export the checkpoints of RUN."""
     ctx.obj = functools.partial(_given, run, state_dir)
     if ctx.invoked_subcommand is None:
         ctx.invoke(ls)
@@ -60,10 +60,10 @@ def _of_run(command: Callable[Concatenate[Given, P], R]) -> Callable[P, R]:
 
 
 @checkpoints.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_of_run
 def ls(given: Given, as_json: bool = False) -> None:
-    """What is committed, and what cannot be used."""
+    """List the checkpoints, and those that cannot be used."""
     _, _, directory = given
     rows = [_row(one) for one in store.walk(directory)]
     left = [path.name for path in [*store.leftovers(directory), *store.set_aside_before(directory)]]
@@ -88,7 +88,7 @@ def ls(given: Given, as_json: bool = False) -> None:
 @click.argument("steps", nargs=-1, type=int)
 @_of_run
 def verify(given: Given, steps: tuple[int, ...]) -> None:
-    """Read all files (or those of STEPS) and compare their checksums; exit code 1 when one is not as written."""
+    """Read all checkpoints (or those of STEPS) and compare checksums. The exit code is 1 if one is damaged."""
     bad = []
     for one in _chosen(given, steps):
         found = one if isinstance(one, InvalidCheckpoint) else _first_bad(one)
@@ -104,13 +104,13 @@ def verify(given: Given, steps: tuple[int, ...]) -> None:
 @click.option(
     "--keep",
     type=click.IntRange(1),
-    help="Usable checkpoints to keep, the newest. Default: the config's. (What it keeps besides, stays.)",
+    help="Number of most recent checkpoints to keep. Default: the configuration's. Others that it keeps stay.",
 )
-@click.option("--bad", is_flag=True, help="Remove those that did not verify and were set aside, too.")
-@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@click.option("--bad", is_flag=True, help="Also delete damaged checkpoints that were set aside.")
+@click.option("--dry-run", is_flag=True, help="Print what would be deleted.")
 @_of_run
 def gc(given: Given, keep: int | None, bad: bool, dry_run: bool) -> None:
-    """Remove what nobody needs: old checkpoints, and what killed writers left. Safe beside a run that goes on."""
+    """Delete old checkpoints and incomplete ones left by killed writers. Safe while the run is training."""
     _, config, directory = given
     rule = replace(runs.keep(config), last=keep) if keep else runs.keep(config)
     old = [one.path for one in rule.surplus(store.committed(directory))]
@@ -130,12 +130,12 @@ def gc(given: Given, keep: int | None, bad: bool, dry_run: bool) -> None:
 
 @checkpoints.command()
 @click.argument("step", metavar="STEP|latest")
-@click.option("--to", required=True, type=click.Path(path_type=Path), help="A new directory.")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to create.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--ema", is_flag=True, help="The moving averages (optimizer.ema) instead.")
+@click.option("--ema", is_flag=True, help="Export the moving average (optimizer.ema).")
 @_of_run
 def export(given: Given, step: str, to: Path, dtype: str, ema: bool) -> None:
-    """Write one checkpoint's weights as consolidated safetensors in Hugging Face's layout."""
+    """Export the weights of a checkpoint as safetensors in Hugging Face's layout."""
     run, config, directory = given
     if step == "latest":
         checkpoint = exporting.latest(run, directory)

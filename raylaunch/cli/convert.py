@@ -15,16 +15,16 @@ from raylaunch.state import files
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]})
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the config there, not to standard output.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file. Default: standard output.")
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, required=True, metavar="FILE | - | -- COMMAND…")
 def convert(output: Path | None, words: tuple[str, ...]) -> None:
-    """Read an sbatch script (FILE, or - for standard input) or a command, and write a config that does the same.
+    """Convert an sbatch script (FILE, or - for standard input) or a command to a configuration that does the same.
 
     \b
       raylaunch convert train.sbatch -o train.yaml
       raylaunch convert -- torchrun --nnodes 4 --nproc-per-node 8 train.py --lr 0.1
 
-    What cannot be carried over is said, and stands in the config as comments. Nothing is run or submitted.
+    What cannot be converted is printed, and added to the configuration as comments. Nothing is run or submitted.
     """
     try:
         found = from_script.script(_read(words[0])) if len(words) == 1 else from_script.command(list(words))

@@ -24,29 +24,29 @@ if TYPE_CHECKING:  # pyarrow is for the commands, not for their help
 
 @click.group()
 def data() -> None:
-    """Prepare documents for training, and look at them."""
+    """Prepare training data, or inspect it."""
 
 
 @data.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="IN…")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory of the dataset.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Output directory.")
 @click.option(
     "--tokenizer",
     default="bytes",
     show_default=True,
-    help="bytes, a tokenizer.json, or hf:NAME of the Hugging Face hub.",
+    help="bytes, a tokenizer.json file, or hf:NAME for one of the Hugging Face Hub.",
 )
 @click.option(
     "--format", "format_", type=click.Choice(["text", "jsonl", "parquet", "sft", "table"]),
-    help="Of all input. Default: by the names, .jsonl and .parquet (also .gz, .zst), everything else is text.",
+    help="Format of all inputs. Default: by file name: .jsonl and .parquet (also .gz, .zst), else text.",
 )  # fmt: skip
-@click.option("--column", default="text", show_default=True, help="Of the text, in JSON lines and Parquet.")
+@click.option("--column", default="text", show_default=True, help="Column with the text, in JSON lines and Parquet.")
 @click.option(
     "--chat-template", default="auto", show_default=True,
-    help="For sft. auto: the tokenizer's, if it has one; plain: role, line break, content; or a file in Jinja.",
+    help="For sft: auto (the tokenizer's own, if it has one), plain (role, line break, content), or a Jinja file.",
 )  # fmt: skip
-@click.option("--workers", type=click.IntRange(1), help="Processes. Default: as many as there are CPUs for us.")
-@click.option("--skip-bad", is_flag=True, help="Leave out documents that cannot be read, and count them.")
+@click.option("--workers", type=click.IntRange(1), help="Number of processes. Default: the number of available CPUs.")
+@click.option("--skip-bad", is_flag=True, help="Skip and count unreadable documents.")
 def prepare(
     inputs: tuple[str, ...],
     out: Path,
@@ -57,12 +57,12 @@ def prepare(
     workers: int | None,
     skip_bad: bool,
 ) -> None:
-    """Documents → tokens → Arrow shards in a directory, which data.prepared names in a config.
+    """Tokenize documents into a dataset of Arrow shards (`data.prepared` in a configuration).
 
-    IN are files, directories, globs or URLs (s3://, gs://, https://, …). A text file is a document; of JSON lines and
-    Parquet each row is one. sft: JSON lines with "messages", or "prompt" and "completion"; the loss counts the answers
-    only. table: the rows of Parquet files as they are, for a loop of your own. Cut off, the same command goes on
-    where it was.
+    IN are files, directories, glob patterns or URLs (s3://, gs://, https://, …). A text file is one document; in JSON
+    lines and Parquet files each row is one. Format `sft`: JSON lines with "messages", or with "prompt" and "completion";
+    only the answers count for the loss. Format `table`: the rows of Parquet files unchanged, for your own training loop.
+    Run the same command again to resume after an interruption.
 
     \b
       raylaunch data prepare 'books/*.txt' wiki.jsonl.zst --out corpus --tokenizer tokenizer.json
@@ -105,12 +105,12 @@ def _bar() -> Iterator[Callable[[preparation.PrepareProgress], None]]:
 
 @data.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--samples", default=3, show_default=True, type=click.IntRange(0), help="Documents to show.")
-@click.option("--seed", default=0, show_default=True, help="Which documents.")
-@click.option("--verify", is_flag=True, help="Read all of it and compare the checksums.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--samples", default=3, show_default=True, type=click.IntRange(0), help="Number of documents to print.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the choice of documents.")
+@click.option("--verify", is_flag=True, help="Read the whole dataset and compare checksums.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def inspect(directory: Path, samples: int, seed: int, verify: bool, as_json: bool) -> None:
-    """What a prepared dataset holds, and some of its documents as text."""
+    """Print a summary of a prepared dataset, and some of its documents as text."""
     from raylaunch.data import dataset
     from raylaunch.data import inspect as looking
 

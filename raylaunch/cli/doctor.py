@@ -35,13 +35,13 @@ _WIDEST = 80
 @options.cluster_options
 @options.sets_option
 @options.state_dir_option
-@click.option("--timeout", default=300.0, show_default=True, help="Seconds to wait in the queue for --nodes.")
-@click.option("--json", "as_json", is_flag=True, help="For programs: a list of findings.")
+@click.option("--timeout", default=300.0, show_default=True, help="With --nodes: seconds to wait for the job to start.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: a list of findings.")
 def doctor(
     path: Path | None, sets: tuple[str, ...], state_dir: Path | None, timeout: float, as_json: bool, **flags: Any
 ) -> int:  # fmt: skip
-    """The state of the cluster and what to do about it. Without --nodes: from here, in seconds. With --nodes: a short
-    job looks at that many nodes, and measures which of them is slow. Exit code 1 when there is a problem.
+    """Check Slurm, the state directory and this machine. With --nodes, a short job also checks that many nodes and
+    measures which of them are slow. The exit code is 1 if there is a problem.
 
     \b
       raylaunch doctor

@@ -17,11 +17,13 @@ from raylaunch.timing import SAVE_LIMIT
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--all", "everything", is_flag=True, help="All clusters of the state directory.")
-@click.option("--save-limit", default=SAVE_LIMIT, show_default=True, help="Seconds that a run gets to save.")
+@click.option("--all", "everything", is_flag=True, help="Stop all clusters in the state directory.")
+@click.option(
+    "--save-limit", default=SAVE_LIMIT, show_default=True, help="Seconds to wait for the run to save a checkpoint."
+)
 @options.state_dir_option
 def down(name: str | None, everything: bool, save_limit: float, state_dir: Path | None) -> None:
-    """Save what runs, end everything that belongs to the cluster, and verify it."""
+    """Save the running job, stop the cluster, and check that nothing is left."""
     if name is not None and everything:
         raise UsageError("a NAME and --all at once", "Give one of them.")
     where = options.state_dir(state_dir)

@@ -25,13 +25,14 @@ from raylaunch.tools.chaos import schedule
 
 
 @click.command()
-@click.option("--since", help="Only what was there after that: 7d, 24h, or a date (2026-11-01).")
-@click.option("--audit", "trail", is_flag=True, help="Who asked for what, when, with which configuration.")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--since", help="Only since then: 7d, 24h, or a date (2026-11-01).")
+@click.option(
+    "--audit", "trail", is_flag=True, help="Show the audit log: who ran which command, when, with which configuration."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.state_dir_option
 def history(since: str | None, trail: bool, as_json: bool, state_dir: Path | None) -> None:
-    """Runs and clusters of this state directory: state, time, nodes, steps, node-hours and GPU-hours, and their sums by
-    account.
+    """Show past and present runs and clusters: state, times, nodes, steps, node-hours and GPU-hours, with totals per account.
 
     \b
       raylaunch history --since 30d

@@ -17,21 +17,21 @@ from raylaunch.state.runs import Run
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on as more is written.")
-@click.option("--node", help="Only this node (of a cluster, or the ranks of a run on it).")
+@click.option("-f", "--follow", is_flag=True, help="Follow the log.")
+@click.option("--node", help="Only this node of a cluster, or the ranks of a run on it.")
 @click.option("--rank", type=int, help="Only this rank of a run.")
+@click.option("--attempt", type=int, help="Ranks of this attempt of a run. Default: the last attempt, and the driver.")
 @click.option(
-    "--attempt", type=int, help="The ranks of this attempt of a run. Default: the last one's, and the driver."
+    "-n", "--lines", default=200, show_default=True, help="Number of lines to print from the end of each file."
 )
-@click.option("-n", "--lines", default=200, show_default=True, help="Last lines of each file.")
 @options.state_dir_option
 def logs(
     name: str | None, follow: bool, node: str | None, rank: int | None, attempt: int | None, lines: int,
     state_dir: Path | None,
 ) -> None:  # fmt: skip
-    """Print what a RUN's workers and driver, or a CLUSTER's nodes, have written.
+    """Print the logs of a RUN's workers and driver, or of a CLUSTER's nodes.
 
-    Without a name: the run that was touched last.
+    Default: the most recently active run.
     """
     where = options.state_dir(state_dir)
     logs = _files(where, name, node, rank, attempt)

@@ -15,16 +15,18 @@ from raylaunch.observe.prometheus.exporter import TOKEN_FILE
 
 @click.group()
 def metrics() -> None:
-    """Metrics of clusters and runs, for Prometheus and Grafana."""
+    """Export metrics of clusters and runs to Prometheus and Grafana."""
 
 
 @metrics.command()
-@click.option("--dir", "out", type=click.Path(path_type=Path), required=True, help="Where to write.")
-@click.option("--every", type=click.FloatRange(min=1), help="Go on, and write the targets anew every so many seconds.")
+@click.option("--dir", "out", type=click.Path(path_type=Path), required=True, help="Output directory.")
+@click.option(
+    "--every", type=click.FloatRange(min=1), help="Keep running, and rewrite the targets at this interval in seconds."
+)
 @options.state_dir_option
 def export(out: Path, every: float | None, state_dir: Path | None) -> None:
-    """Write what Prometheus and Grafana need: targets (file_sd) of all clusters that are up, a scrape configuration,
-    and dashboards for raylaunch and for Ray."""
+    """Write the configuration for Prometheus and Grafana: targets (file_sd) of all running clusters, a scrape
+    configuration, and dashboards for raylaunch and Ray."""
     where = options.state_dir(state_dir)
     for name in scrape_config.write(where, out):
         click.echo(str(out / name))

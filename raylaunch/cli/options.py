@@ -20,22 +20,24 @@ F = TypeVar("F", bound=Callable[..., Any])
 state_dir_option = click.option(
     "--state-dir",
     type=click.Path(path_type=Path),
-    help="Where clusters and runs are kept; shared by all nodes. Default: the config's, $RAYLAUNCH_STATE_DIR, ~/.raylaunch.",
+    help="Directory of clusters and runs, shared by all nodes. Default: cluster.state_dir, $RAYLAUNCH_STATE_DIR or ~/.raylaunch.",
 )
-sets_option = click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a config key (dotted).")
+sets_option = click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set a configuration key, for example slurm.nodes=4."
+)
 
 _CLUSTER_FLAGS = [
-    ("--nodes", "slurm.nodes", "N or MIN:MAX nodes.", str),
-    ("--name", "cluster.name", "The cluster's name (default: main; for submit: the run's name).", str),
+    ("--nodes", "slurm.nodes", "Number of nodes: N, or MIN:MAX.", str),
+    ("--name", "cluster.name", "Name of the cluster. Default: main; for submit, the run's name.", str),
     ("--backend", "cluster.backend", "auto, slurm or local.", click.Choice(["auto", "slurm", "local"])),
     ("--partition", "slurm.partition", "Slurm partition.", str),
     ("--account", "slurm.account", "Slurm account.", str),
     ("--qos", "slurm.qos", "Slurm quality of service.", str),
-    ("--time", "slurm.time", "Wall time, as Slurm writes it.", str),
+    ("--time", "slurm.time", "Time limit, in a format that Slurm accepts.", str),
     ("--ntasks-per-node", "slurm.ntasks_per_node", "Training workers per node.", int),
     ("--gpus-per-node", "slurm.gpus_per_node", "GPUs per node.", str),
     ("--cpus-per-task", "slurm.cpus_per_task", "CPUs per training worker.", int),
-    ("--mem", "slurm.mem", "Memory per node, as Slurm writes it.", str),
+    ("--mem", "slurm.mem", "Memory per node, in a format that Slurm accepts.", str),
 ]
 
 

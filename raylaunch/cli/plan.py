@@ -52,18 +52,18 @@ def _rate(flag: str, text: str) -> Callable[[F], F]:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--gpu", help="The GPU: h100-80gb, a100-40gb, …, or cpu. Default: what slurm asks for.")
-@click.option("--nodes", help="As many nodes. Default: slurm.nodes, the upper end.")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), help="As many workers a node. Default: the config's.")
-@click.option("--like", "like_run", metavar="RUN", help="Take pace, start and saves from an earlier run.")
-@_rate("--tokens-per-second", "The pace of all GPUs together.")
+@click.option("--gpu", help="GPU model (h100-80gb, a100-40gb, …) or cpu. Default: the one that `slurm:` requests.")
+@click.option("--nodes", help="Number of nodes. Default: the upper bound of slurm.nodes.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Workers per node. Default: the configuration's.")
+@click.option("--like", "like_run", metavar="RUN", help="Use throughput, start-up time and save time measured in RUN.")
+@_rate("--tokens-per-second", "Throughput of all GPUs together.")
 @click.option(
     "--mfu", type=float, callback=_share_of_one,
-    help="The share of the GPU's peak that is reached (0.4, say), where no pace is known.",
+    help="Assumed MFU (for example 0.4) if no throughput is known.",
 )  # fmt: skip
-@_rate("--bandwidth", f"GB/s that the file system takes of a save. Default: {checkpoint_size.BANDWIDTH / 1e9:g}.")
-@_rate("--failures", f"Per node and hour. Default: {checkpoint_size.FAILURES:.2g} (Kokolis et al., 2025).")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_rate("--bandwidth", f"Write bandwidth of the file system in GB/s. Default: {checkpoint_size.BANDWIDTH / 1e9:g}.")
+@_rate("--failures", f"Failures per node and hour. Default: {checkpoint_size.FAILURES:.2g} (Kokolis et al., 2025).")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.sets_option
 @options.state_dir_option
 def plan(
@@ -71,7 +71,7 @@ def plan(
     tokens_per_second: float | None, mfu: float | None, bandwidth: float | None, failures: float | None,
     as_json: bool, sets: tuple[str, ...], state_dir: Path | None,
 ) -> int:  # fmt: skip
-    """What a run needs: memory a GPU and whether it fits, time, checkpoints, queue. Nothing is started.
+    """Estimate GPU memory (and what would make it fit), run time, checkpoint size and queue time. Nothing is started.
 
     \b
       raylaunch plan cfg.yaml --gpu h100-80gb --nodes 4 --gpus-per-node 8

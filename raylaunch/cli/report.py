@@ -20,14 +20,14 @@ FILE = "report.html"
 
 @click.command()
 @click.argument("run")
-@click.option("--open", "show", is_flag=True, help="Show the page in a browser.")
-@click.option("--html", type=click.Path(path_type=Path), help="Write the page there. Default: report.html of the run.")
-@click.option("--json", "as_json", is_flag=True, help="Print the facts, for programs.")
-@click.option("--markdown", is_flag=True, help="Print them as text.")
+@click.option("--open", "show", is_flag=True, help="Open the report in a browser.")
+@click.option("--html", type=click.Path(path_type=Path), help="Output file. Default: report.html in the run directory.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--markdown", is_flag=True, help="Print Markdown.")
 @options.state_dir_option
 def report(run: str, show: bool, html: Path | None, as_json: bool, markdown: bool, state_dir: Path | None) -> None:
-    """One page about RUN: loss, throughput and size over time with its faults, where the time went, nodes, utilisation,
-    cost, configuration and code. One file that needs no network; open it in a browser, or send it to somebody.
+    """Write a one-page report about RUN: loss, throughput and number of workers over time with all faults, where the time
+    went, nodes, utilisation, cost, configuration and code. It is one HTML file that needs no network.
 
     \b
       raylaunch report my-run

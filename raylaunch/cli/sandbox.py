@@ -13,12 +13,12 @@ import click
 
 from raylaunch.tools.sandbox import DEFAULT_NAME, Sandbox, Status, take_down
 
-_name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Which sandbox.")
+_name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Name of the sandbox.")
 
 
 @click.group()
 def sandbox() -> None:
-    """A real Slurm cluster on this machine: try things, break things.
+    """Run a local Slurm cluster of namespaces on this machine, for experiments and tests.
 
     \b
       raylaunch sandbox up
@@ -29,13 +29,13 @@ def sandbox() -> None:
 
 
 @sandbox.command()
-@click.option("--nodes", default=4, show_default=True, help="How many nodes: node1 … nodeN.")
-@click.option("--cpus", default=4, show_default=True, help="CPUs per node, as Slurm believes.")
-@click.option("--gpus", default=0, show_default=True, help="Stand-in GPUs per node.")
-@click.option("--accounting", is_flag=True, help="With slurmdbd and MariaDB, for sacct.")
+@click.option("--nodes", default=4, show_default=True, help="Number of nodes (node1 … nodeN).")
+@click.option("--cpus", default=4, show_default=True, help="CPUs per node, as configured in Slurm.")
+@click.option("--gpus", default=0, show_default=True, help="Fake GPUs per node.")
+@click.option("--accounting", is_flag=True, help="Start slurmdbd and MariaDB, for sacct.")
 @_name
 def up(nodes: int, cpus: int, gpus: int, accounting: bool, name: str) -> None:
-    """Start the cluster; it is ready for jobs when this returns."""
+    """Start the cluster, and return when it accepts jobs."""
     made = Sandbox.up(name, nodes=nodes, cpus=cpus, gpus=gpus, accounting=accounting)
     click.echo(f"sandbox {name} is up: {', '.join(made.nodes)} in {made.layout.dir}")
     click.echo(f'use it:  eval "$(raylaunch sandbox env{_name_option(name)})"')
@@ -44,7 +44,7 @@ def up(nodes: int, cpus: int, gpus: int, accounting: bool, name: str) -> None:
 @sandbox.command()
 @_name
 def env(name: str) -> None:
-    """Print the exports that make Slurm's commands use the sandbox."""
+    """Print the shell exports that make Slurm's commands use the sandbox."""
     for variable, value in Sandbox.load(name).env().items():
         click.echo(f"export {variable}={shlex.quote(value)}")
 
@@ -54,7 +54,7 @@ def env(name: str) -> None:
 @click.argument("node")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(name: str, node: str, command: tuple[str, ...]) -> None:
-    """Run COMMAND in NODE, with this terminal and its exit status: exec NODE -- COMMAND …"""
+    """Run COMMAND on NODE: exec NODE -- COMMAND … The exit code is that of COMMAND."""
     made = Sandbox.load(name)
     line = made.command(node, command)
     os.environ.update(made.env())
@@ -62,20 +62,20 @@ def exec_(name: str, node: str, command: tuple[str, ...]) -> None:
 
 
 @sandbox.command()
-@click.option("--silent", is_flag=True, help="As a power loss: the network goes first, peers hear nothing.")
+@click.option("--silent", is_flag=True, help="Like a power loss: cut the network first.")
 @_name
 @click.argument("node")
 def kill(name: str, node: str, silent: bool) -> None:
-    """End all processes of NODE at once."""
+    """Kill all processes of NODE."""
     Sandbox.load(name).kill(node, silent=silent)
 
 
 @sandbox.command()
-@click.option("--resume/--no-resume", default=True, help="Give it back if Slurm holds it for the reboot.")
+@click.option("--resume/--no-resume", default=True, help="Resume the node in Slurm if it is down after the reboot.")
 @_name
 @click.argument("node")
 def start(name: str, node: str, resume: bool) -> None:
-    """Bring a killed NODE back."""
+    """Boot a killed NODE."""
     Sandbox.load(name).start(node, resume=resume)
 
 
@@ -87,17 +87,17 @@ def _verb(name: str, doc: str, act: Callable[[Sandbox, str], None]) -> None:
         act(Sandbox.load(name), node)
 
 
-_verb("cut", "Cut NODE's network: silence both ways.", Sandbox.cut)
+_verb("cut", "Cut NODE off the network, in both directions.", Sandbox.cut)
 _verb("heal", "Undo `cut`.", Sandbox.heal)
-_verb("freeze", "Stop every process of NODE.", Sandbox.freeze)
+_verb("freeze", "Freeze all processes of NODE.", Sandbox.freeze)
 _verb("thaw", "Undo `freeze`.", Sandbox.thaw)
 
 
 @sandbox.command()
-@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_name
 def status(name: str, as_json: bool) -> None:
-    """What lives, what is frozen or cut, and what Slurm thinks of each node."""
+    """Show each node: running, frozen, cut off, and its state in Slurm."""
     found = Sandbox.load(name).status()
     click.echo(json.dumps(dataclasses.asdict(found), indent=2) if as_json else _table(found))
 
@@ -105,7 +105,7 @@ def status(name: str, as_json: bool) -> None:
 @sandbox.command()
 @_name
 def down(name: str) -> None:
-    """Remove the sandbox with all that belongs to it, also a half-made one."""
+    """Remove the sandbox, including one that did not start completely."""
     there = take_down(name)
     click.echo(f"sandbox {name} is down" if there else f"there is no sandbox {name}: nothing to do")
 

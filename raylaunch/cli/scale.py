@@ -24,13 +24,13 @@ _EVERY, _JOBS_EVERY = 0.2, 3.0
 @click.command()
 @click.argument("name")
 @click.argument("nodes", type=int)
-@click.option("--no-wait", is_flag=True, help="Return once the cluster has been told.")
+@click.option("--no-wait", is_flag=True, help="Return as soon as the request is submitted.")
 @click.option("--timeout", default=600.0, show_default=True, help="Seconds to wait for the nodes.")
 @options.state_dir_option
 def scale(name: str, nodes: int, no_wait: bool, timeout: float, state_dir: Path | None) -> None:
-    """Give cluster NAME this many NODES: further ones join it, those too many leave. No step is lost.
+    """Scale cluster NAME to NODES nodes. No training step is lost.
 
-    It takes as many as it was brought up for, which is the MAX of `raylaunch up --nodes MIN:MAX`:
+    The maximum is the MAX of `raylaunch up --nodes MIN:MAX`:
 
     \b
       raylaunch up --nodes 3:8

@@ -27,11 +27,11 @@ _COLOURS = {"ready": "green", "running": "green", "finished": "green", "RUNNING"
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
-@click.option("--all", "everything", is_flag=True, help="Clusters that are down, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--all", "everything", is_flag=True, help="Include clusters that are down.")
 @options.state_dir_option
 def status(as_json: bool, everything: bool, state_dir: Path | None) -> None:
-    """Clusters, their jobs and nodes, and the runs."""
+    """Show clusters, their jobs and nodes, and runs."""
     picture = gathering.gather(options.state_dir(state_dir), with_ended=everything or as_json)
     if as_json:
         click.echo(json.dumps(picture, indent=1))
@@ -126,7 +126,7 @@ def _print_wanted(console: Console, cluster: dict[str, Any]) -> None:
 @click.argument("name", required=False)
 @options.state_dir_option
 def dashboard(name: str | None, state_dir: Path | None) -> None:
-    """Print the Ray dashboard's address and the tunnel that leads to it."""
+    """Print the address of the Ray dashboard, the SSH tunnel to it, and where its token is."""
     where = options.state_dir(state_dir)
     if name is None:
         living = [c["name"] for c in gathering.gather(where)["clusters"]]

@@ -25,8 +25,10 @@ from raylaunch.state.runs import FINAL
 from raylaunch.training import precheck
 
 _file = click.argument("path", type=click.Path(path_type=Path))
-_run = click.option("--run", "run_name", help="The run's name; the same name resumes. Default: the file's.")
-_fresh = click.option("--fresh", is_flag=True, help="Begin anew; an old run of that name is moved aside.")
+_run = click.option(
+    "--run", "run_name", help="Name of the run. An existing name resumes that run. Default: the name of the file."
+)
+_fresh = click.option("--fresh", is_flag=True, help="Start from scratch. An existing run of that name is moved aside.")
 
 
 def _run_name(given: str | None, path: Path) -> str:
@@ -39,18 +41,18 @@ def _run_name(given: str | None, path: Path) -> str:
 
 @click.command()
 @_file
-@click.option("--cluster", "cluster_name", help="The cluster to train on. Default: the config's (main).")
+@click.option("--cluster", "cluster_name", help="Cluster to train on. Default: cluster.name (main).")
 @_run
 @options.sets_option
 @options.state_dir_option
-@click.option("--detach", is_flag=True, help="Return once the run is handed over.")
-@click.option("--check", is_flag=True, help="Only look for what is wrong; needs no cluster.")
+@click.option("--detach", is_flag=True, help="Return as soon as the run is submitted to the cluster.")
+@click.option("--check", is_flag=True, help="Check the configuration and exit. Needs no cluster.")
 @_fresh
 def train(
     path: Path, cluster_name: str | None, run_name: str | None, sets: tuple[str, ...], state_dir: Path | None,
     detach: bool, check: bool, fresh: bool,
 ) -> int:  # fmt: skip
-    """Train on a cluster that is up. The same run name resumes from its last commit, at any size."""
+    """Train on a running cluster. An existing run resumes from its last checkpoint, on any number of nodes."""
     flags = {"cluster__name": cluster_name, "cluster__state_dir": state_dir and str(state_dir)}
     config = options.load(path, sets, flags)
     where = up.state_dir_of(config)
@@ -112,10 +114,10 @@ def submit(
     path: Path, run_name: str | None, sets: tuple[str, ...], state_dir: Path | None, fresh: bool,
     sbatch_options: tuple[str, ...], **flags: Any,
 ) -> None:  # fmt: skip
-    """One batch job that brings a cluster up, trains, and gives the allocation back.
+    """Submit one batch job that starts a cluster, trains, and releases the allocation.
 
-    Prints the job id alone. The cluster has the run's name (or --name); `raylaunch down NAME` cancels the job, and saves
-    the run if it trains. The job's exit code is the run's.
+    Prints the job id. The cluster is named after the run (or --name). `raylaunch down NAME` saves the run and cancels the
+    job. The job's exit code is 0 if the run has finished.
     """
     name = _run_name(run_name, path)
     flags |= {"cluster__state_dir": state_dir and str(state_dir), "cluster__name": flags.get("cluster__name") or name}
@@ -139,7 +141,7 @@ def submit(
 @click.argument("run")
 @options.state_dir_option
 def attach(run: str, state_dir: Path | None) -> int:
-    """Watch a run that goes on; exit code 0 when it finishes, 1 when it fails."""
+    """Follow a running training run. The exit code is 0 if it finishes, 1 if it fails."""
     where = options.state_dir(state_dir)
     run_dir, record = status.find_run(where, run)
     return _watch(run_dir, files.cluster_dir(where, record.cluster))
@@ -147,10 +149,10 @@ def attach(run: str, state_dir: Path | None) -> int:
 
 @click.command()
 @click.argument("run")
-@click.option("--no-wait", is_flag=True, help="Do not wait until it has saved.")
+@click.option("--no-wait", is_flag=True, help="Do not wait for the checkpoint.")
 @options.state_dir_option
 def stop(run: str, no_wait: bool, state_dir: Path | None) -> None:
-    """Save a run and end it; the cluster stays."""
+    """Save a checkpoint and stop a run. The cluster keeps running."""
     where = options.state_dir(state_dir)
     run_dir, record = status.find_run(where, run)
     if record.state in FINAL:

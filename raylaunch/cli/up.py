@@ -21,7 +21,7 @@ from raylaunch.scheduler.backends import Backend
 from raylaunch.state import audit, files, records
 from raylaunch.state.records import Cluster
 
-_config = click.option("-c", "--config", "path", type=click.Path(path_type=Path), help="A raylaunch YAML file.")
+_config = click.option("-c", "--config", "path", type=click.Path(path_type=Path), help="Configuration file (YAML).")
 _extra = click.argument("sbatch_options", nargs=-1, type=click.UNPROCESSED)
 
 
@@ -30,18 +30,22 @@ _extra = click.argument("sbatch_options", nargs=-1, type=click.UNPROCESSED)
 @options.cluster_options
 @options.sets_option
 @options.state_dir_option
-@click.option("--dry-run", is_flag=True, help="Print the script that would be submitted, and nothing more.")
-@click.option("--no-wait", is_flag=True, help="Return once the job is submitted.")
+@click.option("--dry-run", is_flag=True, help="Print the batch script and exit.")
+@click.option("--no-wait", is_flag=True, help="Return as soon as the job is submitted.")
 @click.option(
-    "--watch", is_flag=True, help="Stay, and run the node loop here: for sites whose nodes may not submit jobs."
+    "--watch",
+    is_flag=True,
+    help="Keep running, and submit jobs from here: for sites where compute nodes may not submit jobs.",
 )
-@click.option("--timeout", default=300.0, show_default=True, help="Seconds from the job's start until ready.")
+@click.option(
+    "--timeout", default=300.0, show_default=True, help="Seconds to wait for the cluster after the job has started."
+)
 @_extra
 def up(
     path: Path | None, sets: tuple[str, ...], state_dir: Path | None, dry_run: bool, no_wait: bool, watch: bool,
     timeout: float, sbatch_options: tuple[str, ...], **flags: Any,
 ) -> None:  # fmt: skip
-    """Bring a cluster of Ray nodes up. Further sbatch options go behind `--`.
+    """Start a cluster of Ray nodes. Additional sbatch options follow `--`.
 
     \b
       raylaunch up --nodes 4

@@ -30,20 +30,19 @@ ENOUGH = 40, 8
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--submit", is_flag=True, help="Also submit the cluster's jobs from here, in place of its head.")
-@click.option("--once", is_flag=True, help="Print the view once.")
+@click.option("--submit", is_flag=True, help="Submit the cluster's jobs from here, in place of its head.")
+@click.option("--once", is_flag=True, help="Print the view once and exit.")
 @click.option(
-    "--every", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, help="Seconds between two looks."
+    "--every", type=click.FloatRange(0.2, 3600), default=2.0, show_default=True, help="Refresh interval in seconds."
 )
 @options.state_dir_option
 def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: Path | None) -> None:
-    """See a cluster and its run live: NAME is either's, by default the only cluster that is up.
+    """Show a cluster and its run live. NAME is either one; default: the only running cluster.
 
-    m, n, e, l choose what is shown: all, nodes (the worst first), events, logs. q or Ctrl-C ends the watching, not the
-    cluster.
+    Keys: m shows everything, n nodes (the worst first), e events, l logs; q or Ctrl-C exits. The cluster keeps running.
 
-    Where the cluster's nodes may not submit jobs (or with --submit) this command does it for them as long as it runs:
-    it replaces lost nodes, and goes on in another job when the cluster's own is taken away.
+    Where compute nodes may not submit jobs (or with --submit), this command submits them while it runs: it replaces lost
+    nodes, and submits another job when the cluster's own has ended.
     """
     where = options.state_dir(state_dir)
     if name is not None and name not in up.names(where) and Run.read(files.run_dir(where, name)) is None:

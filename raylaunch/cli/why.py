@@ -24,11 +24,11 @@ from raylaunch.state.runs import Run
 
 @click.command()
 @click.argument("what", metavar="RUN|JOB|LOGFILE")
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.state_dir_option
 def why(what: str, as_json: bool, state_dir: Path | None) -> None:
-    """Why the RUN's last failed attempt, a JOB of Slurm's or the job behind a LOGFILE ended: the first cause, what was
-    only its cascade, how sure that is, and what to do. The log may be anybody's: raylaunch need not have been there.
+    """Explain why the last failed attempt of a RUN, a Slurm JOB or the job behind a LOGFILE ended: the first cause, the
+    errors that only followed from it, the confidence, and what to do. The log may be of any job, also one without raylaunch.
 
     \b
       raylaunch why my-run

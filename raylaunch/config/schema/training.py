@@ -46,8 +46,8 @@ class StepSchedulerConfig(Section):
     """Forward passes per step at the initial number of workers. It fixes the global batch size for the rest of the run.
     Example: `8`."""
     global_batch_size: Positive | None = None
-    """Samples per step, constant at any number of workers. Default: `local_batch_size` × `grad_acc_steps` × the number
-    of workers at the start. Example: `512`."""
+    """Samples per step, constant at any number of workers. Default: `local_batch_size` times `grad_acc_steps` times the
+    number of workers at the start. Example: `512`."""
     ckpt_every_steps: Positive = 50
     """Steps between two checkpoints. Example: `500`."""
     val_every_steps: NotNegative = 50

@@ -1,4 +1,4 @@
-"""docs/configuration.md: it is the schema, and every key has a description and an example that works."""
+"""The generated pages: docs/configuration.md is the schema, docs/cli.md the commands; each key has an example that works."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ COMPANIONS = {
 """What an example needs beside it."""
 
 
-def page() -> ModuleType:
-    path = Path(raylaunch.__file__).parents[1] / "docs" / "make_configuration.py"
-    spec = importlib.util.spec_from_file_location("make_configuration", path)
+def page(name: str) -> ModuleType:
+    path = Path(raylaunch.__file__).parents[1] / "docs" / f"make_{name}.py"
+    spec = importlib.util.spec_from_file_location(f"make_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,9 +42,10 @@ def keys(kind: type[Section] = Config, path: str = "") -> Iterator[tuple[str, ty
             yield from keys(inner, f"{path}{name}.")
 
 
-def test_the_page_is_the_schema() -> None:
-    """`python docs/make_configuration.py` writes it anew."""
-    made = page()
+@pytest.mark.parametrize("name", ["configuration", "cli"])
+def test_the_page_is_what_would_be_made(name: str) -> None:
+    """`python docs/make_NAME.py` writes it anew."""
+    made = page(name)
     assert made.TARGET.read_text() == made.text()
 
 
@@ -52,7 +53,7 @@ def test_the_page_is_the_schema() -> None:
     ("key", "kind", "name"), list(keys()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_a_key_has_a_description_and_an_example_that_works(key: str, kind: type[Section], name: str) -> None:
-    made = page()
+    made = page("configuration")
     text, example = made.described(made.field_notes(kind).get(name, ""))
     assert text.endswith(".") and text[0] not in "abcdefghijklmnopqrstuvwxyz" and example, (
         f"{key}: {text!r} {example!r}"
