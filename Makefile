@@ -10,7 +10,7 @@ PACKAGES := $(SLURM_PACKAGES) $(READER_PACKAGES)
 
 SHARDS := long-trainer long-slurm long-chaos long-campaign
 
-.PHONY: env demo test test-long $(SHARDS) lint packages unit bench clean
+.PHONY: env demo test announce test-long $(SHARDS) lint packages unit bench clean
 
 env: $(STAMP)  ## .venv with everything in it
 
@@ -28,8 +28,13 @@ demo: env  ## two local nodes, one language model, a visibly lower loss
 # Two groups of tests at a time (files, or what shares a cluster), in the order of pyproject's testpaths: the longest begins first.
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder --durations 20
 
-test: env packages  ## the gate: tests that every change must pass (10 to 20 minutes; the Slurm tests need root and Debian's packages)
+test: announce env packages  ## the gate: tests that every change must pass (10 to 20 minutes; the Slurm tests need root and Debian's packages)
 	$(PYTEST) -m "not long"
+
+announce:
+	@echo "make test: installs Python packages into $(VENV) (about 2.5 GB) and, as root or with passwordless sudo, these Debian"
+	@echo "packages: $(PACKAGES)."
+	@echo "The tests take 10 to 20 minutes on two cores. Without root, tests that need Slurm are skipped."
 
 # Tests that are not part of the gate, in shards that can run alone (CONTRIBUTING.md says when to run which).
 test-long: $(SHARDS)  ## all tests that are not part of the gate, shard by shard (hours)
