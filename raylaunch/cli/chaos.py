@@ -1,4 +1,4 @@
-"""`raylaunch chaos`: faults done to a run on purpose, and the model of a large cluster."""
+"""`raylaunch chaos`: faults injected into a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raylaunch.cli.show import note
 from raylaunch.errors import UsageError
 from raylaunch.observe.history import plot
 from raylaunch.state import audit, files
-from raylaunch.tools.chaos import cluster_model, schedule, summary
+from raylaunch.tools.chaos import schedule, summary
 from raylaunch.tools.chaos.campaign import Campaign
 from raylaunch.tools.chaos.faults import Faults, check
 from raylaunch.tools.chaos.remote import of_cluster, sandbox_of
@@ -22,7 +22,7 @@ from raylaunch.tools.chaos.target import Victim
 
 
 @click.command()
-@click.argument("run", required=False)
+@click.argument("run")
 @click.option("--every", default="60s", show_default=True, help="Mean time between two faults.")
 @click.option(
     "--faults",
@@ -39,24 +39,12 @@ from raylaunch.tools.chaos.target import Victim
     "--json", "json_file", type=click.Path(path_type=Path), help="Also write the summary to this file, as JSON."
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Plot the run to this PNG file. Needs raylaunch[plot].")
-@click.option(
-    "--simulate", is_flag=True, help="Inject nothing: estimate the goodput of a large cluster from measured recoveries."
-)
-@click.option("--nodes", help="With --simulate: cluster sizes as N,N,…; a single N means N/8 to N.")
-@click.option("--mttf-node", help="With --simulate: mean time to failure of a node, for example 30d.")
-@click.option("--from", "source", metavar="RUN", help="With --simulate: take the phases of a recovery from this run.")
-@click.option("--phases", metavar="NAME=SECONDS,…", help="With --simulate: the phases of a recovery.")
-@click.option("--interval", help="With --simulate: checkpoint intervals, as 1m,5m,…")
-@click.option("--save", help="With --simulate: time that a checkpoint blocks training.")
-@click.option("--replace", default="5m", show_default=True, help="With --simulate: time to replace a lost node.")
-@click.option("--check", "check_run", metavar="RUN", help="Compare the model with this chaos run.")
 @options.state_dir_option
-def chaos(run: str | None, state_dir: Path | None, **given: Any) -> None:
+def chaos(run: str, state_dir: Path | None, **given: Any) -> None:
     """Inject faults into RUN, wait for each recovery, and print a summary.
 
     \b
       raylaunch chaos demo --faults node,worker,head --every 60s --for 10m --seed 7
-      raylaunch chaos --simulate --nodes 2048 --mttf-node 30d
     \b
     Faults on any cluster of yours: worker, hang, raylet, agent, driver, gcs, dashboard.
     On a sandbox, as root, also: node, head, freeze, cut, drain, slurmd, slurmctld.
@@ -64,18 +52,6 @@ def chaos(run: str | None, state_dir: Path | None, **given: Any) -> None:
     The exit code is 0 if the run recovered from every fault.
     """
     where = options.state_dir(state_dir)
-    if given["check_run"]:
-        click.echo(cluster_model.check_table(_run_dir(where, given["check_run"])))
-        return
-    if given["simulate"]:
-        _simulate(where, given)
-        return
-    if run is None:
-        raise UsageError("no run is named", "raylaunch chaos RUN …, or --simulate, or --check RUN.")
-    _inject(where, run, given)
-
-
-def _inject(where: Path, run: str, given: dict[str, Any]) -> None:
     kinds = schedule.parse_kinds(given["faults"])
     every, limit, hold = (schedule.seconds(given[key]) for key in ("every", "limit", "hold"))
     count: int | None = given["count"]
@@ -109,28 +85,3 @@ def _inject(where: Path, run: str, given: dict[str, Any]) -> None:
             plot.run(victim.run_dir, given["plot"])
     if not good or not record["steps"]["ok"]:
         raise SystemExit(1)
-
-
-def _simulate(where: Path, given: dict[str, Any]) -> None:
-    if not given["nodes"] or not given["mttf_node"]:
-        raise UsageError(
-            "--simulate needs --nodes and --mttf-node", "raylaunch chaos --simulate --nodes 2048 --mttf-node 30d"
-        )
-    phases = cluster_model.measured(_run_dir(where, given["source"])) if given["source"] else cluster_model.SANDBOX
-    if given["phases"]:
-        phases = phases.changed(given["phases"])
-    if given["save"]:
-        phases = phases.saving(schedule.seconds(given["save"]))
-    intervals = [schedule.seconds(word) for word in given["interval"].split(",")] if given["interval"] else None
-    click.echo(
-        cluster_model.table(
-            phases, cluster_model.sizes(given["nodes"]), schedule.seconds(given["mttf_node"]), intervals,
-            schedule.seconds(given["replace"]), given["seed"],
-        )
-    )  # fmt: skip
-
-
-def _run_dir(where: Path, name: str) -> Path:
-    from raylaunch.observe.status import find_run
-
-    return find_run(where, name)[0]

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from raylaunch.observe.report import paragraph, settings
+from raylaunch.observe.report import settings
 from raylaunch.observe.report.curves import Series
 from raylaunch.observe.report.gather import ReportData
 
@@ -55,7 +55,6 @@ def as_dict(facts: ReportData) -> dict[str, Any]:
         "cost": {**cost, "energy_kwh": joules / 3.6e6 if joules is not None else None},
         "code": facts.hand_overs,
         "config": shown,
-        "appendix": paragraph.appendix(facts),
         "unknown": facts.unknown,
     }  # fmt: skip
     plain: dict[str, Any] = _plain(found)

@@ -54,14 +54,6 @@ def amount(value: float, unit: str = "") -> str:
     return f"{value:.3g}{behind}"
 
 
-def large(value: float) -> str:
-    """A count in words of papers: 1.31 trillion."""
-    for limit, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if value >= 0.9995 * limit:
-            return f"{value / limit:.3g} {word}"
-    return f"{value:,.0f}"
-
-
 def hours(seconds: float) -> str:
     """Node-hours and GPU-hours: as many digits as matter."""
     value = seconds / 3600
@@ -84,14 +76,6 @@ def money(value: float, currency: str) -> str:
 def energy(joules: float) -> str:
     kwh = joules / 3.6e6
     return f"{amount(kwh)} kWh" if kwh < 10_000 else f"{amount(kwh / 1000)} MWh"
-
-
-def memory(size: float) -> str:
-    """Bytes."""
-    for limit, unit in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
-        if size >= limit:
-            return f"{size / limit:.3g} {unit}" if size / limit < 1000 else f"{size / limit:,.0f} {unit}"
-    return f"{size:,.0f} B"
 
 
 def when(moment: float, seconds: bool = False) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from raylaunch.observe.report import formatting
 from raylaunch.observe.report.gather import ReportData
-from raylaunch.observe.report.paragraph import appendix
 from raylaunch.observe.report.summary import cards, code_rows, cost_rows, sentence
 from raylaunch.observe.report.timeline_chart import took
 
@@ -63,7 +62,6 @@ def markdown(facts: ReportData) -> str:
     out += ["## Cost", "", *_table(["", "", ""], [[*row] for row in cost_rows(facts)])]
     if facts.hand_overs:
         out += ["## Software", "", *_table(["", "", ""], [[*row] for row in code_rows(facts)])]
-    out += ["## For an appendix", "", appendix(facts), ""]
     if facts.unknown:
         out += ["## Not known here", "", *(f"- {line}" for line in facts.unknown), ""]
     return "\n".join(out)

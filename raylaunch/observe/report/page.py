@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from raylaunch.observe.history.recoveries import Recovery
-from raylaunch.observe.report import formatting, paragraph, settings, summary, svg, timeline_chart
+from raylaunch.observe.report import formatting, settings, summary, svg, timeline_chart
 from raylaunch.observe.report.gather import ReportData
 
 RECOVERIES, NODES = 120, 100
@@ -39,7 +39,6 @@ def render(facts: ReportData) -> str:
         code=summary.code_rows(facts),
         differences=[(key, _value(value)) for key, value in sorted(settings.differences(shown).items())],
         config=settings.text(shown)[:CONFIG] if shown else "",
-        appendix=paragraph.appendix(facts),
     )
 
 

@@ -90,11 +90,3 @@ def seconds(text: str) -> float:
     if match is None or float(match[1]) <= 0:
         raise UsageError(f"{text!r} is no duration", "Write it as 60s, 10m, 1.5h or 30d.")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def spoken(value: float) -> str:
-    """A duration for people: 90 → 1.5m."""
-    for unit, size in (("d", 86400.0), ("h", 3600.0), ("m", 60.0)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}s"

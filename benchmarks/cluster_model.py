@@ -1,4 +1,7 @@
-"""A model of a large cluster: what share of its time trains, by its size and the time between saves.
+"""A model of a large cluster: the share of its time that it trains, by its size and the time between saves.
+
+    python -m benchmarks.cluster_model --nodes 2048 --mttf-node 30d [--from RUN_DIR] [--save 20s]
+    python -m benchmarks.cluster_model --check RUN_DIR       the model beside what a chaos run did
 
 Words: N nodes, each with a mean time M1 between failures; the cluster's is M = M1/N. A step's progress is
 lost unless saved; every τ seconds of progress a save keeps the steps waiting for δ. A fault costs what
@@ -21,6 +24,7 @@ missing nodes counted and the resizes at the saves, has to agree (a test holds t
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import math
 import random
@@ -32,12 +36,20 @@ from pathlib import Path
 from raylaunch.errors import UsageError
 from raylaunch.observe.history import goodput
 from raylaunch.observe.history.recoveries import PHASES
-from raylaunch.tools.chaos.schedule import seconds, spoken
+from raylaunch.tools.chaos.schedule import seconds
 from raylaunch.tools.chaos.summary import columns
 
 UNPLANNED = ("detect", "elect", "bring_up", "retry")
 """Phases that a planned resize does not have."""
 INTERVALS = (15.0, 60.0, 300.0, 900.0, 3600.0)
+
+
+def spoken(value: float) -> str:
+    """A duration for people: 90 → 1.5m."""
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("m", 60.0)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}s"
 
 
 @dataclass(frozen=True)
@@ -267,3 +279,30 @@ def check_table(run_dir: Path) -> str:
             f"({found.apart:+.1%})",
         ]
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", help="sizes, as N,N,…; a single N means N/8 to N")
+    parser.add_argument("--mttf-node", type=seconds, help="mean time to failure of a node, for example 30d")
+    parser.add_argument("--from", dest="source", type=Path, metavar="RUN_DIR", help="phases as measured in this run")
+    parser.add_argument("--phases", default="", metavar="NAME=SECONDS,…", help="phases of a recovery")
+    parser.add_argument("--interval", default="", help="checkpoint intervals, as 1m,5m,…")
+    parser.add_argument("--save", type=seconds, help="time that a checkpoint blocks training")
+    parser.add_argument("--replace", type=seconds, default=300.0, help="time to replace a lost node")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--check", type=Path, metavar="RUN_DIR")
+    given = parser.parse_args()
+    if given.check is not None:
+        return print(check_table(given.check))
+    if given.nodes is None or given.mttf_node is None:
+        parser.error("give --nodes and --mttf-node, or --check")
+    costs = measured(given.source) if given.source is not None else SANDBOX
+    costs = costs.changed(given.phases) if given.phases else costs
+    costs = costs.saving(given.save) if given.save is not None else costs
+    intervals = [seconds(word) for word in given.interval.split(",")] if given.interval else None
+    print(table(costs, sizes(given.nodes), given.mttf_node, intervals, given.replace, given.seed))
+
+
+if __name__ == "__main__":
+    main()
