@@ -146,7 +146,8 @@ def _manifests(config: Config) -> dict[str, Manifest]:
     for path, other in others:
         if other[0] != one[0]:  # the same number would be two words
             raise RunError(
-                f"{first} and {path} were made with two tokenizers ({one[1]}, {other[1]})", "Prepare them with one."
+                f"{first} and {path} were prepared with different tokenizers ({one[1]}, {other[1]})",
+                "Prepare them with the same tokenizer.",
             )
     return manifests
 
@@ -155,7 +156,9 @@ def prepared(directory: Path | str, vocab_size: int) -> Manifest:
     """A prepared dataset; RunError for one that this model cannot read."""
     manifest = dataset.read(directory)
     if manifest.format == "table":
-        raise RunError(f"{directory} is a table, no tokens", "Read it in your own loop with raylaunch.Table.")
+        raise RunError(
+            f"{directory} is a table, not a dataset of tokens", "Read it in your own loop with raylaunch.Table."
+        )
     needed = int(manifest.tokenizer["vocab_size"])
     if needed > vocab_size:
         raise RunError(

@@ -24,8 +24,8 @@ def convert(model: LanguageModel, device: torch.device) -> None:
         raise RunError("distributed.float8 needs torchao", "pip install 'raylaunch[float8]'") from error
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < LEAST:
         raise RunError(
-            f"distributed.float8: {torch.cuda.get_device_name(device)} has no float8",
-            "It begins with compute capability 8.9 (L4, H100). Set distributed.float8: false.",
+            f"distributed.float8: {torch.cuda.get_device_name(device)} does not support float8",
+            "It needs compute capability 8.9 or newer (L4, H100). Set distributed.float8: false.",
         )
     config = Float8LinearConfig(emulate=device.type != "cuda")
     count = 0

@@ -66,7 +66,7 @@ def check(directory: Path, config: ModelConfig) -> None:
     if wrong:
         fits = ", ".join(f"{key}: {value}" for key, value in needed.items())
         raise RunError(
-            f"the weights in {directory} are of another shape than model: {', '.join(wrong)}", f"Set model: {{{fits}}}."
+            f"the weights in {directory} do not match the shape of model: {', '.join(wrong)}", f"Set model: {{{fits}}}."
         )
     window = theirs.get("sliding_window")
     if turned != "default" or abs(float(theirs.get("rms_norm_eps", _EPS)) - _EPS) > 1e-9 or biased or window:

@@ -111,7 +111,7 @@ def copies(strategy: str, world_size: int, local_world_size: int, within: int) -
         raise RunError(
             f"hsdp needs as many workers on every node, a multiple of {within}: there are {world_size} in all, "
             f"{local_world_size} on this node",
-            "Use nodes that are alike, or distributed.strategy: fsdp.",
+            "Use identical nodes, or distributed.strategy: fsdp.",
         )
     return {"ddp": world_size // within, "hsdp": world_size // local_world_size}.get(strategy, 1)
 

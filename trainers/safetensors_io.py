@@ -132,6 +132,6 @@ class _Files:
     def read(self, name: str, part: tuple[slice, ...]) -> Tensor:
         """That part of a tensor; RunError when there is none of that name."""
         if name not in self._owner:
-            raise RunError(f"{self._directory} has no {name}", "Are these the weights of this model?")
+            raise RunError(f"{self._directory} has no {name}", "Check that these are the weights of this model.")
         found: Tensor = self._owner[name].get_slice(name)[part]
         return found

@@ -73,7 +73,7 @@ def run(config: Config, session: Session) -> None:
         name = signal.Signals(-child.returncode).name
         print(f"the script ended by {name}", file=sys.stderr, flush=True)
         if name in _CRASHES and time.monotonic() - began < SOON:
-            raise RunError(f"{trainer.script} ended by {name}, a crash of its own")
+            raise RunError(f"{trainer.script} crashed with {name}")
         os.kill(os.getpid(), -child.returncode)
     if child.returncode and not stopped:
         raise RunError(f"{trainer.script} exited with code {child.returncode}: {last_words(errors, log, began_at)}")

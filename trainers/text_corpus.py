@@ -91,7 +91,7 @@ def build(directory: Path, text: list[str], attempt: int, beat: Callable[[], Non
             os.fsync(sink.fileno())
             size = sink.tell()
         if not documents:
-            raise RunError(f"every file of data.text {text} is empty", "Name files that hold text.")
+            raise RunError(f"every file of data.text {text} is empty", "Give files that contain text.")
         temporary.replace(path)
     except OSError as error:
         raise RunError(
@@ -138,7 +138,7 @@ def _stdlib_files() -> list[Path]:
 def _unreadable(error: OSError) -> RunError:
     return RunError(
         f"data.text: cannot read {error.filename}: {error.strerror or error}",
-        "Make it readable for you, or leave it out of data.text.",
+        "Make it readable, or remove it from data.text.",
     )
 
 

@@ -107,7 +107,7 @@ class PretrainedModel(Wrapped):
 
     def check_weights(self) -> None:
         if self.weights is not None and not any(self.weights.glob("*.safetensors")):
-            raise RunError(f"{self.weights} has no *.safetensors", "Save it anew: save_pretrained(…).")
+            raise RunError(f"{self.weights} has no *.safetensors", "Save the model again with save_pretrained(…).")
 
     def their_name(self, name: str) -> str:
         plain = name.removeprefix("inner.").replace(".default.", ".")
@@ -140,4 +140,4 @@ def _with_adapters(inner: Any, config: ModelConfig) -> Any:
         )  # fmt: skip
         return get_peft_model(inner, made)
     except ValueError as error:
-        raise RunError(f"model.lora: {error}", "Name the model's own modules in lora.target_modules.") from error
+        raise RunError(f"model.lora: {error}", "Use module names of this model in lora.target_modules.") from error

@@ -103,5 +103,5 @@ class Own(Wrapped):
         names = ", ".join(name for name, _ in module.named_parameters(recurse=False))
         raise RunError(
             f"model._target_: {type(module).__name__} has parameters ({names}) and no reset_parameters()",
-            "Give it one that fills them; modules of torch have theirs.",
+            "Add one that initializes them; torch's own modules have one.",
         )

@@ -27,8 +27,8 @@ def resume(session: Rank, group: dist.ProcessGroup, state: Callable[[], dict[str
     changed = [f"{key}: {saved.get(key)} → {now}" for key, now in facts.items() if saved.get(key) != now]
     if changed:
         raise RunError(
-            f"the checkpoint {commit.path} belongs to another order of samples ({', '.join(changed)})",
-            "Restore these settings and the data, or start a run with a new name.",
+            f"the checkpoint {commit.path} was written with different data settings ({', '.join(changed)})",
+            "Restore these settings and the data, or use another run name.",
         )
     saver.load(commit, state(), group)
     seconds = {"verifying": round(verified - started, 3), "loading": round(time.monotonic() - verified, 3)}

@@ -121,8 +121,8 @@ def _met_at() -> tuple[str, int] | str:
     if isinstance(store, FileStore):
         return str(store.path)  # type: ignore[attr-defined]
     raise StateError(
-        f"processes that save cannot meet at a {type(store).__name__}",
-        "Set checkpoint.async_checkpointer_type: thread, or begin torch.distributed with env://.",
+        f"async_checkpointer_type: process does not support a rendezvous by {type(store).__name__}",
+        "Set checkpoint.async_checkpointer_type: thread, or initialize torch.distributed with env://.",
     )
 
 

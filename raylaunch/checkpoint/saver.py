@@ -73,7 +73,7 @@ def load(commit: Commit, state: dict[str, Any], group: dist.ProcessGroup) -> Non
     except CheckpointException as error:
         raise StateError(
             f"cannot load the checkpoint {commit.path}: {dcp_writer.cause(error)}",
-            "If it is damaged, move that directory away: the run then goes on from the commit before it.",
+            "If it is damaged, move that directory away. The run then resumes from the previous checkpoint.",
         ) from error
 
 
@@ -247,7 +247,7 @@ def _candidate(session: Rank, refused: dict[Path, InvalidCheckpoint]) -> Commit 
         bad = unreadable[0]
         raise StateError(
             f"no checkpoint in {session.checkpoint_dir} can be read: {bad.path.name}/{bad.file}: {bad.why}",
-            "Check that storage; the run goes on from there when it can be read again.",
+            "Check the storage. The run resumes from there once it can be read.",
         )
     return None
 
@@ -277,7 +277,7 @@ def _verify(commit: Commit, group: dist.ProcessGroup) -> InvalidCheckpoint | Non
     file, number = next(iter(doubtful.items()))
     raise StateError(
         f"rank {number} does not read {commit.path / file} as rank 0 does",
-        "Is checkpoint.checkpoint_dir on a file system that all nodes share, and is that node sound?",
+        "Check that checkpoint.checkpoint_dir is on a file system that all nodes share, and its mount on that node.",
     )
 
 

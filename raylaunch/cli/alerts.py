@@ -42,7 +42,7 @@ def test(path: Path | None, sets: tuple[str, ...]) -> None:
     own = secrets.resolved(loader.load(path, sets).alerts)
     if not own.sinks:
         raise UsageError(
-            "alerts: names nobody to tell", "Set alerts.slack, webhook, command or mail; see docs/alerts.md."
+            "alerts: no destination is configured", "Set alerts.slack, webhook, command or mail; see docs/alerts.md."
         )
     text = f"a test from {socket.gethostname()}: this is how an alert looks"
     tried = message(Alert("started", text, time=time.time(), id="test"), "test", "none")
@@ -52,8 +52,8 @@ def test(path: Path | None, sets: tuple[str, ...]) -> None:
         click.echo(f"{name:8} {said} ({seconds:.1f} s)" + (f"\n         {result.detail}" if result.detail else ""))
     if not all(result.ok for _, result, _ in found):
         raise RaylaunchError(
-            "an alert would not arrive",
-            "Check what it says (the address, the command, mail on this machine), and test again.",
+            "an alert was not accepted",
+            "Check the messages above, then test again.",
         )
 
 

@@ -96,7 +96,8 @@ def verify(given: Given, steps: tuple[int, ...]) -> None:
         bad += [found] if found else []
     if bad:
         raise RaylaunchError(
-            f"{len(bad)} checkpoints cannot be used", "A run that resumes sets them aside, and takes the one before."
+            f"{len(bad)} checkpoints cannot be used",
+            "A run that resumes sets them aside and uses the previous checkpoint.",
         )
 
 
@@ -145,9 +146,9 @@ def export(given: Given, step: str, to: Path, dtype: str, ema: bool) -> None:
             raise RaylaunchError(f"step {step} cannot be used: {one.file}: {one.why}", "See `ls`.")
         checkpoint = one.path
     else:
-        raise UsageError(f"{step} is no step", "Give a number, or latest.")
+        raise UsageError(f"{step} is not a step number", "Give a number or `latest`.")
     if to.exists():
-        raise UsageError(f"{to} is there already", "Name a new directory with --to.")
+        raise UsageError(f"{to} already exists", "Give a new directory with --to.")
     _audit(given, "checkpoints export")
     for path in exporting.write(config, checkpoint, to.absolute(), dtype, ema):
         click.echo(str(path))
@@ -171,7 +172,7 @@ def _chosen(given: Given, steps: tuple[int, ...]) -> list[Commit | InvalidCheckp
     unknown = [step for step in steps if step not in there]
     if unknown:
         known = ", ".join(map(str, sorted(there))) or "none"
-        raise UsageError(f"run {run} has no checkpoint of step {unknown[0]}", f"There is: {known}.")
+        raise UsageError(f"run {run} has no checkpoint of step {unknown[0]}", f"Available: {known}.")
     return [there[step] for step in sorted(steps or there)]
 
 

@@ -31,7 +31,7 @@ def convert(output: Path | None, words: tuple[str, ...]) -> None:
     except from_script.Unreadable as error:
         what = words[0] if len(words) == 1 else "the command"
         raise RaylaunchError(
-            f"{what}: {error}", "Write the config by hand: see `trainer:` in docs/configuration.md."
+            f"{what}: {error}", "Write the configuration yourself: see `trainer:` in docs/configuration.md."
         ) from error
     text = "".join(f"# look at this: {line}\n" for line in found.notes)
     order = {key: found.values[key] for key in ("slurm", "elastic", "trainer") if key in found.values}
@@ -53,12 +53,12 @@ def _read(name: str) -> str:
         raw = Path(name).read_bytes()
     except FileNotFoundError as error:
         raise UsageError(
-            f"{name}: neither a script file nor a torchrun, srun or python command",
-            "Give an sbatch script, or a whole command behind `--`.",
+            f"{name}: not a script file, and not a torchrun, srun or python command",
+            "Give an sbatch script, or a complete command after `--`.",
         ) from error
     except OSError as error:
-        raise UsageError(f"{name}: {error.strerror}", "Give an sbatch script, or a command behind `--`.") from error
+        raise UsageError(f"{name}: {error.strerror}", "Give an sbatch script, or a command after `--`.") from error
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise UsageError(f"{name}: not text", "Give an sbatch script, or a command behind `--`.") from error
+        raise UsageError(f"{name}: not text", "Give an sbatch script, or a command after `--`.") from error

@@ -131,8 +131,8 @@ def inspect(directory: Path, samples: int, seed: int, verify: bool, as_json: boo
             click.echo(sample.text)
     if damaged:
         raise RaylaunchError(
-            f"{len(damaged)} files are not what was written: {', '.join(damaged[:5])}",
-            f"Remove {directory / dataset.MANIFEST} and those shards, then prepare again.",
+            f"{len(damaged)} files are damaged: {', '.join(damaged[:5])}",
+            f"Delete {directory / dataset.MANIFEST} and these shards, then run `prepare` again.",
         )
 
 

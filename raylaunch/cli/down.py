@@ -45,7 +45,7 @@ def down(name: str | None, everything: bool, save_limit: float, state_dir: Path 
         for line_ in ended.notes:
             click.echo(f"  {line_}", err=True)
     if unclean:
-        raise RaylaunchError(f"something is left of {', '.join(unclean)}", "See the lines above.")
+        raise RaylaunchError(f"processes or files remain of {', '.join(unclean)}", "See the lines above.")
 
 
 def _chosen(where: Path, name: str | None, everything: bool) -> list[str]:
@@ -57,5 +57,5 @@ def _chosen(where: Path, name: str | None, everything: bool) -> list[str]:
         return known
     living = [n for n in known if up.alive_job(*up.find(where, n)) is not None]
     if len(living) > 1:
-        raise UsageError(f"several clusters are alive: {', '.join(living)}", "Name one, or give --all.")
+        raise UsageError(f"several clusters are running: {', '.join(living)}", "Name one, or use --all.")
     return living or ["main" if "main" in known else known[0]]

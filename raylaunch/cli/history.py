@@ -60,7 +60,7 @@ def _since(text: str, now: float) -> float:
     try:
         return now - schedule.seconds(text)
     except UsageError as error:
-        raise UsageError(f"--since {text}: neither a time nor a date", "Write 7d, 24h, or 2026-11-01.") from error
+        raise UsageError(f"--since {text}: not a duration or a date", "Write 7d, 24h, or 2026-11-01.") from error
 
 
 def _print(found: Accounts) -> None:

@@ -38,7 +38,7 @@ def logs(
     if not logs:
         asked = f"node {node}" if node is not None else f"rank {rank}" if rank is not None else f"attempt {attempt}"
         there = ", ".join(sorted(path.stem for path in _files(where, name, None, None, attempt)))
-        raise UsageError(f"no log of {asked}", f"There is: {there or 'nothing yet'}.")
+        raise UsageError(f"no log of {asked}", f"Available: {there or 'nothing yet'}.")
     _print(logs, lines, follow)
 
 
@@ -53,7 +53,7 @@ def _files(where: Path, name: str | None, node: str | None, rank: int | None, at
     if run is not None:
         return _run_files(run_dir, run, node, rank, attempt)
     if name not in up.names(where):
-        raise UsageError(f"neither a run nor a cluster is called {name}", "See `raylaunch status --all`.")
+        raise UsageError(f"there is no run or cluster named {name}", "See `raylaunch status --all`.")
     if rank is not None or attempt is not None:
         option = "--attempt" if rank is None else "--rank"
         raise UsageError(f"{option} belongs to a run, and this is a cluster", "Give --node, or a run's name.")
@@ -66,7 +66,7 @@ def _run_files(run_dir: Path, run: Run, node: str | None, rank: int | None, atte
     folder = files.attempt_dir(run_dir, run.attempt if attempt is None else attempt)
     if attempt is not None and not folder.is_dir():
         there = ", ".join(str(int(path.name)) for path in sorted(folder.parent.glob("[0-9][0-9][0-9][0-9]")))
-        raise UsageError(f"run {run.name} has no attempt {attempt}", f"There is: {there or 'none yet'}.")
+        raise UsageError(f"run {run.name} has no attempt {attempt}", f"Available: {there or 'none yet'}.")
     ranks = sorted(folder.glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-")))
     if rank is not None:
         return [path for path in ranks if path.stem == f"rank-{rank}"]

@@ -39,7 +39,7 @@ def _positive(context: click.Context, parameter: click.Parameter, value: float |
 
 def _share_of_one(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
     if (_positive(context, parameter, value) or 0.0) > 1:
-        raise UsageError(f"--{parameter.name} {value}: must be a share, at most 1", "Write 0.4 for 40%.")
+        raise UsageError(f"--{parameter.name} {value}: must be a fraction, at most 1", "Write 0.4 for 40%.")
     return value
 
 
@@ -102,7 +102,10 @@ def _gpu(name: str | None, config: Config) -> GpuModel:
     asked = f"{config.slurm.gpus_per_node or ''} {config.slurm.gres or ''}".split()
     found = next(filter(None, map(gpu_models.asked_for, asked)), None)
     if found is None and batch_script.gpus_per_node(config.slurm):
-        raise UsageError("which GPU? slurm.gpus_per_node does not say", f"--gpu NAME: {', '.join(gpu_models.TABLE)}.")
+        raise UsageError(
+            "the GPU model is unknown: slurm.gpus_per_node does not name one",
+            f"--gpu NAME: {', '.join(gpu_models.TABLE)}.",
+        )
     return found or CPU
 
 

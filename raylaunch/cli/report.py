@@ -68,7 +68,7 @@ def _directory(where: Path, run: str) -> Path:
     known = sorted(p.parent.name for p in (where / "runs").glob(f"*/{records.RUN_FILE}"))
     raise UsageError(
         f"no run {run} in {where}",
-        f"There is: {', '.join(known[-20:])}." if known else "Start one with `raylaunch train`.",
+        f"Available: {', '.join(known[-20:])}." if known else "Start one with `raylaunch train`.",
     )
 
 
@@ -83,7 +83,7 @@ def _write(path: Path, page: str, chosen: bool) -> Path:
     try:
         files.write_text(path, page, mode)
     except StateError as error:
-        raise StateError(error.message, "Choose another place with --html FILE.") from error
+        raise StateError(error.message, "Choose another file with --html FILE.") from error
     return path
 
 

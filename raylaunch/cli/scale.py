@@ -44,7 +44,7 @@ def scale(name: str, nodes: int, no_wait: bool, timeout: float, state_dir: Path 
     if refusal and not submitter.is_watched(directory) and nodes > _ready(directory, record):
         raise RaylaunchError(
             f"the cluster's nodes may not submit jobs ({refusal})",
-            f"Run `raylaunch watch {name}` on a login node: it submits in their place. Then scale again.",
+            f"Run `raylaunch watch {name}` on a login node: it submits jobs for them. Then scale again.",
         )
     audit.add(options.state_dir(state_dir), "scale", note, cluster=name, nodes=nodes)
     records.request(directory, "scale", nodes=nodes)
@@ -82,13 +82,13 @@ def _wait(directory: Path, record: Cluster, nodes: int, timeout: float, line: Li
     while (ready := _ready(directory, record)) != nodes:
         now = time.monotonic()
         if (directory / records.ENDED_FILE).exists():
-            raise RaylaunchError(f"cluster {record.name} has ended meanwhile", f"See {directory / records.LOGS}.")
+            raise RaylaunchError(f"cluster {record.name} has ended in the meantime", f"See {directory / records.LOGS}.")
         if now >= ask:
             ask, why = now + _JOBS_EVERY, _waits_for(directory, record, nodes)
         if now > deadline:
             raise RaylaunchError(
                 f"{ready} of {nodes} nodes are ready after {timeout:g} s" + (f"; {why}" if why else ""),
-                "The cluster goes on trying; `raylaunch status` shows where it stands.",
+                "The cluster keeps trying; see `raylaunch status`.",
             )
         line(f"{ready} of {nodes} nodes are ready" + (f"; {why}" if why else ""))
         time.sleep(_EVERY)
@@ -98,7 +98,7 @@ def _waits_for(directory: Path, record: Cluster, nodes: int) -> str:
     """What stands between the cluster and its nodes."""
     now = Cluster.read(directory) or record
     if now.canary != record.canary:
-        raise RaylaunchError(f"cluster {record.name} was brought up anew meanwhile", "Scale it again.")
+        raise RaylaunchError(f"cluster {record.name} was restarted in the meantime", "Scale it again.")
     leaving = [n["name"] for n in up.living_nodes(directory, record) if n["state"] == "draining"]
     starting = [n["name"] for n in up.living_nodes(directory, record) if n["state"] == "starting"]
     if starting:

@@ -132,8 +132,8 @@ def dashboard(name: str | None, state_dir: Path | None) -> None:
         living = [c["name"] for c in gathering.gather(where)["clusters"]]
         if len(living) != 1:
             raise UsageError(
-                f"{len(living)} clusters are up" + (f": {', '.join(living)}" if living else ""),
-                "Name one." if living else "Bring one up with `raylaunch up`.",
+                f"{len(living)} clusters are running" + (f": {', '.join(living)}" if living else ""),
+                "Name one." if living else "Start one with `raylaunch up`.",
             )
         name = living[0]
     directory, record = up.require_alive(where, name)

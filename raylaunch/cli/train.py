@@ -67,10 +67,10 @@ def train(
     if (config.elastic.min_nodes or 1) > most:
         raise UsageError(
             f"elastic.min_nodes ({config.elastic.min_nodes}) exceeds the most nodes that cluster {record.name} may have ({most})",
-            "Lower it, or bring up a larger cluster: this run would wait for ever.",
+            "Lower it, or start a larger cluster: the run could never start.",
         )
     if record.run is not None:
-        raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Bring up one with `raylaunch up`.")
+        raise UsageError(f"cluster {record.name} belongs to its run {record.run}", "Start one with `raylaunch up`.")
     run_dir = files.run_dir(where, name)
     asked = runs.with_absolute_paths(config)
     with runs.handing_over(run_dir):
@@ -90,7 +90,7 @@ def _refuse_living(where: Path, run_dir: Path) -> None:
     if old is not None and old.state in status.LIVE_RUNS and _is_live(where, old.cluster):
         raise UsageError(
             f"run {old.name} is {old.state} on cluster {old.cluster}",
-            f"Watch it with `raylaunch attach {old.name}`, end it with `raylaunch stop {old.name}`, "
+            f"Follow it with `raylaunch attach {old.name}`, stop it with `raylaunch stop {old.name}`, "
             "or choose another --run.",
         )
 
@@ -160,7 +160,7 @@ def stop(run: str, no_wait: bool, state_dir: Path | None) -> None:
         return
     if not _is_live(where, record.cluster):
         raise RaylaunchError(
-            f"run {run} does not run: its cluster {record.cluster} is down", "Its last commit is kept."
+            f"run {run} is not running: its cluster {record.cluster} is down", "Its last checkpoint is kept."
         )
     audit.add(where, "stop", note, cluster=record.cluster, run=run)
     runs.request_stop(run_dir, "raylaunch stop")
@@ -199,11 +199,11 @@ def _verdict(news: follow_run.News, run_dir: Path) -> int:
     if run.state == "failed":
         raise RaylaunchError(
             f"run {run.name} failed{at}: {run.reason}",
-            f"`raylaunch why {run.name}` says more; logs and attempts lie in {run_dir}.",
+            f"`raylaunch why {run.name}` says more; logs and attempts are in {run_dir}.",
         )
     raise RaylaunchError(
         f"cluster {run.cluster} ended while run {run.name} was {run.state}{at}",
-        "Bring it up again and repeat `raylaunch train`: the run resumes from its last commit.",
+        "Start it again and repeat `raylaunch train`: the run resumes from its last checkpoint.",
     )
 
 

@@ -56,7 +56,7 @@ def up(
         _print_script(config)
         return
     if watch and no_wait:
-        raise UsageError("--watch and --no-wait at once", "Leave one of them out; `raylaunch watch` comes later, too.")
+        raise UsageError("--watch and --no-wait at once", "Use one of them; `raylaunch watch` can be started later.")
     backend = backends.of(config.cluster.backend)
     audit.add(cluster.state_dir_of(config), "up", note, cluster=config.cluster.name, config=config)
     with options.interruptible():

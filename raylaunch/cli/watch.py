@@ -53,7 +53,7 @@ def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: P
         raise UsageError(f"no cluster {cluster_dir.name} any more", "`raylaunch status --all` lists what there is.")
     submit = submit or (not once and bool(submitter.head_refusal(cluster_dir, record)))
     if submit and (cluster_dir / records.ENDED_FILE).exists():
-        raise UsageError(f"cluster {record.name} is down", f"Bring it up with `raylaunch up --name {record.name}`.")
+        raise UsageError(f"cluster {record.name} is down", f"Start it with `raylaunch up --name {record.name}`.")
     if once or not (sys.stdin.isatty() and sys.stdout.isatty()):
         if submit:
             until_it_ends(cluster_dir, record)
@@ -71,7 +71,7 @@ def until_it_ends(directory: Path, record: Cluster) -> None:
     config = loader.load_resolved(directory / records.CONFIG_FILE)
     with submitter.watching(directory) as held:
         if not held:
-            raise UsageError(f"cluster {record.name} is watched already", "One `raylaunch watch` is enough.")
+            raise UsageError(f"cluster {record.name} is already watched", "One `raylaunch watch` is enough.")
         note(f"watching cluster {record.name} until it ends; Ctrl-C ends the watching, not the cluster")
         reason = login_node.watch(directory, config, backends.of(record.backend), _say)
     click.echo(f"cluster {record.name} has ended: {reason}")

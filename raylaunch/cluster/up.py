@@ -52,7 +52,7 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
     with locks.held(directory / ".lock") as is_ours:
         if not is_ours:
             raise UsageError(
-                f"another `raylaunch` is bringing cluster {directory.name} up", "Wait for it, or choose another --name."
+                f"another `raylaunch` is starting cluster {directory.name}", "Wait for it, or choose another --name."
             )
         yield
 
@@ -100,8 +100,8 @@ def refuse_living(directory: Path) -> Cluster | None:
     job = alive_job(directory, old) if old is not None else None
     if old is not None and job is not None:
         raise UsageError(
-            f"cluster {old.name} is alive already (job {job.id} is {job.state})",
-            f"Use it, end it with `raylaunch down {old.name}`, or choose another --name.",
+            f"cluster {old.name} is already running (job {job.id} is {job.state})",
+            f"Use it, stop it with `raylaunch down {old.name}`, or choose another --name.",
         )
     return old
 
@@ -164,7 +164,7 @@ def look_once_queued(directory: Path, cluster: Cluster, backend: Backend) -> Non
 
 def _refuse_blocked(job: Job, hint: str) -> None:
     if job.blocked:
-        raise BringUpError(f"job {job.id} will not start by waiting ({job.reason}): {job.blocked}", hint)
+        raise BringUpError(f"job {job.id} cannot start as submitted ({job.reason}): {job.blocked}", hint)
 
 
 def wait_ready(
@@ -215,7 +215,7 @@ def wait_ready(
             raise BringUpError(
                 f"only {len(ready)} of at least {cluster.min_nodes} nodes within {timeout:g} s; "
                 f"not ready: {', '.join(silent)}{_listed(failures)}",
-                f"See {directory / records.LOGS}, or give it longer with --timeout.",
+                f"See {directory / records.LOGS}, or wait longer with --timeout.",
             )
         show(_progress(directory, cluster, job, len(ready), total))
         time.sleep(FILES_EVERY if not job.pending else min(0.5, pause))
@@ -289,8 +289,8 @@ def _ended_early(directory: Path, cluster: Cluster, job: Job | None, failures: d
     output = directory / records.LOGS / f"slurm-{cluster.jobs[0]}.out"
     if cluster.backend == "slurm" and not output.exists():
         return BringUpError(
-            f"the job ended without a word ({what}): its output {output} is not there",
-            "Most likely the nodes do not see the state directory: set cluster.state_dir to one that they share.",
+            f"the job exited before it wrote any output ({what}): expected {output}",
+            "The nodes probably do not share the state directory: set cluster.state_dir to one that they share.",
         )
     last = output.read_text(errors="replace").splitlines()[-5:] if output.exists() else []
     return BringUpError(
@@ -307,7 +307,7 @@ def find(state_dir: Path, name: str) -> tuple[Path, Cluster]:
         known = names(state_dir)
         raise UsageError(
             f"no cluster {name} in {state_dir}",
-            f"There is: {', '.join(known)}." if known else "Bring one up with `raylaunch up`.",
+            f"Available: {', '.join(known)}." if known else "Start one with `raylaunch up`.",
         )
     return directory, cluster
 
@@ -333,7 +333,7 @@ def require_alive(state_dir: Path, name: str) -> tuple[Path, Cluster]:
     """A living cluster by name; RaylaunchError with the next step otherwise."""
     directory, cluster = find(state_dir, name)
     if (directory / records.ENDED_FILE).exists() or alive_job(directory, cluster) is None:
-        raise RaylaunchError(f"cluster {name} is down", f"Bring it up with `raylaunch up --name {name}`.")
+        raise RaylaunchError(f"cluster {name} is down", f"Start it with `raylaunch up --name {name}`.")
     return directory, cluster
 
 

@@ -36,7 +36,9 @@ def _resolve(key: str, secret: SecretStr) -> SecretStr:
     else:
         return secret
     if not URL_PATTERN.fullmatch(text.strip()):
-        raise UsageError(f"{key}: what {where} holds is no address", "It begins with https:// and is one word.")
+        raise UsageError(
+            f"{key}: what {where} contains is not a URL", "It must start with https:// and contain no spaces."
+        )
     return SecretStr(text.strip())
 
 
@@ -45,7 +47,7 @@ def _read(key: str, path: Path) -> str:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise UsageError(f"{key}: others may read {path}, which holds a secret", f"chmod 600 {path}")
+                raise UsageError(f"{key}: {path} contains a secret and is readable by other users", f"chmod 600 {path}")
             return file.read(LONGEST).decode(errors="replace")
     except OSError as error:
         raise UsageError(f"{key}: cannot read {path}: {error.strerror}", "Check the path.") from error

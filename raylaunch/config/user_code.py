@@ -37,7 +37,7 @@ def named(key: str, spec: str, chdir: str | None) -> Callable[..., Any]:
     found = _import(key, where, chdir)
     called: Callable[..., Any] | None = getattr(found, name, None)
     if not callable(called):
-        raise RunError(f"{key}: {found.__name__} has no function {name}", f"It is {found.__file__}.")
+        raise RunError(f"{key}: {found.__name__} has no function {name}", f"The module is {found.__file__}.")
     return called
 
 
@@ -51,7 +51,7 @@ def _import(key: str, name: str, chdir: str | None) -> ModuleType:
     except Exception as error:  # somebody's module: whatever it raises when it is imported
         raise RunError(
             f"{key}: cannot import {name}: {type(error).__name__}: {error}",
-            "Is it installed, or in the directory that you call raylaunch from (trainer.chdir)?",
+            "Install it, or call raylaunch in the directory that contains it (trainer.chdir).",
         ) from error
 
 

@@ -113,7 +113,7 @@ class Reading:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
         if len(raw) > BYTES_MAX:
-            raise ConfigError(f"{path}: larger than 1 MiB, so hardly a configuration", "Check the path.")
+            raise ConfigError(f"{path}: larger than 1 MiB: not a configuration", "Check the path.")
         try:
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:

@@ -167,6 +167,6 @@ def find_run(state_dir: Path, name: str) -> tuple[Path, Run]:
         known = sorted(p.parent.name for p in (state_dir / "runs").glob(f"*/{records.RUN_FILE}"))
         raise UsageError(
             f"no run {name} in {state_dir}",
-            f"There is: {', '.join(known)}." if known else "Start one with `raylaunch train`.",
+            f"Available: {', '.join(known)}." if known else "Start one with `raylaunch train`.",
         )
     return directory, run

@@ -86,7 +86,7 @@ def handing_over(run: Path) -> Iterator[None]:
     with locks.held(path, HAND_OVER_LIMIT) as is_ours:
         if not is_ours:
             raise RunError(
-                f"another `raylaunch train` or `submit` has been handing a run over for {HAND_OVER_LIMIT:g} s",
+                f"another `raylaunch train` or `submit` has been submitting a run for {HAND_OVER_LIMIT:g} s",
                 f"Try again. If that command is frozen, find its process with `fuser {path}`.",
             )
         yield
@@ -136,18 +136,18 @@ def _continued(run: Path, old: Run, config: Config) -> Config:
     if differences:
         raise RunError(
             f"run {run.name} cannot continue with this config:\n    " + "\n    ".join(differences),
-            f"Undo these changes, choose another name with --run, or begin anew with --fresh ({run} is kept).",
+            f"Undo these changes, choose another name with --run, or start over with --fresh ({run} is kept).",
         )
     if old.state == "finished" and config.trainer.script is not None:
         if config.trainer.args == before.trainer.args:
             raise UsageError(
                 f"run {run.name} is finished",
-                "Give the script other arguments (trainer.args), or begin anew with --fresh or another --run.",
+                "Change the arguments of the script (trainer.args), or start over with --fresh or another --run.",
             )
     elif old.state == "finished" and config.step_scheduler.max_steps <= before.step_scheduler.max_steps:
         raise UsageError(
             f"run {run.name} is finished, at step {before.step_scheduler.max_steps}",
-            "Raise step_scheduler.max_steps to go on, or begin anew with --fresh or another --run.",
+            "Raise step_scheduler.max_steps to continue, or start over with --fresh or another --run.",
         )
     if config.step_scheduler.global_batch_size is None:  # the run's own stays in force
         config = with_global_batch(config, before.step_scheduler.global_batch_size)
@@ -170,7 +170,7 @@ def check_trackers(config: Config) -> None:
     """RunError for a tracker whose package is not installed: the extra of that name brings it."""
     for name in config.trackers:
         if name in TRACKER_PACKAGES and importlib.util.find_spec(name) is None:
-            raise RunError(f"{name} is turned on, and its package is not there", f"pip install 'raylaunch[{name}]'")
+            raise RunError(f"{name} is turned on, but its package is not installed", f"pip install 'raylaunch[{name}]'")
 
 
 def check_script(trainer: TrainerConfig) -> None:
@@ -179,11 +179,11 @@ def check_script(trainer: TrainerConfig) -> None:
         return
     script, chdir = Path(trainer.script), Path(str(trainer.chdir))
     if not script.is_file():
-        raise UsageError(f"trainer.script: no such file: {script}", "Give a path that all nodes see.")
+        raise UsageError(f"trainer.script: no such file: {script}", "Give a path that all nodes share.")
     if script.suffix != ".py" and not os.access(script, os.X_OK):
         raise UsageError(f"trainer.script: {script} is neither a .py file nor executable", f"chmod +x {script}")
     if not chdir.is_dir():
-        raise UsageError(f"trainer.chdir: no such directory: {chdir}", "Give one that all nodes see.")
+        raise UsageError(f"trainer.chdir: no such directory: {chdir}", "Give one that all nodes share.")
 
 
 def with_absolute_paths(config: Config) -> Config:

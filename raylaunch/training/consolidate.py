@@ -39,7 +39,7 @@ def consolidate(run_dir: Path, config: Config, event: Callable[..., None], over:
 def _in_the_way(to: Path) -> str:
     """Why it cannot be written there, "" when it can."""
     try:
-        return f"{to} is there already: move it away" if to.exists() else ""
+        return f"{to} already exists: move it away" if to.exists() else ""
     except OSError as error:
         return f"{to} cannot be looked at: {error}"
 

@@ -25,7 +25,7 @@ def write(config: Config, checkpoint: Path, to: Path, dtype: str = "float32", em
 
     They are written beside it and renamed: what a killed export leaves is in nobody's way."""
     if to.exists():
-        raise UsageError(f"{to} is there already", "Name a new directory with --to.")
+        raise UsageError(f"{to} already exists", "Give a new directory with --to.")
     exporter, scratch = _exporter(config), export_files.scratch_of(to, os.getpid())
     files.make_dir(scratch)
     try:

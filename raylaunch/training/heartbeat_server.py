@@ -143,7 +143,7 @@ class HeartbeatServer:
         hello = wire.decoded(await reader.readline())
         rank, node, pid = int(hello["rank"]), str(hello["node"]), int(hello["pid"])
         if not wire.proves(hello["proof"], wire.proof(self.secret, "worker", nonce, rank, node, pid)):
-            raise ValueError("wrong secret: a worker of another attempt?")
+            raise ValueError("wrong secret (a worker of another attempt?)")
         if not 0 <= rank < self._world:
             raise ValueError(f"rank {rank} of {self._world}")
         answer = {"proof": wire.proof(self.secret, "driver", hello["nonce"])}

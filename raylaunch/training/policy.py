@@ -155,7 +155,7 @@ def decide(facts: TrainingFacts, elastic: ElasticConfig) -> Decision:
     minimum, setting = elastic.min_nodes or 1, f"elastic.min_nodes={elastic.min_nodes or 1}"
     if minimum * facts.workers_per_node < facts.together:
         minimum = -(-facts.together // facts.workers_per_node)
-        setting = f"distributed: {facts.together} workers hold together"
+        setting = f"distributed: the parallelism settings need a multiple of {facts.together} workers"
     nodes = usable(facts.nodes, facts.workers_per_node, facts.together)
     if nodes < minimum:
         if facts.held > elastic.min_nodes_timeout:

@@ -287,8 +287,8 @@ def test_checkpoints_are_listed_verified_tidied_up_and_exported(site: Site) -> N
     site("checkpoints", "kept", "export", "latest", "--to", str(out), "--dtype", "bfloat16")
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert (out / "model.safetensors").stat().st_size < 400_000
-    assert "is there already" in site("checkpoints", "kept", "export", "40", "--to", str(out), code=2).stderr
-    assert "is no step" in site("checkpoints", "kept", "export", "best", "--to", "/x", code=2).stderr
+    assert "already exists" in site("checkpoints", "kept", "export", "40", "--to", str(out), code=2).stderr
+    assert "is not a step number" in site("checkpoints", "kept", "export", "best", "--to", "/x", code=2).stderr
 
 
 @pytest.mark.long

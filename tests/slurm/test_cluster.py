@@ -502,7 +502,7 @@ def test_a_full_queue(site: Site) -> None:
 
     site.run("up", "--name", "waiting", "--nodes", 2, "--no-wait").expect(0, "submitted", "raylaunch status")
     assert site.cluster_status("waiting")["state"] == "pending"
-    site.run("up", "--name", "waiting").expect(2, "alive already", "PENDING")
+    site.run("up", "--name", "waiting").expect(2, "already running", "PENDING")
     site.run("down").expect(0, "waiting is down")
     assert len(site.jobs()) == 1
     site.run("down", "waiting").expect(0, "down already")

@@ -361,7 +361,7 @@ def test_down_after_up_was_killed(spare_name: str) -> None:
         up.send_signal(signal.SIGKILL)
         up.wait()
         if not layout.spec.exists():
-            with pytest.raises(SandboxError, match="half made"):
+            with pytest.raises(SandboxError, match="is incomplete"):
                 Sandbox.load(spare_name)
         assert take_down(spare_name) is True
         assert leftovers(layout) == []

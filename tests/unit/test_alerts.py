@@ -563,9 +563,9 @@ def test_no_message_holds_an_address(here: Path, text: str, sets: list[str]) -> 
     ("given_", "said"),
     [
         ("env:NO_HOOK", "NO_HOOK is not set"),
-        ("env:EMPTY", "what the environment variable EMPTY holds is no address"),
-        ("file:open", "others may read open, which holds a secret"),
-        ("file:bad", "what bad holds is no address"),
+        ("env:EMPTY", "what the environment variable EMPTY contains is not a URL"),
+        ("file:open", "open contains a secret and is readable by other users"),
+        ("file:bad", "what bad contains is not a URL"),
         ("file:none", "cannot read none: No such file"),
         ("file:.", "cannot read .: Is a directory"),
     ],

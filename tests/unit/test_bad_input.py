@@ -106,7 +106,7 @@ UP = [
     ("-c {home}", 2, ["is a directory", "YAML file"]),
     # Sizes and options.
     ("--nodes 0", 2, ["slurm.nodes", "at least 1"]),
-    ("--nodes 4:2", 2, ["4:2", "upside down"]),
+    ("--nodes 4:2", 2, ["4:2", "the minimum exceeds the maximum"]),
     ("--nodes many", 2, ["slurm.nodes", "a number (4) or a range (2:8)"]),
     ("--cpus-per-task 0", 2, ["slurm.cpus_per_task", "1"]),
     ("--time soon", 2, ["slurm.time", "minutes"]),
@@ -156,7 +156,7 @@ COMMANDS = [
     ("logs", 2, ["no run", "raylaunch train"]),
     ("down nope", 2, ["no cluster nope", "raylaunch up"]),
     ("dashboard nope", 2, ["no cluster nope", "raylaunch up"]),
-    ("dashboard", 2, ["0 clusters are up", "raylaunch up"]),
+    ("dashboard", 2, ["0 clusters are running", "raylaunch up"]),
     ("status", 0, ["no cluster is up", "raylaunch up"]),
     ("down", 0, ["no cluster|nothing"]),
 ]

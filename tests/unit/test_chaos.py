@@ -55,7 +55,7 @@ def test_words_of_the_command_line() -> None:
         0.25,
     ]
     for bad in ("", "x", "0s", "-1s", "1w", "1h30"):
-        with pytest.raises(UsageError, match="no duration"):
+        with pytest.raises(UsageError, match="not a duration"):
             schedule.seconds(bad)
     assert schedule.parse_kinds("node, worker") == ["node", "worker"]
     for bad, words in (("node,fire", "unknown fault fire"), ("", "no fault"), ("node,node", "twice")):
@@ -73,7 +73,7 @@ def test_what_needs_root_is_refused_without() -> None:
     ("line", "words"),
     [
         ("nothing --faults fire", "unknown fault fire"),
-        ("nothing --every soon", "no duration"),
+        ("nothing --every soon", "not a duration"),
         ("nothing", "no run nothing"),
     ],
 )

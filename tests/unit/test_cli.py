@@ -88,7 +88,7 @@ def test_a_submitted_job_that_waiting_does_not_start_is_given_back(
     monkeypatch.setattr(backends, "of", lambda name: queue)
     done = call("submit", "c.yaml", "--run", "r", "--nodes", "9")
     assert isinstance(done.exception, BringUpError) and done.exception.exit_code == 1 and not done.stdout
-    assert done.exception.message == "job 7 will not start by waiting (PartitionNodeLimit): lower slurm.nodes"
+    assert done.exception.message == "job 7 cannot start as submitted (PartitionNodeLimit): lower slurm.nodes"
     assert queue.cancelled and not (here / "runs" / "r").exists() and not (here / "clusters" / "r").exists()
 
 
@@ -149,7 +149,7 @@ def test_the_logs_of_an_earlier_attempt(here: Path) -> None:
     assert call("logs", "r", "--attempt", "1").output == "of attempt 1\n"
     assert call("logs", "r", "--attempt", "1", "--rank", "0").output == "of attempt 1\n"
     assert "attempt 3" in refused("logs", "r", "--attempt", "3").message
-    assert refused("logs", "r", "--attempt", "3").hint == "There is: 1, 2."
+    assert refused("logs", "r", "--attempt", "3").hint == "Available: 1, 2."
     made_cluster(here, "main", Config())
     assert "--attempt belongs to a run" in refused("logs", "main", "--attempt", "1").message
 
@@ -234,5 +234,5 @@ def test_two_that_hand_one_run_over_at_once_start_it_once(
 def test_a_lock_of_a_frozen_hand_over_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "HAND_OVER_LIMIT", 0.0)
     run = files.run_dir(here, "r")
-    with runs.handing_over(run), pytest.raises(RaylaunchError, match="handing a run over"), runs.handing_over(run):
+    with runs.handing_over(run), pytest.raises(RaylaunchError, match="submitting a run"), runs.handing_over(run):
         pass

@@ -101,7 +101,7 @@ BAD: list[tuple[str, str]] = [
      "c.yaml:1: cluster.backend: must be one of auto, slurm, local, got slrum; did you mean slurm?"),
     ("distributed: {strategy: zero}", "c.yaml:1: distributed.strategy: must be one of ddp, fsdp, hsdp, got zero"),
     ("slurm: {nodes: 0}", "c.yaml:1: slurm.nodes: nodes must be at least 1, got 0"),
-    ("slurm: {nodes: '8:2'}", "c.yaml:1: slurm.nodes: the range 8:2 is upside down, got '8:2'"),
+    ("slurm: {nodes: '8:2'}", "c.yaml:1: slurm.nodes: invalid range 8:2: the minimum exceeds the maximum, got '8:2'"),
     ("slurm: {nodes: 2.5}", "c.yaml:1: slurm.nodes: nodes is a number (4) or a range (2:8), got 2.5"),
     ("slurm: {nodes: true}", "c.yaml:1: slurm.nodes: nodes is a number (4) or a range (2:8), got true"),
     ("slurm: {time: 1h}", "c.yaml:1: slurm.time: time is minutes, minutes:seconds, hours:minutes:seconds or "
@@ -179,7 +179,7 @@ def test_hint_for_variables_in_brackets() -> None:
         ("c.yml", "c.yml: no such file\n  Did you mean c.yaml?"),
         ("no/c.yml", "no/c.yml: no such file\n  The directory no does not exist either."),
         ("c.yaml/x", "c.yaml/x: cannot be read: Not a directory"),
-        ("big", "big: larger than 1 MiB, so hardly a configuration\n  Check the path."),
+        ("big", "big: larger than 1 MiB: not a configuration\n  Check the path."),
         ("nul\0", "nul\0: cannot be read: embedded null byte"),
     ],
 )
@@ -268,7 +268,7 @@ def test_the_layer_with_the_mistake_is_named() -> None:
     assert errors("{}") == [f"{place}:2: slurm.nodes: nodes must be at least 1, got 0"]
     assert load("slurm: {nodes: 3}").slurm.nodes == "3"  # a value that is not used is not judged
     assert errors("slurm: {nodes: 3}", "slurm.nodes=4:2") == [
-        "--set slurm.nodes=4:2: the range 4:2 is upside down, got 4:2"
+        "--set slurm.nodes=4:2: invalid range 4:2: the minimum exceeds the maximum, got 4:2"
     ]
     assert errors("slurm: {nodes: 3}", overrides={"slurm.nodes": "x"}) == [
         "command line: slurm.nodes: nodes is a number (4) or a range (2:8), got 'x'"

@@ -263,4 +263,4 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     shown = CliRunner().invoke(command, ["--", "torchrun", "a.py", "--lr", "1"])
     assert yaml.safe_load(shown.stdout) == {"trainer": {"script": "a.py", "args": ["--lr", "1"]}}
     neither = CliRunner().invoke(command, ["--", "ls"]).exception
-    assert str(neither).startswith("ls: neither a script file nor a torchrun, srun or python command\n")
+    assert str(neither).startswith("ls: not a script file, and not a torchrun, srun or python command\n")

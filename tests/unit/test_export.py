@@ -42,7 +42,7 @@ def test_an_export_is_renamed_when_it_is_whole(tmp_path: Path, monkeypatch: pyte
     assert export.write(Config(), Path("step-7"), to, "bfloat16", ema=True) == [to / "model.safetensors"]
     assert (to / "model.safetensors").read_text() == "step-7 bfloat16 {'ema': True}"
     assert [p.name for p in to.parent.iterdir()] == ["model"]
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="already exists"):
         export.write(Config(), Path("step-7"), to)
 
 
@@ -149,7 +149,7 @@ def test_its_time_is_limited(run: Callable[..., list[Event]], monkeypatch: pytes
 def test_what_is_there_is_not_replaced(run: Callable[..., list[Event]], tmp_path: Path) -> None:
     files.make_dir(target(tmp_path / "r"))
     ((kind, told),) = run(Process(0))
-    assert kind == "export_failed" and "is there already" in told["reason"]
+    assert kind == "export_failed" and "already exists" in told["reason"]
 
 
 def test_a_place_that_cannot_be_looked_at_is_told(

@@ -139,7 +139,7 @@ def test_it_is_found_by_the_name_of_the_run_or_of_the_cluster(directory: Path) -
     with pytest.raises(UsageError, match="no cluster"):
         snapshot.find(where, "x")
     files.write_json(directory / records.ENDED_FILE, {"reason": "down"})
-    with pytest.raises(UsageError, match="0 clusters are up"):
+    with pytest.raises(UsageError, match="0 clusters are running"):
         snapshot.find(where, None)
     assert snapshot.SnapshotReader(directory, None).look().state == "down: down"
 

@@ -72,10 +72,10 @@ def test_llama_3_has_as_many_parameters_as_it_is_said_to_have() -> None:
 
 def test_models_whose_shape_is_not_known() -> None:
     for sections, words in (
-        ({"model": {"target": "a.b:C"}}, "own code"),
-        ({"trainer": {"script": "train.py"}}, "your own"),
-        ({"trainer": {"function": "mine:train"}}, "your own"),
-        ({"model": {"hf": "Qwen/Qwen3-8B"}}, "no directory here"),
+        ({"model": {"target": "a.b:C"}}, "custom models"),
+        ({"trainer": {"script": "train.py"}}, "custom trainers"),
+        ({"trainer": {"function": "mine:train"}}, "custom trainers"),
+        ({"model": {"hf": "Qwen/Qwen3-8B"}}, "not a directory"),
     ):
         with pytest.raises(RunError, match=words):
             model_shape.of(config(**sections))
@@ -432,7 +432,7 @@ def test_json(run: Run) -> None:
 
 def test_a_model_of_ones_own_is_said_and_the_rest_is_shown(run: Run) -> None:
     shown = run("model: {_target_: 'a.b:C'}\n", "--tokens-per-second", "1e4")
-    assert shown.return_value == 1 and "own code" in shown.output and "to the end" in shown.output
+    assert shown.return_value == 1 and "custom models" in shown.output and "to the end" in shown.output
     shown = run("model: {_target_: 'a.b:C'}\n")
     assert shown.return_value == 1 and "no throughput is known" in shown.output
 
@@ -449,14 +449,14 @@ def test_no_pace_of_a_cpu_but_memory_and_checkpoints(run: Run) -> None:
     ("options", "words"),
     [
         (["--gpu", "h300"], "is not known"),
-        ([], "which GPU"),
+        ([], "the GPU model is unknown"),
         (
             ["--gpu", "h100", "--set", "distributed.tp_size=8", "--gpus-per-node", "4", "--nodes", "1"],
             "fewer than the 8",
         ),
         (["--gpu", "h100", "--tokens-per-second", "-3"], "must be a number above 0"),
         (["--gpu", "h100", "--mfu", "nan"], "must be a number above 0"),
-        (["--gpu", "h100", "--mfu", "5"], "--mfu 5.0: must be a share"),
+        (["--gpu", "h100", "--mfu", "5"], "--mfu 5.0: must be a fraction"),
         (["--gpu", "h100", "--nodes", "0"], "at least 1"),
     ],
 )

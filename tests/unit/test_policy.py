@@ -75,7 +75,9 @@ def test_a_plan_is_not_torn_apart(nodes: int, per_node: int, together: int, expe
 
 def test_holds_until_the_plan_fits() -> None:
     decision = decide(facts(nodes=0, workers_per_node=2, together=8), ElasticConfig())
-    assert decision == Hold("0 of at least 4 nodes", "distributed: 8 workers hold together")
+    assert decision == Hold(
+        "0 of at least 4 nodes", "distributed: the parallelism settings need a multiple of 8 workers"
+    )
 
 
 def test_grows_by_as_many_nodes_as_the_plan_can_share() -> None:

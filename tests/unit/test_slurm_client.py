@@ -71,9 +71,9 @@ REFUSALS = [
     ("sbatch: error: Batch job submission failed: Invalid qos specification\n", "slurm.qos"),
     (
         "sbatch: error: Batch job submission failed: Requested node configuration is not available\n",
-        "There is: main (default): 4 nodes with 4 CPUs, 24105 MiB, gpu:2, up to 1 day; low: 4",
+        "Available: main (default): 4 nodes with 4 CPUs, 24105 MiB, gpu:2, up to 1 day; low: 4",
     ),
-    ("sbatch: error: Invalid generic resource (gres) specification\n", "slurm.gres. There is: main"),
+    ("sbatch: error: Invalid generic resource (gres) specification\n", "slurm.gres. Available: main"),
     ("sbatch: error: Memory specification can not be satisfied\n", "Lower slurm.mem"),
     (
         "sbatch: error: Batch job submission failed: More processors requested than permitted\n",

@@ -127,7 +127,7 @@ class Agent:
                     break
                 await asyncio.sleep(0.2)
             if self.duties is None or len(self.members.table) < 2:
-                raise BringUpError(text, "Have the node drained, or keep it out with slurm.exclude.")
+                raise BringUpError(text, "Ask for the node to be drained, or exclude it with slurm.exclude.")
             self.resign(text)
         await asyncio.Event().wait()
 

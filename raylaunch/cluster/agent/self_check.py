@@ -36,12 +36,12 @@ def enough(node: str, shm: int, files: int) -> None:
     if shm < SHM_LEAST:
         raise BringUpError(
             f"/dev/shm on {node} has only {size(shm)} free",
-            "Remove what dead jobs left in it (`ls -l /dev/shm` there), or keep the node out with slurm.exclude.",
+            "Delete the files of dead jobs in it (`ls -l /dev/shm` on that node), or exclude the node with slurm.exclude.",
         )
     if files < FILES_LEAST:
         raise BringUpError(
             f"a process on {node} may open only {files} files",
-            "Have the hard limit raised (ulimit -Hn), on the login node too: Slurm hands it on.",
+            "Ask for a higher hard limit (ulimit -Hn), also on the login node: Slurm propagates it.",
         )
 
 

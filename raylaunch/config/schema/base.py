@@ -29,7 +29,7 @@ def parse_nodes(value: object) -> str:
     if low < 1:
         raise ValueError("nodes must be at least 1")
     if high < low:
-        raise ValueError(f"the range {low}:{high} is upside down")
+        raise ValueError(f"invalid range {low}:{high}: the minimum exceeds the maximum")
     return str(low) if low == high else f"{low}:{high}"
 
 

@@ -91,9 +91,9 @@ class ModelConfig(Section):
         if self.hf is not None and self.target is not None:
             raise ValueError("hf and _target_: give one of them")
         if (self.hf is not None or self.target is not None) and (self.init_from is not None or self.n_experts):
-            raise ValueError("hf and _target_ go without init_from and n_experts: they are whole models")
+            raise ValueError("hf and _target_ cannot be combined with init_from or n_experts")
         if self.lora.rank and self.hf is None:
-            raise ValueError("lora is for a model of model.hf")
+            raise ValueError("lora needs model.hf")
         if self.n_experts and self.n_experts_per_token > self.n_experts:
             raise ValueError(f"n_experts_per_token ({self.n_experts_per_token}) exceeds n_experts ({self.n_experts})")
         if self.n_heads % self.n_kv_heads:

@@ -26,7 +26,7 @@ class LoggingConfig(Section):
     @model_validator(mode="after")
     def _window(self) -> Self:
         if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
-            raise ValueError(f"profile_steps ({self.profile_steps}) is upside down")
+            raise ValueError(f"profile_steps ({self.profile_steps}): the first step is after the last")
         return self
 
 
@@ -75,8 +75,8 @@ class AlertsConfig(Section):
     """Command (a list of words, run without a shell on the head's node) that receives each alert as JSON on standard
     input. Example: `[/shared/bin/notify]`."""
     mail: Annotated[str, Field(pattern=r"^[^\s@-][^\s@]*(@[^\s@]+)?$", examples=["me@example.org"])] | None = None
-    """Mail address. Slurm mails job state changes (`slurm.mail_type`); other alerts are sent from the head's node if it
-    can send mail. Example: `me@example.org`."""
+    """Mail address. Slurm mails job state changes (`slurm.mail_type`). Every alert is also sent from the head's node,
+    if it can send mail. Example: `me@example.org`."""
     kinds: Annotated[list[AlertKind], Field(min_length=1)] = [*get_args(AlertKind)]
     """Kinds of alerts to send. Default: all. Example: `[failed, finished]`."""
     min_interval: Annotated[float, Field(ge=0)] = 300.0
@@ -94,8 +94,8 @@ class AlertsConfig(Section):
     below_min_after: Annotated[float, Field(ge=0)] = 60.0
     """Seconds below the minimum number of nodes before `held` is sent. Example: `300`."""
     loss_spike: Annotated[float, Field(gt=0)] = 6.0
-    """Send `loss_spike` when the mean of three losses exceeds the median of the previous hundred by this many times
-    their usual spread. Example: `10`."""
+    """Send `loss_spike` when the mean of three losses exceeds the median of the losses before (up to 97) by this many
+    times their usual spread. Example: `10`."""
     checkpoint_late: Annotated[float, Field(ge=1)] = 2.0
     """Send `checkpoint_late` when no checkpoint was saved for this many times `step_scheduler.ckpt_every_steps`.
     Example: `3`."""

@@ -60,7 +60,7 @@ class Config(Section):
         plan, model, length = self.distributed, self.model, self.data.seq_len
         if plan.model_parallel > 1 and (model.hf is not None or model.target is not None):
             raise ValueError(
-                "model.hf and model._target_ go with data parallel plans: distributed.tp_size, cp_size, pp_size and "
+                "model.hf and model._target_ support data parallelism only: distributed.tp_size, cp_size, pp_size and "
                 "ep_size must be 1"
             )
         if plan.compile and plan.tp_size > 1:
@@ -88,7 +88,7 @@ class Config(Section):
         parts = plan.tp_size * plan.cp_size * (2 if plan.cp_size > 1 else 1)
         if plan.model_parallel > 1 and length % parts:
             words = "2 * distributed.cp_size * tp_size" if plan.cp_size > 1 else "distributed.tp_size"
-            raise ValueError(f"data.seq_len ({length}) is no multiple of {words} = {parts}")
+            raise ValueError(f"data.seq_len ({length}) is not a multiple of {words} = {parts}")
         return self
 
     @model_validator(mode="after")

@@ -92,7 +92,8 @@ def find(state_dir: Path, name: str | None) -> tuple[Path, Path | None]:
         if len(living) != 1:
             there = f": {', '.join(living)}" if living else ""
             raise UsageError(
-                f"{len(living)} clusters are up{there}", "Name one." if living else "Bring one up with `raylaunch up`."
+                f"{len(living)} clusters are running{there}",
+                "Name one." if living else "Start one with `raylaunch up`.",
             )
         name = living[0]
     run_dir = files.run_dir(state_dir, name)

@@ -146,7 +146,7 @@ RULES: tuple[Rule, ...] = (
     _rule("mismatch", r"(size mismatch (?:for|between) .*|Missing key(?:\(s\))? in (?:checkpoint )?state_dict.*|Unexpected key\(s\) in state_dict.*|"
           r"mat1 and mat2 shapes cannot be multiplied.*|shape .* is invalid for input of size.*|"
           r"The size of tensor a .* must match.*|Expected .* to have .* dimension.*|another shape than model.*|"
-          r"Error\(s\) in loading state_dict.*|is no multiple of .*tp_size.*|another order of samples.*|"
+          r"Error\(s\) in loading state_dict.*|is not a multiple of .*tp_size.*|another order of samples.*|"
           r"expected scalar type .* but found .*|index out of range in self|Target \d+ is out of bounds)",
           "shapes do not fit: {0}", "Compare the checkpoint's or the data's shape with the model in the config.", confidence=0.9),
     _rule("nan", r"(?:loss|gradient|grad_norm|norm)\b[^\n]{0,60}\b(?:is|are|became|=|:|was)?\s*(?:nan|inf|non-?finite|not finite)\b|"

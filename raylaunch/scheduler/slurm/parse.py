@@ -37,7 +37,7 @@ def parse_submitted(text: str) -> str:
     lines = text.split()
     job = lines[-1].split(";")[0] if lines else ""
     if not job.isdigit():
-        raise SlurmError(f"sbatch gave no job id but {text!r}", "Look with squeue whether a job was queued.")
+        raise SlurmError(f"sbatch printed no job id but {text!r}", "Check with squeue whether a job was submitted.")
     return job
 
 
@@ -251,7 +251,7 @@ def _number(text: str) -> int:
 def _exactly(count: int, fields: list[str], line: str, command: str) -> list[str]:
     if len(fields) != count:
         raise SlurmError(
-            f"{command} answered with a line that raylaunch does not understand: {line!r}",
+            f"{command} printed a line that raylaunch cannot parse: {line!r}",
             f"Please report it, with the version from `{command} --version`.",
         )
     return fields

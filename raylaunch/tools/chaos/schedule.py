@@ -74,10 +74,10 @@ def parse_kinds(text: str) -> list[str]:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise UsageError(
-            f"unknown fault {', '.join(unknown)}" if unknown else "no fault is named", f"There is: {', '.join(KINDS)}."
+            f"unknown fault {', '.join(unknown)}" if unknown else "no fault is named", f"Available: {', '.join(KINDS)}."
         )
     if len(set(kinds)) < len(kinds):
-        raise UsageError(f"a fault is named twice in {text!r}", "Name each once: they come in turn.")
+        raise UsageError(f"a fault is listed twice in {text!r}", "List each once: they are injected in turn.")
     return kinds
 
 
@@ -88,5 +88,5 @@ def seconds(text: str) -> float:
     """`60s`, `10m`, `1.5h`, `30d`, or plain seconds; UsageError for anything else."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|min|m|h|d|)", text.strip())
     if match is None or float(match[1]) <= 0:
-        raise UsageError(f"{text!r} is no duration", "Write it as 60s, 10m, 1.5h or 30d.")
+        raise UsageError(f"{text!r} is not a duration", "Write it as 60s, 10m, 1.5h or 30d.")
     return float(match[1]) * _UNITS[match[2]]

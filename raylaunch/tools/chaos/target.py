@@ -44,7 +44,7 @@ class Victim:
 
         run_dir, record = find_run(state_dir, name)
         if record.state in runs.FINAL:
-            raise UsageError(f"run {name} is {record.state}", "Faults need a run that goes on: `raylaunch train`.")
+            raise UsageError(f"run {name} is {record.state}", "Start it with `raylaunch train`.")
         directory, cluster = up.require_alive(state_dir, record.cluster)
         config = loader.load_resolved(run_dir / records.CONFIG_FILE)
         return cls(run_dir, directory, cluster, config.elastic.min_nodes or 1)

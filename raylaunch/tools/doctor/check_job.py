@@ -82,7 +82,7 @@ class SlurmJob:
                     hint = "Most likely the nodes do not see the state directory: it must be shared."
                     raise BringUpError(f"job {self.job} ended at once ({job.state if job else 'gone'})", hint)
                 if job.blocked:
-                    text = f"job {self.job} will not start by waiting ({job.reason}): {job.blocked}"
+                    text = f"job {self.job} cannot start as submitted ({job.reason}): {job.blocked}"
                     raise BringUpError(text, "It was given back.")
                 if not job.pending and job.nodes:
                     return job.nodes

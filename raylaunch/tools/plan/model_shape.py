@@ -142,13 +142,13 @@ def of(config: Config) -> Shape:
     if config.trainer.script is not None or not config.trainer.function.startswith(_OURS):
         what = config.trainer.script or config.trainer.function
         raise RunError(
-            f"the trainer is your own ({what}): its memory cannot be planned",
-            "Its time can be said: give --tokens-per-second.",
+            f"memory cannot be estimated for custom trainers ({what})",
+            "To estimate the run time, give --tokens-per-second.",
         )
     model = config.model
     if model.target is not None:
         raise RunError(
-            f"model._target_ ({model.target}) is your own code: its memory cannot be planned",
+            f"model._target_ ({model.target}): memory cannot be estimated for custom models",
             "Try one step: raylaunch train with step_scheduler.max_steps 1 says whether it fits.",
         )
     if model.hf is not None:
@@ -164,14 +164,14 @@ def _theirs(model: ModelConfig) -> Shape:
     directory = Path(str(model.hf)).expanduser()
     if not directory.is_dir():
         raise RunError(
-            f"model.hf: {model.hf} is no directory here, and what a name on the hub stands for is not looked up",
+            f"model.hf: {model.hf} is not a directory, and names on the Hub are not looked up",
             "Download it once (`hf download NAME --local-dir DIR`) and give that directory.",
         )
     try:
         said: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if said["model_type"] not in LLAMAS:
             raise RunError(
-                f"model.hf: a model of type {said['model_type']} cannot be planned", f"Known: {', '.join(LLAMAS)}."
+                f"model.hf: a model of type {said['model_type']} cannot be estimated", f"Known: {', '.join(LLAMAS)}."
             )
         heads, dim = int(said["num_attention_heads"]), int(said["hidden_size"])
         return Shape(

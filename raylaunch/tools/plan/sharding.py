@@ -91,7 +91,7 @@ def place(config: Config, nodes: int, workers_per_node: int) -> PlannedWorld:
     world = used * workers_per_node
     if not world:
         raise UsageError(
-            f"{nodes} nodes of {workers_per_node} workers are fewer than the {together} that the plan holds together "
+            f"{nodes} nodes of {workers_per_node} workers are fewer than the {together} that the parallelism settings need "
             f"(tp_size {plan.tp_size} * cp_size {plan.cp_size} * pp_size {plan.pp_size}, ep_size {plan.ep_size})",
             "Raise --nodes or --gpus-per-node, or change the plan.",
         )
@@ -99,7 +99,7 @@ def place(config: Config, nodes: int, workers_per_node: int) -> PlannedWorld:
     if plan.strategy == "hsdp" and (of_stage % workers_per_node or workers_per_node % within):
         raise UsageError(
             f"distributed.strategy hsdp: {of_stage} workers of a stage on nodes of {workers_per_node}, of which "
-            f"{within} hold together",
+            f"{within} form one group",
             "Use nodes whose workers are a multiple of that, or strategy: fsdp.",
         )
     replicas = {"ddp": of_stage // within, "hsdp": of_stage // workers_per_node}.get(plan.strategy, 1)

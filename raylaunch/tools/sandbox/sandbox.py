@@ -112,7 +112,7 @@ class Sandbox:
             layout.dir.mkdir(mode=0o755)
         except FileExistsError:
             raise SandboxError(
-                f"sandbox {name!r} is there already",
+                f"sandbox {name!r} already exists",
                 f"use it, or first: raylaunch sandbox down --name {name}",
             ) from None
         try:

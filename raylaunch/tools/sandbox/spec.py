@@ -91,7 +91,7 @@ class SandboxLayout:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise UsageError(
-                f"{self.name!r} is no name for a sandbox",
+                f"{self.name!r} is not a valid sandbox name",
                 "use lower-case letters, digits and '-', at most 32, e.g. --name test-1",
             )
 
@@ -167,7 +167,7 @@ class SandboxLayout:
         except FileNotFoundError:
             if self.dir.exists():
                 raise SandboxError(
-                    f"sandbox {self.name!r} is half made: its `up` did not finish",
+                    f"sandbox {self.name!r} is incomplete: its `up` did not finish",
                     f"raylaunch sandbox down --name {self.name}",
                 ) from None
             others = existing()

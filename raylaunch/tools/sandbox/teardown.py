@@ -32,8 +32,8 @@ def down(layout: SandboxLayout) -> bool:
     left = leftovers(layout)
     if left:
         raise SandboxError(
-            f"sandbox {layout.name!r} is down, but something is left: {'; '.join(left)}",
-            f"end what uses it, then again: raylaunch sandbox down --name {layout.name}",
+            f"sandbox {layout.name!r} is down, but some things remain: {'; '.join(left)}",
+            f"end the processes that use it, then repeat: raylaunch sandbox down --name {layout.name}",
         )
     return True
 

@@ -103,7 +103,7 @@ class HeartbeatClient:
         _tell(link, {"rank": self._rank, "node": self._node, "pid": pid, "nonce": nonce, "proof": proof})
         answer, rest = _line(link, rest)
         if not wire.proves(answer["proof"], wire.proof(secret, "driver", nonce)):
-            raise ValueError("what listens there is not this attempt's driver")
+            raise ValueError("the process at that address is not this attempt's driver")
         return rest
 
     def _converse(self, link: socket.socket, buffer: bytes) -> None:
