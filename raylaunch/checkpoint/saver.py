@@ -236,7 +236,7 @@ class Saver:
 
 def _candidate(session: Rank, refused: dict[Path, InvalidCheckpoint]) -> Commit | None:
     """The newest commit that is not refused (rank 0); the bad ones above it are told."""
-    for one in store.walk(session.checkpoint_dir):
+    for one in store.iter_checkpoints(session.checkpoint_dir):
         if one.path in refused:
             continue
         if isinstance(one, Commit):

@@ -178,7 +178,7 @@ def commit(
     return made
 
 
-def walk(directory: Path) -> Iterator[Commit | InvalidCheckpoint]:
+def iter_checkpoints(directory: Path) -> Iterator[Commit | InvalidCheckpoint]:
     """All checkpoints, newest (highest step) first, each looked at (commit.json, sizes) when it is asked for."""
     if not directory.exists():
         return
@@ -207,12 +207,12 @@ def set_aside_before(directory: Path) -> list[Path]:
 
 def latest(directory: Path) -> Commit | None:
     """The newest commit that can be used as far as sizes tell. The bad ones above it stay where they are."""
-    return next((one for one in walk(directory) if isinstance(one, Commit)), None)
+    return next((one for one in iter_checkpoints(directory) if isinstance(one, Commit)), None)
 
 
 def committed(directory: Path) -> list[Commit]:
     """The usable commits, the newest last; [] when the directory is not there."""
-    return [one for one in walk(directory) if isinstance(one, Commit)][::-1]
+    return [one for one in iter_checkpoints(directory) if isinstance(one, Commit)][::-1]
 
 
 def inspect(path: Path) -> Commit | InvalidCheckpoint | None:
@@ -277,7 +277,7 @@ class RetentionPolicy:
 
 def retain(directory: Path, keep: RetentionPolicy, incarnation: int, attempt: int) -> list[Commit]:
     """Delete the usable commits that need not stay; the deleted ones, the newest first."""
-    gone = keep.surplus([one for one in walk(directory) if isinstance(one, Commit)])
+    gone = keep.surplus([one for one in iter_checkpoints(directory) if isinstance(one, Commit)])
     for one in gone:
         refuse_fenced(directory, incarnation, attempt)  # the newer one may need what we would delete
         delete(one.path)

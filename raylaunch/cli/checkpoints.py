@@ -65,7 +65,7 @@ def _of_run(command: Callable[Concatenate[Given, P], R]) -> Callable[P, R]:
 def ls(given: Given, as_json: bool = False) -> None:
     """List the checkpoints, and those that cannot be used."""
     _, _, directory = given
-    rows = [_row(one) for one in store.walk(directory)]
+    rows = [_row(one) for one in store.iter_checkpoints(directory)]
     left = [path.name for path in [*store.leftovers(directory), *store.set_aside_before(directory)]]
     if as_json:
         return click.echo(json.dumps({"directory": str(directory), "checkpoints": rows, "leftovers": left}, indent=1))
@@ -168,7 +168,7 @@ def _first_bad(commit: Commit) -> InvalidCheckpoint | None:
 
 def _chosen(given: Given, steps: tuple[int, ...]) -> list[Commit | InvalidCheckpoint]:
     run, _, directory = given
-    there = {one.step: one for one in store.walk(directory)}
+    there = {one.step: one for one in store.iter_checkpoints(directory)}
     unknown = [step for step in steps if step not in there]
     if unknown:
         known = ", ".join(map(str, sorted(there))) or "none"

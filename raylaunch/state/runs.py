@@ -1,7 +1,7 @@
 """Runs: making, continuing, stopping and reading a run directory. No Ray, no torch.
 
 A run's state is in run.json. The command line writes it once ("queued"); from then on the driver
-does, and the head's agent only when the driver died without a last word (`settle`).
+does, and the head's agent only when the driver died without a last word (`finalize`).
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def stop_reason(run: Path) -> str | None:
     return None if wanted is None else str(wanted.get("reason", ""))
 
 
-def settle(run: Path, status: int, id: str) -> str:
+def finalize(run: Path, status: int, id: str) -> str:
     """The last state of the run that was handed over as `id`, after its driver ended with `status`;
     written down if the driver could not."""
     record = Run.read(run)

@@ -46,7 +46,7 @@ class Watched:
     """The nodes of its workers."""
     world: int
     elastic: ElasticConfig
-    together: int = 1
+    model_parallel_size: int = 1
     """Workers that the plan does not tear apart."""
     unseen: bool = False
     """The trainer tells no steps; it has begun when all its workers have."""
@@ -113,7 +113,7 @@ class AttemptMonitor:
         while not self._end.wait(EVERY):
             try:
                 if self.tick():
-                    return self._insist()
+                    return self._retry_on_storage_error()
                 self._failure = ""
             except Exception as error:  # noqa: BLE001  a bad file, a GCS that does not answer: the next look may see again
                 self._failed(error)
@@ -125,7 +125,7 @@ class AttemptMonitor:
             self.event("watch_failed", error=repr(error))
         self._failure = repr(error)
 
-    def _insist(self) -> None:
+    def _retry_on_storage_error(self) -> None:
         """Ray Train was told to end the attempt. Where it does not, a new driver has to take over."""
         if not self._end.wait(RETURN_LIMIT):
             log.critical("Ray Train does not end an attempt that was aborted: this driver ends, for another")
@@ -171,7 +171,7 @@ class AttemptMonitor:
             age=age,
             begun=self.pace.begun or (attempt.unseen and len(beats) == attempt.world),
             workers_per_node=attempt.world // len(attempt.on),
-            together=attempt.together,
+            model_parallel_size=attempt.model_parallel_size,
             asked=self.asked.when if self.asked else 0,
             asked_for=self.asked.nodes if self.asked else frozenset(),
             draining=self._draining,

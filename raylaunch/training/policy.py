@@ -67,9 +67,9 @@ class FailureCounts:
         return FailureCounts(ending, self.same_error + 1 if same else 1, 0 if progress else idle, losses), strike
 
 
-def usable(nodes: int, workers_per_node: int, together: int) -> int:
-    """The most of these nodes whose workers are a multiple of `together` (tensor and context parallel)."""
-    return nodes - nodes % (together // math.gcd(together, workers_per_node))
+def usable(nodes: int, workers_per_node: int, model_parallel_size: int) -> int:
+    """The most of these nodes whose workers are a multiple of `model_parallel_size` (tensor and context parallel)."""
+    return nodes - nodes % (model_parallel_size // math.gcd(model_parallel_size, workers_per_node))
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class TrainingFacts:
     """Seconds that the run has been waiting for nodes."""
     continues: bool = False
     """The stop is no end: another allocation takes the run up again."""
-    together: int = 1
-    """Workers that hold together (`distributed`): a world has a multiple of these."""
+    model_parallel_size: int = 1
+    """Workers that share one replica of the model (`distributed`): a world has a multiple of these."""
     rested: bool = False
     """The pause before this attempt has been made."""
 
@@ -153,10 +153,10 @@ def decide(facts: TrainingFacts, elastic: ElasticConfig) -> Decision:
             f"elastic.max_strikes={elastic.max_strikes}",
         )
     minimum, setting = elastic.min_nodes or 1, f"elastic.min_nodes={elastic.min_nodes or 1}"
-    if minimum * facts.workers_per_node < facts.together:
-        minimum = -(-facts.together // facts.workers_per_node)
-        setting = f"distributed: the parallelism settings need a multiple of {facts.together} workers"
-    nodes = usable(facts.nodes, facts.workers_per_node, facts.together)
+    if minimum * facts.workers_per_node < facts.model_parallel_size:
+        minimum = -(-facts.model_parallel_size // facts.workers_per_node)
+        setting = f"distributed: the parallelism settings need a multiple of {facts.model_parallel_size} workers"
+    nodes = usable(facts.nodes, facts.workers_per_node, facts.model_parallel_size)
     if nodes < minimum:
         if facts.held > elastic.min_nodes_timeout:
             return Finish(
@@ -259,7 +259,7 @@ class AttemptSnapshot:
     """The run was asked to stop."""
     hang: Hang | None = None
     workers_per_node: int = 1
-    together: int = 1
+    model_parallel_size: int = 1
     """As in `TrainingFacts`."""
 
 
@@ -340,7 +340,7 @@ def during(view: AttemptSnapshot, elastic: ElasticConfig) -> Move:
 
 def _gains(view: AttemptSnapshot, more: frozenset[str]) -> bool:
     """An attempt could use more nodes than this one does."""
-    return usable(len(view.on | more), view.workers_per_node, view.together) > len(view.on)
+    return usable(len(view.on | more), view.workers_per_node, view.model_parallel_size) > len(view.on)
 
 
 def _may_join(view: AttemptSnapshot, ready_for: float) -> frozenset[str]:

@@ -31,16 +31,16 @@ def _sizes(config: Config) -> list[str]:
     steps, per_node = config.step_scheduler, config.slurm.ntasks_per_node
     if config.trainer.script is not None or per_node is None:
         return []
-    together = config.distributed.model_parallel
-    workers = policy.usable(config.slurm.max_nodes, per_node, together) * per_node // together
+    model_parallel_size = config.distributed.model_parallel
+    workers = policy.usable(config.slurm.max_nodes, per_node, model_parallel_size) * per_node // model_parallel_size
     if not workers:
         raise RunError(
             f"{config.slurm.max_nodes} nodes of {per_node} workers are fewer than distributed.tp_size * cp_size = "
-            f"{together}",
+            f"{model_parallel_size}",
             "Raise slurm.nodes, or change the plan.",
         )
     size = steps.global_batch_size or steps.local_batch_size * (steps.grad_acc_steps or 1) * workers
     share = math.ceil(size / workers)
     passes = math.ceil(share / steps.local_batch_size)
-    who = "workers" if together == 1 else f"groups of {together} workers"
+    who = "workers" if model_parallel_size == 1 else f"groups of {model_parallel_size} workers"
     return [f"batch: {size} samples a step; {workers} {who} take {share} each, in {passes} passes at most"]

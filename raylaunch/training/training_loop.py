@@ -76,11 +76,11 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.checkpoints = runs.checkpoint_dir(self.run_dir, self.config)
-        self.term = self.run.base + self.incarnation
+        self.run_incarnation = self.run.base + self.incarnation
         """The incarnation as the run's checkpoints and events know it."""
         self.roster = ClusterView(self.cluster_dir, self.incarnation, self.clock)
         script = self.config.trainer.script is not None
-        self.together = 1 if script else self.config.distributed.model_parallel
+        self.model_parallel_size = 1 if script else self.config.distributed.model_parallel
         self.left: set[str] = set()
         """Draining nodes that the head knows to be free of us."""
         self.began = self.clock()
@@ -89,11 +89,11 @@ class TrainingLoop:
         """Run attempts until the policy says that it is over; the run's last state."""
         if self.run.state in runs.FINAL:  # the driver before this one was lost behind the run's end
             return self.run.state
-        self._insist(self._take_over)
+        self._retry_on_storage_error(self._take_over)
         rested = False
         while True:
-            settled = self._insist(self.settled_nodes)
-            facts = self._insist(partial(self.facts, len(settled), rested))
+            settled = self._retry_on_storage_error(self.settled_nodes)
+            facts = self._retry_on_storage_error(partial(self.facts, len(settled), rested))
             decision = policy.decide(facts, self.config.elastic)
             match decision:
                 case Finish():
@@ -131,7 +131,7 @@ class TrainingLoop:
         return TrainingFacts(
             nodes=nodes,
             workers_per_node=self.cluster.workers_per_node,
-            together=self.together,
+            model_parallel_size=self.model_parallel_size,
             stop_reason=runs.stop_reason(self.run_dir),
             last=self.tally.last,
             same_error=self.tally.same_error,
@@ -162,18 +162,18 @@ class TrainingLoop:
         workers = len(chosen) * self.cluster.workers_per_node
         number = self._claim()
         self._fence(number)
-        before = self._insist(lambda: store.latest(self.checkpoints))
+        before = self._retry_on_storage_error(lambda: store.latest(self.checkpoints))
         from_step = before.step if before else 0
         self._pin_global_batch(workers)
         self._save(state="running", attempt=number, world_size=workers, nodes=len(chosen), reason="")
         names = [node.name for node in chosen]
         self._event(
             "attempt_started", workers=workers, nodes=len(chosen), on=names, from_step=from_step,
-            incarnation=self.term,
+            incarnation=self.run_incarnation,
         )  # fmt: skip
         began = self.clock()
         ending, step = self._fit(number, chosen, from_step)
-        after = self._insist(lambda: store.latest(self.checkpoints))
+        after = self._retry_on_storage_error(lambda: store.latest(self.checkpoints))
         committed = after.step if after else 0
         script = self.config.trainer.script is not None
         progress = policy.progressed(ending, from_step, committed, self.clock() - began, script)
@@ -197,7 +197,7 @@ class TrainingLoop:
             found = watch.group.fit()
             ending = self._settle(number, watch, found)
         self.longest_save = pace.longest_save
-        last = self._insist(lambda: runs.last_metrics(self.run_dir))
+        last = self._retry_on_storage_error(lambda: runs.last_metrics(self.run_dir))
         return ending, max(pace.step, int(last["step"]) if last.get("attempt") == number else 0)
 
     def _order(self, number: int, chosen: list[RayNode], pulse: HeartbeatServer) -> WorkerGroupSpec:
@@ -205,7 +205,7 @@ class TrainingLoop:
         place = pulse.place(stuck=max(30.0, self.config.elastic.hang_timeout / 2))
         return WorkerGroupSpec(
             f"{self.run.name}-{number:04d}", tuple(chosen), self.cluster.workers_per_node,
-            WorkerSpec(self.run_dir, number, self.term, size, place), self.run_dir / "ray",
+            WorkerSpec(self.run_dir, number, self.run_incarnation, size, place), self.run_dir / "ray",
             self.config.distributed.comm_timeout, "gloo" if self.config.trainer.script is not None else None,
         )  # fmt: skip
 
@@ -214,7 +214,9 @@ class TrainingLoop:
     ) -> AttemptMonitor:
         """The group, and who looks after it."""
         unseen = self.config.trainer.script is not None and self.config.trainer.grow
-        attempt = Watched(self.run_dir, number, order.on, order.world, self.config.elastic, self.together, unseen)
+        attempt = Watched(
+            self.run_dir, number, order.on, order.world, self.config.elastic, self.model_parallel_size, unseen
+        )
         return AttemptMonitor(
             attempt, self.roster, self.ray, self.ray.group(order), pulse, pace, self._event, self.clock, self.sleep
         )
@@ -223,8 +225,8 @@ class TrainingLoop:
         """Behind `fit`: why it ended, and what is left of it is ended, too."""
         # The survivors' broken connections come first, the news of whose they were a moment later.
         patience = NEWS_LIMIT if found is not None and found.cause in {"communication", "ray"} else 0.0
-        self._insist(lambda: watch.end(patience))
-        ending = self._insist(lambda: self._ending(number, watch, found))
+        self._retry_on_storage_error(lambda: watch.end(patience))
+        ending = self._retry_on_storage_error(lambda: self._ending(number, watch, found))
         if ending.kind not in {"fault", "error"}:
             return ending
         if watch.verdict is None and ending.kind == "fault":
@@ -232,7 +234,7 @@ class TrainingLoop:
             self._event(
                 "fault", cause=ending.cause, node=ending.node, rank=ending.rank, step=ending.step, reason=ending.text
             )
-        self._insist(watch.stop_workers)
+        self._retry_on_storage_error(watch.stop_workers)
         return ending
 
     def _ending(self, number: int, watch: AttemptMonitor, found: AttemptOutcome | None) -> AttemptOutcome:
@@ -244,7 +246,9 @@ class TrainingLoop:
     def _consolidate(self) -> None:
         """Behind the run's end: nothing that happens here changes it."""
         if self.config.checkpoint.save_consolidated:
-            consolidate.consolidate(self.run_dir, self.config, self._event, lambda: self._insist(self._over))
+            consolidate.consolidate(
+                self.run_dir, self.config, self._event, lambda: self._retry_on_storage_error(self._over)
+            )
 
     def _over(self) -> str | None:
         """Why this driver has no more time."""
@@ -259,7 +263,7 @@ class TrainingLoop:
         if "attempt_started" not in kinds or "attempt_ended" in kinds:
             return
         started = events[kinds.index("attempt_started")]
-        cause = "head_lost" if started.get("incarnation", 0) < self.term else "driver_lost"
+        cause = "head_lost" if started.get("incarnation", 0) < self.run_incarnation else "driver_lost"
         last, commit = runs.last_metrics(self.run_dir), store.latest(self.checkpoints)
         committed = commit.step if commit else 0
         step = max(committed, int(last["step"]) if last.get("attempt") == self.run.attempt else 0)
@@ -274,7 +278,7 @@ class TrainingLoop:
         number = self.run.attempt
         while True:
             number += 1
-            if self._insist(partial(files.claim_dir, files.attempt_dir(self.run_dir, number))):
+            if self._retry_on_storage_error(partial(files.claim_dir, files.attempt_dir(self.run_dir, number))):
                 return number
 
     def _fence(self, number: int) -> None:
@@ -282,14 +286,14 @@ class TrainingLoop:
 
         def fence() -> None:
             files.make_dir(self.checkpoints)
-            store.fence(self.checkpoints, self.term, number)
+            store.fence(self.checkpoints, self.run_incarnation, number)
 
         try:
-            self._insist(fence)
+            self._retry_on_storage_error(fence)
         except store.Fenced as error:
             raise NewerHead(str(error)) from error
 
-    def _insist(self, work: Callable[[], T]) -> T:
+    def _retry_on_storage_error(self, work: Callable[[], T]) -> T:
         """Storage that is full or gone, or cannot be read, is waited for: it is not the end of a run."""
         pause = 1.0
         while True:
@@ -316,22 +320,24 @@ class TrainingLoop:
         self.left = draining - on
 
     def _request(self, kind: str, **values: Any) -> None:
-        self._insist(lambda: records.request(self.cluster_dir, kind, **values))
+        self._retry_on_storage_error(lambda: records.request(self.cluster_dir, kind, **values))
 
     def _pin_global_batch(self, workers: int) -> None:
         """The global batch is a constant of the run: fix it at the first attempt, in the resolved config."""
         steps = self.config.step_scheduler
         if steps.global_batch_size is None and self.config.trainer.script is None:
-            size = steps.local_batch_size * (steps.grad_acc_steps or 1) * workers // self.together
+            size = steps.local_batch_size * (steps.grad_acc_steps or 1) * workers // self.model_parallel_size
             config = runs.with_global_batch(self.config, size)
-            self._insist(lambda: files.write_text(self.run_dir / records.CONFIG_FILE, loader.dump(config)))
+            self._retry_on_storage_error(
+                lambda: files.write_text(self.run_dir / records.CONFIG_FILE, loader.dump(config))
+            )
             self.config = config
             self._event("global_batch_size", samples=size, workers=workers)
 
     def _pause(self, seconds: float) -> None:
         """Wait, unless the run is asked to stop."""
         until = self.clock() + seconds
-        while self.clock() < until and self._insist(lambda: runs.stop_reason(self.run_dir)) is None:
+        while self.clock() < until and self._retry_on_storage_error(lambda: runs.stop_reason(self.run_dir)) is None:
             self.sleep(0.2)
 
     def _decided(self, what: str, decision: policy.Decision, **fields: Any) -> None:
@@ -349,4 +355,4 @@ class TrainingLoop:
         self._event("thread_died", thread=thread, error=error)
 
     def _save(self, **changes: Any) -> None:
-        self.run = self._insist(lambda: self.run.save(self.run_dir, **changes))
+        self.run = self._retry_on_storage_error(lambda: self.run.save(self.run_dir, **changes))

@@ -236,7 +236,7 @@ def test_a_driver_that_died_without_a_word_is_spoken_for(run: Path, site: Site, 
     record = runs.Run.read(run)
     assert record is not None
     if not why:
-        assert runs.settle(run, -9, record.id) == "failed"
+        assert runs.finalize(run, -9, record.id) == "failed"
     cluster = run.parents[1] / "clusters" / "main"
 
     async def speak() -> None:

@@ -280,7 +280,7 @@ def test_under_a_newer_head_ray_starts_afresh(monkeypatch: pytest.MonkeyPatch) -
 
         node._first_head, node._serve, node.keeper.keep, node.members.serve = first_head, serve_, keep, nothing
         node.temp.claim = lambda: None
-        await node.live()
+        await node.run()
         assert kept == [(first, HEAD, True), (second, NEWER, False)] and states(link) == ["starting"]
 
     monkeypatch.setattr(agent.sample, "start", lambda *_: None)
@@ -400,7 +400,7 @@ def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
         first.resign("this node cannot lead")
         raise error
 
-    first.live, first.until_gpus_fail, first.close = replaced, asyncio.Event().wait, nothing
+    first.run, first.until_gpus_fail, first.close = replaced, asyncio.Event().wait, nothing
     for name in ("check_canary", "retry_storage"):
         monkeypatch.setattr(entry, name, nothing)
     for name in ("_log_to", "_handle_signals"):

@@ -74,7 +74,7 @@ def test_a_plan_is_not_torn_apart(nodes: int, per_node: int, together: int, expe
 
 
 def test_holds_until_the_plan_fits() -> None:
-    decision = decide(facts(nodes=0, workers_per_node=2, together=8), ElasticConfig())
+    decision = decide(facts(nodes=0, workers_per_node=2, model_parallel_size=8), ElasticConfig())
     assert decision == Hold(
         "0 of at least 4 nodes", "distributed: the parallelism settings need a multiple of 8 workers"
     )
@@ -82,12 +82,12 @@ def test_holds_until_the_plan_fits() -> None:
 
 def test_grows_by_as_many_nodes_as_the_plan_can_share() -> None:
     nodes = {n: TrainingNode("ready", 99) for n in "abc"}
-    two = view(on=frozenset("ab"), nodes=nodes, together=2)
+    two = view(on=frozenset("ab"), nodes=nodes, model_parallel_size=2)
     assert during(two, ElasticConfig()) == Continue()  # three nodes of one worker are no multiple of two
-    four = view(on=frozenset("ab"), nodes=nodes | {"d": TrainingNode("ready", 99)}, together=2)
+    four = view(on=frozenset("ab"), nodes=nodes | {"d": TrainingNode("ready", 99)}, model_parallel_size=2)
     grow = during(four, ElasticConfig())
     assert isinstance(grow, Resize) and grow.nodes == frozenset("cd")
-    gone = view(on=frozenset("ab"), nodes=nodes, together=2, asked=AT_COMMIT, asked_for=frozenset("cd"))
+    gone = view(on=frozenset("ab"), nodes=nodes, model_parallel_size=2, asked=AT_COMMIT, asked_for=frozenset("cd"))
     assert isinstance(during(gone, ElasticConfig()), Withdraw)
 
 
@@ -385,10 +385,12 @@ def test_the_same_error_again_and_again_ends_the_run_after_that_many(same: int) 
 
 
 def test_the_plan_s_share_of_the_nodes_is_the_policy_s_business() -> None:
-    decision = decide(facts(nodes=5, workers_per_node=2, together=8), ElasticConfig())
+    decision = decide(facts(nodes=5, workers_per_node=2, model_parallel_size=8), ElasticConfig())
     assert isinstance(decision, Start) and decision.workers == 8 and decision.reason.startswith("4 nodes are alive")
     elastic = ElasticConfig(min_nodes=5)
-    assert decide(facts(nodes=5, together=8), elastic) == Hold("4 of at least 5 nodes", "elastic.min_nodes=5")
+    assert decide(facts(nodes=5, model_parallel_size=8), elastic) == Hold(
+        "4 of at least 5 nodes", "elastic.min_nodes=5"
+    )
 
 
 def test_a_pause_is_made_once() -> None:

@@ -117,7 +117,7 @@ def test_a_driver_that_breaks_is_started_again(
 
 @pytest.mark.parametrize(
     ("owner", "question"),
-    [(Run, "read"), (runs, "stop_continues"), (runs, "clear_stop"), (runs, "last_metrics"), (runs, "settle"),
+    [(Run, "read"), (runs, "stop_continues"), (runs, "clear_stop"), (runs, "last_metrics"), (runs, "finalize"),
      (records, "is_fenced")],
 )  # fmt: skip
 def test_storage_that_fails_ends_no_run(
@@ -172,7 +172,7 @@ def test_a_run_is_not_forgotten_by_a_head_that_ends_while_the_storage_fails(
 
     async def story() -> None:
         head = lead(place, FakeDrivers((1, "running")))
-        monkeypatch.setattr(runs, "settle", failing(runs.settle, lambda _: not asked.append(1)))
+        monkeypatch.setattr(runs, "finalize", failing(runs.finalize, lambda _: not asked.append(1)))
         monkeypatch.setattr(run_queue, "TRIES", 1)
         head.queue.add("r")
         head.context.spawn(head.queue.run())

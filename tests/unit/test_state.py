@@ -104,9 +104,9 @@ def test_a_finished_run_needs_more_steps(tmp_path: Path) -> None:
 def test_a_driver_without_a_last_word_has_failed(tmp_path: Path) -> None:
     first = prepare(tmp_path / "r", Config(), "main")
     again = prepare(tmp_path / "r", Config(), "main")
-    assert runs.settle(tmp_path / "r", 0, first.id) == "finished"  # its own end; the new one is not touched
+    assert runs.finalize(tmp_path / "r", 0, first.id) == "finished"  # its own end; the new one is not touched
     assert runs.Run.read(tmp_path / "r") == again
-    assert runs.settle(tmp_path / "r", -9, again.id) == "failed"
+    assert runs.finalize(tmp_path / "r", -9, again.id) == "failed"
     record = runs.Run.read(tmp_path / "r")
     assert record is not None and "signal 9" in record.reason
 

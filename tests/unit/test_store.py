@@ -212,7 +212,7 @@ DAMAGES = [
 
 
 def bad_ones(directory: Path) -> list[store.InvalidCheckpoint]:
-    return [one for one in store.walk(directory) if isinstance(one, store.InvalidCheckpoint)]
+    return [one for one in store.iter_checkpoints(directory) if isinstance(one, store.InvalidCheckpoint)]
 
 
 @pytest.mark.parametrize(("damage", "file", "why"), DAMAGES)

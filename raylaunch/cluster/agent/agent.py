@@ -86,7 +86,7 @@ class Agent:
             log.info("ending reason=%r", reason)
             self.end.set()
 
-    async def live(self) -> None:
+    async def run(self) -> None:
         """This node's part, until it is cancelled; raises what kept the node from starting."""
         await asyncio.to_thread(self.temp.claim)
         await self.members.serve(self.address, self.control_port)

@@ -46,7 +46,7 @@ async def supervise(here: NodeIdentity, at_end: contextlib.ExitStack) -> int:
         agent = Agent(here, cluster, config, await asyncio.to_thread(NodeSetup.prepare, here, token, cluster, config))
         _handle_signals(agent)
         thread_deaths.record(here.directory, node=here.node)
-        tasks = [asyncio.create_task(t) for t in (agent.live(), agent.until_gpus_fail(), agent.end.wait())]
+        tasks = [asyncio.create_task(t) for t in (agent.run(), agent.until_gpus_fail(), agent.end.wait())]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in tasks:
             task.cancel()

@@ -42,7 +42,7 @@ class NodeSetup:
     @classmethod
     def prepare(cls, here: NodeIdentity, token: str, cluster: Cluster, config: Config) -> NodeSetup:
         """Blocking: it reads shared storage, resolves host names, asks nvidia-smi."""
-        self_check.ground(here.node)
+        self_check.check_limits(here.node)
         # A joiner may be on the node of the base job, or of another joiner: each has a directory of its own.
         suffix = str(here.index + 1) if here.local else here.job if here.joiner else None
         temp = TempDir(config.cluster.temp_dir, str(here.directory), suffix)

@@ -22,7 +22,7 @@ SKEW = 5.0
 reason to leave a node out, the more so as the head's may be the wrong one.)"""
 
 
-def ground(node: str) -> None:
+def check_limits(node: str) -> None:
     """Raise the limit of open files as far as we may, and look at /dev/shm. BringUpError where Ray could not live."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = FILES_WANTED if hard == resource.RLIM_INFINITY else min(FILES_WANTED, hard)

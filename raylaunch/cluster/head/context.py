@@ -59,7 +59,7 @@ class HeadContext:
         self.errors = InternalErrors(self.event, self._table_is_another)
         self.duties_file = Published(directory / records.DUTIES_FILE)
         self.waits = 0
-        """How often storage that failed was waited for (see `insist`)."""
+        """How often storage that failed was waited for (see `retry_on_storage_error`)."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._files = ThreadPoolExecutor(1, "files")  # one thread: what is written first is there first
@@ -71,7 +71,7 @@ class HeadContext:
         self._loop = asyncio.get_running_loop()
         return await self._loop.run_in_executor(self._files, work, *arguments)
 
-    async def insist(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def retry_on_storage_error(self, work: Callable[..., T], *arguments: Any) -> T:
         """As `off_loop`, for what there is no going on without: storage that fails is waited for, until this is
         cancelled; after half a minute of that there is an event. Raises Replaced instead of working for a head that a newer
         one has replaced."""

@@ -31,7 +31,7 @@ class Drivers:
     async def run(self, run: Path) -> int:
         """One driver, from its start to its end; the exit status."""
         command = [sys.executable, "-P", "-m", "raylaunch.training.driver", str(self._context.directory), str(run)]
-        out = await self._context.insist(_open_log, run)
+        out = await self._context.retry_on_storage_error(_open_log, run)
         try:
             self._process = await self._start(out, command, stdin=subprocess.DEVNULL)
         except OSError as error:  # no memory, no further process, or our Python's storage fails

@@ -153,9 +153,9 @@ class MemberTable:
                 known["state"] = "starting"  # its own state matters once it is connected
             since = float(row["since"]) if gone else now
             self.members.table[row["name"]] = Member(row["name"], known, alive=False, since=since)
-        self._context.spawn(self._miss(now))
+        self._context.spawn(self._mark_unreturned_lost(now))
 
-    async def _miss(self, began: float) -> None:
+    async def _mark_unreturned_lost(self, began: float) -> None:
         """Whoever was there when this head began and did not follow to it is lost; who was lost before, was."""
         await asyncio.sleep(FOLLOW_LIMIT)
         for member in list(self.members.table.values()):

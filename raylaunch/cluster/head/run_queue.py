@@ -134,19 +134,19 @@ class RunQueue:
     async def drive(self, name: str) -> str:
         """Drive a run until it ends; its last state. Raises Replaced."""
         context, run = self._context, runs.directory(self._context.directory, name)
-        record = await context.insist(Run.read, run)
+        record = await context.retry_on_storage_error(Run.read, run)
         if record is None:
             return "failed"  # it was moved away while it waited
         if record.state in runs.FINAL:  # the head before this one went when its driver was about to
             context.event("run_ended", run=name, state=record.state, status=0)
             return str(record.state)
-        if await context.insist(runs.stop_continues, run):
-            await context.insist(runs.clear_stop, run)
+        if await context.retry_on_storage_error(runs.stop_continues, run):
+            await context.retry_on_storage_error(runs.clear_stop, run)
         context.event("run_started", run=name)
         status, said = await self._drive(run, record)
         if status == runs.DRIVER_FENCED:
             raise Replaced
-        outcome = str(await context.insist(runs.settle, run, status, record.id))
+        outcome = str(await context.retry_on_storage_error(runs.finalize, run, status, record.id))
         if not said and outcome in runs.FINAL:
             with contextlib.suppress(*EXPECTED):
                 await self._drivers.tell(run, RUN_TELL_LIMIT)
@@ -156,16 +156,16 @@ class RunQueue:
     async def _drive(self, run: Path, record: Run) -> tuple[int, bool]:
         """One driver after the other; the last one's exit status, and whether it had a last word."""
         context, losses = self._context, Losses()
-        last = await context.insist(runs.last_metrics, run)
+        last = await context.retry_on_storage_error(runs.last_metrics, run)
         while True:
             began, waits = time.monotonic(), context.waits
             status = await self._drivers.run(run)
-            now = await context.insist(Run.read, run)
+            now = await context.retry_on_storage_error(Run.read, run)
             said = now is None or now.id != record.id or now.state in runs.FINAL
             if said or status in {0, runs.DRIVER_FENCED} or context.course.ending:
                 return status, said
             context.event("driver_lost", run=run.name, status=status)
-            before, last = last, await context.insist(runs.last_metrics, run)
+            before, last = last, await context.retry_on_storage_error(runs.last_metrics, run)
             if context.waits == waits:  # else it died of what kept us waiting, too
                 losses = losses.and_one(last != before, time.monotonic() - began)
             if not losses.again:

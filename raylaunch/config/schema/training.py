@@ -117,7 +117,7 @@ class DistributedConfig(Section):
 
     @property
     def model_parallel(self) -> int:
-        """Workers that hold together: a world has a multiple of these. (Experts are shared by data-parallel workers.)"""
+        """Workers that share one replica of the model: a world has a multiple of these. (Data-parallel workers share the experts.)"""
         return self.pp_size * math.lcm(self.tp_size * self.cp_size, self.ep_size)
 
 

@@ -1,6 +1,6 @@
 """How a model lies over the workers: what one GPU of each pipeline stage holds of it, as `trainers.parallel` does it.
 
-    config, nodes, workers a node → Place → the units of each stage (what FSDP gathers and reduces together)
+    config, nodes, workers a node → Place → the units of each stage (what FSDP gathers and reduces model_parallel_size)
 
 FSDP cuts each parameter by its rows and pads: a parameter of fewer rows than there are shards costs every worker a
 row, and gathered it is as many rows as there are shards. So eight experts over 64 shards lie there as 64 when gathered.
@@ -24,7 +24,7 @@ GATHERED_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Unit:
-    """What FSDP gathers and reduces together, in elements. `shards`: over how many workers it is cut."""
+    """What FSDP gathers and reduces model_parallel_size, in elements. `shards`: over how many workers it is cut."""
 
     parameters: tuple[Parameter, ...]
     shards: int
@@ -86,16 +86,16 @@ class PlannedWorld:
 def place(config: Config, nodes: int, workers_per_node: int) -> PlannedWorld:
     """UsageError where these nodes cannot share the plan."""
     plan, steps = config.distributed, config.step_scheduler
-    together = plan.model_parallel
-    used = policy.usable(nodes, workers_per_node, together)
+    model_parallel_size = plan.model_parallel
+    used = policy.usable(nodes, workers_per_node, model_parallel_size)
     world = used * workers_per_node
     if not world:
         raise UsageError(
-            f"{nodes} nodes of {workers_per_node} workers are fewer than the {together} that the parallelism settings need "
+            f"{nodes} nodes of {workers_per_node} workers are fewer than the {model_parallel_size} that the parallelism settings need "
             f"(tp_size {plan.tp_size} * cp_size {plan.cp_size} * pp_size {plan.pp_size}, ep_size {plan.ep_size})",
             "Raise --nodes or --gpus-per-node, or change the plan.",
         )
-    of_stage, within = world // plan.pp_size, together // plan.pp_size
+    of_stage, within = world // plan.pp_size, model_parallel_size // plan.pp_size
     if plan.strategy == "hsdp" and (of_stage % workers_per_node or workers_per_node % within):
         raise UsageError(
             f"distributed.strategy hsdp: {of_stage} workers of a stage on nodes of {workers_per_node}, of which "
@@ -104,7 +104,9 @@ def place(config: Config, nodes: int, workers_per_node: int) -> PlannedWorld:
         )
     replicas = {"ddp": of_stage // within, "hsdp": of_stage // workers_per_node}.get(plan.strategy, 1)
     samples = of_stage // (plan.tp_size * plan.cp_size)
-    batch = steps.global_batch_size or steps.local_batch_size * (steps.grad_acc_steps or 1) * (world // together)
+    batch = steps.global_batch_size or steps.local_batch_size * (steps.grad_acc_steps or 1) * (
+        world // model_parallel_size
+    )
     passes = math.ceil(math.ceil(batch / samples) / steps.local_batch_size)
     return PlannedWorld(nodes, workers_per_node, nodes - used, world, replicas, samples, batch, passes)
 
@@ -122,8 +124,8 @@ def stages(config: Config, shape: Shape, where: PlannedWorld, width: int) -> lis
         size = sum(p.size for p in outside) + blocks * sum(p.size for p in shape.block)
         here = [p.part(tp, ep) for p in shape.block]
         apart = [p for p in here if p.expert] if ep > 1 else []
-        together = [p for p in here if not (p.expert and ep > 1)]
-        units = ([Unit(tuple(apart), group // ep)] if apart else []) + [Unit(tuple(together), shards)]
+        model_parallel_size = [p for p in here if not (p.expert and ep > 1)]
+        units = ([Unit(tuple(apart), group // ep)] if apart else []) + [Unit(tuple(model_parallel_size), shards)]
         root = Unit(tuple(p.part(tp, ep) for p in outside), shards)
         found.append(
             Stage(

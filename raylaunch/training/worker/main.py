@@ -92,7 +92,7 @@ def work(spec: WorkerSpec, seat: Seat) -> None:
         user_code.function(config.trainer)(config, session)
         session.returned()
     except BaseException as error:
-        _leave_word(session, error)
+        _write_error_file(session, error)
         raise
     finally:
         session.close()
@@ -106,7 +106,7 @@ def _node_name(node_id: str) -> str:
     return next((str(n["NodeName"]) for n in nodes if n["NodeID"] == node_id), socket.gethostname())
 
 
-def _leave_word(session: Session, error: BaseException) -> None:
+def _write_error_file(session: Session, error: BaseException) -> None:
     """What ended this rank: its traceback into its log, and as a file for `raylaunch why`."""
     text = "".join(traceback.format_exception(error))
     print(text, file=sys.stderr, flush=True)

@@ -570,7 +570,7 @@ def test_files_that_are_no_answers(tmp_path: Path) -> None:
 
 
 def test_the_quick_part() -> None:
-    self_check.ground("here")  # this machine is well
+    self_check.check_limits("here")  # this machine is well
     self_check.enough("n1", self_check.SHM_LEAST, self_check.FILES_LEAST)
     with pytest.raises(BringUpError, match=r"/dev/shm on n1 has only 1\.0 MiB"):
         self_check.enough("n1", 1 << 20, 9999)
