@@ -285,7 +285,7 @@ def test_a_run_that_stands_still_before_a_fault(fake: FakeRun, monkeypatch: pyte
 
 
 def test_the_ledger_of_a_campaign(tmp_path: Path) -> None:
-    from test_ledger import one_fault
+    from test_goodput import one_fault
 
     events, metrics = one_fault()
     run = tmp_path / "runs" / "demo"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_nodeloop import Place
+from test_node_loop import Place
 
 from raylaunch.cluster.node_loop import login_node
 from raylaunch.cluster.node_loop.login_node import ASK_AGAIN, LoginLoop
