@@ -73,7 +73,7 @@ def list_(run: str, as_json: bool, state_dir: Path | None) -> None:
         console.print(f"{clock(row.get('at', row['time']))}  {row['alert']}  {_outcomes(row['sinks'])}", markup=False)
         console.print(Padding(Text(row["text"], style="dim"), (0, 0, 0, 2), expand=False))
     if not rows and not waiting:
-        console.print(f"run {run} has sent no alert; docs/alerts.md says how to be told", markup=False)
+        console.print(f"run {run} has sent no alert (see docs/alerts.md)", markup=False)
     return None
 
 

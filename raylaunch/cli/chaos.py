@@ -60,7 +60,7 @@ def chaos(run: str, state_dir: Path | None, **given: Any) -> None:
         plot.pyplot()  # said now, not after an hour
     for key in ("json_file", "plot"):
         if given[key] and not given[key].absolute().parent.is_dir():
-            raise UsageError(f"there is no directory {given[key].absolute().parent}", "Make it first.")
+            raise UsageError(f"there is no directory {given[key].absolute().parent}", "Create it first.")
     victim = Victim.of(where, run)
     sandbox = sandbox_of(where, os.environ) if victim.cluster.backend == "slurm" else None
     check(kinds, sandbox, victim.cluster.backend)

@@ -80,7 +80,7 @@ def ls(given: Given, as_json: bool = False) -> None:
         )
     Console(width=table_width()).print(table if rows else f"no checkpoint in {directory}")
     if left:
-        note(f"{len(left)} directories are left over ({left[0]}, …): `gc` removes those that nobody writes")
+        note(f"{len(left)} directories are incomplete ({left[0]}, …): `gc` deletes those without a writer")
     return None
 
 

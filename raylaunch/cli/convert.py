@@ -33,7 +33,7 @@ def convert(output: Path | None, words: tuple[str, ...]) -> None:
         raise RaylaunchError(
             f"{what}: {error}", "Write the configuration yourself: see `trainer:` in docs/configuration.md."
         ) from error
-    text = "".join(f"# look at this: {line}\n" for line in found.notes)
+    text = "".join(f"# check this: {line}\n" for line in found.notes)
     order = {key: found.values[key] for key in ("slurm", "elastic", "trainer") if key in found.values}
     text += yaml.safe_dump(order, sort_keys=False, width=100, allow_unicode=True)
     if output is None:
@@ -41,7 +41,7 @@ def convert(output: Path | None, words: tuple[str, ...]) -> None:
     else:
         files.write_text(output, text)
     for line in found.notes:
-        note(f"look at this: {line}")
+        note(f"check this: {line}")
     if output is not None:
         note(f"next: raylaunch up -c {output} && raylaunch train {output}")
 

@@ -76,7 +76,7 @@ def prepare(
     with _bar() as tell:
         manifest = make(request, workers or len(os.sched_getaffinity(0)), tell)
     if manifest.skipped:
-        note(f"{manifest.skipped:,} documents were left out")
+        note(f"{manifest.skipped:,} documents were skipped")
     click.echo(_summary(out, manifest))
 
 
@@ -94,7 +94,7 @@ def _bar() -> Iterator[Callable[[preparation.PrepareProgress], None]]:
             size = f"{now.done / 1e6:,.0f} of {now.total / 1e6:,.0f} MB"
             bar.update(task, completed=now.done, total=now.total or 1, size=size)
             for bad in now.bad[named:]:
-                console.print(f"left out: {bad.where}: {bad.why}", markup=False, soft_wrap=True)
+                console.print(f"skipped: {bad.where}: {bad.why}", markup=False, soft_wrap=True)
             named = len(now.bad)
             if not console.is_terminal and now.total and (reached := 10 * now.done // now.total) > tenth:
                 tenth = reached

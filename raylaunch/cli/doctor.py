@@ -67,7 +67,7 @@ def _look(config: Config, on_nodes: bool, timeout: float) -> list[Finding]:
     there = backend != "local" and not trouble
     kind = "slurm" if there else "local"
     with LiveLine() as show:
-        show("looking at this machine" + " and Slurm" * there)
+        show("checking this machine" + " and Slurm" * there)
         findings = trouble + login_check.run(config, state_dir_of(config), slurm if there else None)
         if on_nodes and not (trouble and backend == "slurm"):
             with options.interruptible():
@@ -102,7 +102,7 @@ def report(findings: Sequence[Finding], width: int) -> str:
                 lines += textwrap.wrap(same[0].hint, width, initial_indent="    > ", subsequent_indent="      ",
                                        break_on_hyphens=False)  # fmt: skip
     said = [f"{counts[s]} {s}{'s' * (counts[s] != 1)}" for s in ("problem", "warning") if counts[s]]
-    said += [f"{counts['unknown']} not found out"] if counts["unknown"] else []
+    said += [f"{counts['unknown']} unknown"] if counts["unknown"] else []
     return "\n".join([*lines, "", ", ".join(said) or "All well."])
 
 

@@ -25,7 +25,7 @@ from raylaunch.timing import SAVE_LIMIT
 def down(name: str | None, everything: bool, save_limit: float, state_dir: Path | None) -> None:
     """Save the running job, stop the cluster, and check that nothing is left."""
     if name is not None and everything:
-        raise UsageError("a NAME and --all at once", "Give one of them.")
+        raise UsageError("NAME and --all cannot be combined", "Give one of them.")
     where = options.state_dir(state_dir)
     unclean = []
     chosen = _chosen(where, name, everything)
@@ -39,7 +39,7 @@ def down(name: str | None, everything: bool, save_limit: float, state_dir: Path 
         if not ended.was_alive:
             click.echo(f"cluster {each} is down already")
         elif ended.clean:
-            click.echo(f"cluster {each} is down: no job, process or temp directory is left")
+            click.echo(f"cluster {each} is down: no job, process or temporary directory remains")
         else:
             unclean.append(each)
         for line_ in ended.notes:

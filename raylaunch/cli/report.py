@@ -34,7 +34,7 @@ def report(run: str, show: bool, html: Path | None, as_json: bool, markdown: boo
       raylaunch report my-run --markdown
     """
     if as_json and markdown:
-        raise UsageError("--json and --markdown at once", "Give one of them.")
+        raise UsageError("--json and --markdown cannot be combined", "Give one of them.")
     directory = _directory(options.state_dir(state_dir), run)
     from raylaunch.observe.report import as_json as data
     from raylaunch.observe.report import markdown as as_text

@@ -49,7 +49,7 @@ def scale(name: str, nodes: int, no_wait: bool, timeout: float, state_dir: Path 
     audit.add(options.state_dir(state_dir), "scale", note, cluster=name, nodes=nodes)
     records.request(directory, "scale", nodes=nodes)
     if no_wait:
-        note(f"cluster {name} is told to have {nodes} nodes; `raylaunch status` shows where it stands")
+        note(f"cluster {name} scales to {nodes} nodes; see `raylaunch status`")
         return
     with LiveLine() as line:
         _wait(directory, record, nodes, timeout, line)
@@ -61,12 +61,12 @@ def _check(name: str, config: Config, nodes: int) -> None:
     if nodes < least:
         raise UsageError(
             f"{nodes} nodes are below the minimum of {least}",
-            "The minimum is elastic.min_nodes of the cluster's configuration; `raylaunch down` ends the cluster.",
+            "The minimum is elastic.min_nodes of the cluster's configuration; `raylaunch down` stops the cluster.",
         )
     if nodes > most:
         raise UsageError(
             f"{nodes} nodes are above the maximum of {most}",
-            f"It is the MAX of `up --nodes MIN:MAX` (or elastic.max_nodes): `raylaunch down {name}`, and bring it up "
+            f"It is the MAX of `up --nodes MIN:MAX` (or elastic.max_nodes): `raylaunch down {name}`, and start it "
             f"again with --nodes {config.slurm.min_nodes}:{nodes}; `raylaunch train` then resumes its run.",
         )
 

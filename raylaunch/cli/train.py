@@ -79,7 +79,7 @@ def train(
         with runs.prepared(run_dir, config, record.name, fresh):
             records.request(directory, "run", run=name)
     if detach:
-        note(f"run {name} is handed to cluster {record.name}; `raylaunch attach {name}` watches it")
+        note(f"run {name} is submitted to cluster {record.name}; `raylaunch attach {name}` follows it")
         return 0
     return _watch(run_dir, directory)
 
@@ -182,7 +182,7 @@ def _watch(run_dir: Path, cluster_dir: Path) -> int:
             for news in follow_run.follow(run_dir, cluster_dir):
                 shower.take(news)
     except KeyboardInterrupt:
-        note(f"detached: run {name} goes on; `raylaunch attach {name}` watches it, `raylaunch stop {name}` ends it")
+        note(f"detached: run {name} continues; `raylaunch attach {name}` follows it, `raylaunch stop {name}` stops it")
         return 130
     return _verdict(news, run_dir)
 
@@ -199,7 +199,7 @@ def _verdict(news: follow_run.News, run_dir: Path) -> int:
     if run.state == "failed":
         raise RaylaunchError(
             f"run {run.name} failed{at}: {run.reason}",
-            f"`raylaunch why {run.name}` says more; logs and attempts are in {run_dir}.",
+            f"See `raylaunch why {run.name}`. The logs are in {run_dir}.",
         )
     raise RaylaunchError(
         f"cluster {run.cluster} ended while run {run.name} was {run.state}{at}",
@@ -217,9 +217,9 @@ def _tell(event: dict[str, Any]) -> str | None:
     if kind == "decision" and event["decision"] == "hold":
         return f"waiting: {event['reason']}"
     if kind == "exporting":
-        return f"writing the weights into {event['to']}"
+        return f"writing the weights to {event['to']}"
     if kind == "export_failed":
-        return f"the weights could not be written: {event['reason']}\n  Try again: {event['hint']}"
+        return f"the weights could not be written: {event['reason']}\n  To try again: {event['hint']}"
     return None
 
 

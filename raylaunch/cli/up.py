@@ -56,13 +56,15 @@ def up(
         _print_script(config)
         return
     if watch and no_wait:
-        raise UsageError("--watch and --no-wait at once", "Use one of them; `raylaunch watch` can be started later.")
+        raise UsageError(
+            "--watch and --no-wait cannot be combined", "Use one of them; `raylaunch watch` can be started later."
+        )
     backend = backends.of(config.cluster.backend)
     audit.add(cluster.state_dir_of(config), "up", note, cluster=config.cluster.name, config=config)
     with options.interruptible():
         directory, record = cluster.submit(config, backend)
         if no_wait:
-            note(f"cluster {record.name}: job {record.jobs[0]} is submitted; `raylaunch status` shows where it stands")
+            note(f"cluster {record.name}: job {record.jobs[0]} is submitted; see `raylaunch status`")
             return
         with given_back(directory, record, backend), LiveLine() as line:
             cluster.wait_ready(directory, record, backend, timeout, lambda p: line(p.text))
@@ -98,9 +100,9 @@ def given_back(directory: Path, record: Cluster, backend: Backend) -> Iterator[N
         yield
     except (RaylaunchError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
-            note(f"interrupted: giving job {record.jobs[0]} back")
+            note(f"interrupted: cancelling job {record.jobs[0]}")
         if not down.cancel(directory, record, backend):
-            note(f"job {record.jobs[0]} does not end; see `squeue -j {record.jobs[0]}`")
+            note(f"job {record.jobs[0]} has not ended; see `squeue -j {record.jobs[0]}`")
         down.forget_secrets(directory)
         if record.incarnation == 1 and not any((directory / records.LOGS).iterdir()):
             down.remove_directory(directory)  # it never ran: there is nothing to tell of it

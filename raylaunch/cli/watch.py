@@ -46,11 +46,11 @@ def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: P
     """
     where = options.state_dir(state_dir)
     if name is not None and name not in up.names(where) and Run.read(files.run_dir(where, name)) is None:
-        raise UsageError(f"no run or cluster {name} in {where}", "`raylaunch status --all` lists what there is.")
+        raise UsageError(f"no run or cluster {name} in {where}", "`raylaunch status --all` lists all.")
     cluster_dir, run_dir = snapshot.find(where, name)
     record = Cluster.read(cluster_dir)
     if record is None:
-        raise UsageError(f"no cluster {cluster_dir.name} any more", "`raylaunch status --all` lists what there is.")
+        raise UsageError(f"cluster {cluster_dir.name} no longer exists", "`raylaunch status --all` lists all.")
     submit = submit or (not once and bool(submitter.head_refusal(cluster_dir, record)))
     if submit and (cluster_dir / records.ENDED_FILE).exists():
         raise UsageError(f"cluster {record.name} is down", f"Start it with `raylaunch up --name {record.name}`.")
@@ -72,7 +72,7 @@ def until_it_ends(directory: Path, record: Cluster) -> None:
     with submitter.watching(directory) as held:
         if not held:
             raise UsageError(f"cluster {record.name} is already watched", "One `raylaunch watch` is enough.")
-        note(f"watching cluster {record.name} until it ends; Ctrl-C ends the watching, not the cluster")
+        note(f"watching cluster {record.name} until it ends; Ctrl-C exits, the cluster keeps running")
         reason = login_node.watch(directory, config, backends.of(record.backend), _say)
     click.echo(f"cluster {record.name} has ended: {reason}")
 

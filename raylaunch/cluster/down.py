@@ -100,11 +100,11 @@ def down(
     if head is not None and head.canary == cluster.canary and not all(job.pending for job in jobs):
         _ask_head(directory, cluster, backend, save_limit, show, ended)
     else:
-        show("no head yet: cancelling")
+        show("no head yet: cancelling the job")
     if not cancel(directory, cluster, backend):
         ended.clean = False
         left = ",".join(job.id for job in _living(directory, cluster, backend))
-        ended.notes.append(f"job {left} does not end; see `squeue -j {left}`")
+        ended.notes.append(f"job {left} has not ended; see `squeue -j {left}`")
     _verify(directory, cluster, ended)
     forget_secrets(directory)
     files.append_event(directory, "down", clean=ended.clean, notes=ended.notes)
@@ -116,7 +116,7 @@ def _ask_head(
 ) -> None:
     """Let the head save and end; give up on it when it does not take the request or does not end."""
     request = records.request(directory, "down", save_limit=save_limit)
-    show("saving and ending")
+    show("saving the run and stopping")
     taken_by = time.monotonic() + TAKEN_LIMIT
     ended_by = time.monotonic() + save_limit + DOWN_LIMIT
     ask_again = time.monotonic() + 1.0
@@ -143,10 +143,12 @@ def _verify(directory: Path, cluster: Cluster, ended: Ended) -> None:
     if word is None or word.get("canary") != cluster.canary:
         word = {"unclean": {}, "lost": []}
     unclean = dict(word["unclean"])
-    ended.notes += [f"{node} was lost before: nothing there could be ended" for node in word["lost"]]
+    ended.notes += [f"{node} was lost before: its processes could not be ended" for node in word["lost"]]
     for node, left in unclean.items():
         ended.clean = False
-        ended.notes.append(f"{node}: " + (f"{left} processes or directories are left" if left > 0 else "no last word"))
+        ended.notes.append(
+            f"{node}: " + (f"{left} processes or directories remain" if left > 0 else "it did not report its end")
+        )
     if cluster.backend == "local":
         table = files.read_json(directory / records.MEMBERS_FILE) or {"nodes": []}
         for node in table["nodes"]:

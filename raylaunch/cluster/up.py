@@ -156,7 +156,7 @@ def look_once_queued(directory: Path, cluster: Cluster, backend: Backend) -> Non
         with contextlib.suppress(SlurmUnavailable):  # it has the job; what it does not say is no reason to give it back
             job = backend.states(directory, cluster.jobs).get(cluster.jobs[0])
             if job is not None:
-                _refuse_blocked(job, "It was given back.")
+                _refuse_blocked(job, "It was cancelled.")
                 if job.reason or not job.pending:
                     return
         time.sleep(JOBS_EVERY[0])
@@ -188,7 +188,7 @@ def wait_ready(
             except SlurmUnavailable:
                 if now - answered > SILENCE_LIMIT:
                     raise
-                show(BringUpProgress("pending", "Slurm does not answer; asking again"))
+                show(BringUpProgress("pending", "Slurm does not answer; retrying"))
             pause = min(JOBS_EVERY[1], pause * 1.3)
             ask_again = now + pause
         nodes = living_nodes(directory, cluster)
@@ -202,7 +202,7 @@ def wait_ready(
             continue
         if job is None or not job.alive or (directory / records.ENDED_FILE).exists():
             raise _ended_early(directory, cluster, job, failures)
-        _refuse_blocked(job, "It was given back; `--no-wait` leaves such a job in the queue.")
+        _refuse_blocked(job, "It was cancelled. Use `--no-wait` to keep such a job in the queue.")
         total = len(job.nodes) or cluster.max_nodes
         if failures and total - len(failures) < cluster.min_nodes:
             hopeless = hopeless or now
@@ -272,11 +272,11 @@ def _listed(failures: dict[str, str]) -> str:
 
 def _too_few(cluster: Cluster, total: int, failures: dict[str, str]) -> BringUpError:
     good = total - len(failures)
-    advice = f"go on without it: `raylaunch up --nodes {good}:{total}`, or " if good else ""
+    advice = f"continue without it: `raylaunch up --nodes {good}:{total}`, or " if good else ""
     return BringUpError(
         f"{len(failures)} of {total} nodes cannot start, and at least {cluster.min_nodes} are needed:"
         + _listed(failures),
-        f"Repair the node, {advice}keep it out with slurm.exclude.",
+        f"Repair the node, {advice}exclude it with slurm.exclude.",
     )
 
 

@@ -299,7 +299,7 @@ def test_two_users_on_the_same_nodes_do_not_meet(main: Up, busy: Ground, common_
             ControlClient.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", {})
         )
 
-    other.run("down").expect(0, "is down: no job, process or temp directory is left")
+    other.run("down").expect(0, "is down: no job, process or temporary directory remains")
     other.wait_clean()
     assert {node: _raylet(site, node) for node in before} == before
     assert site.cluster_status("main")["state"] == "ready"
@@ -315,7 +315,7 @@ def test_down_leaves_nothing_and_may_be_repeated(site: Site) -> None:
     job = site.jobs()[0].split()[0]
     followed = site.start("logs", "main", "-f", "--node", "node1")
     followed.wait_said("Ray runtime started")
-    site.run("down").expect(0, "cluster main is down: no job, process or temp directory is left")
+    site.run("down").expect(0, "cluster main is down: no job, process or temporary directory remains")
     followed.wait_said("ending reason='down'")
     followed.interrupt()
     followed.ended().expect(130)
@@ -428,7 +428,7 @@ def test_ready_at_the_minimum_and_late_nodes_join(site: Site, cluster: Callable[
         )
         (failure,) = (site.cluster("late") / "nodes").glob("*.json")
         assert failure.stem == "node4" and str(path) in failure.read_text()
-        site.run("down", "late").expect(0, "is down: no job, process or temp directory is left")
+        site.run("down", "late").expect(0, "is down: no job, process or temporary directory remains")
 
 
 @pytest.mark.long

@@ -599,7 +599,7 @@ def test_the_report_fits_the_terminal(width: int) -> None:
 
 def test_a_report_of_odd_words() -> None:
     text = report([problem("gpu.driver", "\x1b[31mnvidia\x00-smi\n said", ""), unknown("nodes.clock", "")], 40)
-    assert "\x1b[31mnvidia" not in text and "\x00" not in text and text.endswith("1 problem, 1 not found out")
+    assert "\x1b[31mnvidia" not in text and "\x00" not in text and text.endswith("1 problem, 1 unknown")
     assert report([ok("slurm.version", "Slurm")], 80).endswith("All well.") and report([], 80).strip() == "All well."
 
 

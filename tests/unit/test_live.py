@@ -83,8 +83,8 @@ def test_the_worst_of_a_thousand_nodes_are_seen() -> None:
 
 def test_a_cluster_without_a_run_and_one_without_anything() -> None:
     assert "no run" in text(Picture(NOW, "main", "2 of 2 nodes ready"))
-    assert "no word of it yet" in text(Picture(0.0, "main"))
-    assert "this window does (login nodes only)" in text(picture(cannot_submit="login nodes only"))
+    assert "not started yet" in text(Picture(0.0, "main"))
+    assert "this command does (login nodes only)" in text(picture(cannot_submit="login nodes only"))
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.floats()), max_size=50), st.integers(0, 40), st.integers(0, 10))

@@ -69,13 +69,13 @@ def _keys(view: str) -> Line:
 
 
 def _head(picture: Picture) -> list[Line]:
-    parts = [Text(picture.cluster, "bold"), Text(picture.state or "no word of it yet")]
+    parts = [Text(picture.cluster, "bold"), Text(picture.state or "not started yet")]
     for job in picture.jobs:
         left = f", {duration(job.time_left)} left" if job.time_left is not None else ""
         parts.append(Text(f"job {job.id} {job.state}{left}"))
     found = [Text("  ").join(parts)]
     if picture.cannot_submit:
-        found.append(Text(f"its nodes may not submit jobs: this window does ({picture.cannot_submit})", "yellow"))
+        found.append(Text(f"compute nodes may not submit jobs: this command does ({picture.cannot_submit})", "yellow"))
     found += [Text(internal_errors.line(work, error), "red") for work, error in picture.internal_errors.items()]
     run, points = picture.run, picture.points
     if run is None:

@@ -83,7 +83,7 @@ class SlurmJob:
                     raise BringUpError(f"job {self.job} ended at once ({job.state if job else 'gone'})", hint)
                 if job.blocked:
                     text = f"job {self.job} cannot start as submitted ({job.reason}): {job.blocked}"
-                    raise BringUpError(text, "It was given back.")
+                    raise BringUpError(text, "It was cancelled.")
                 if not job.pending and job.nodes:
                     return job.nodes
                 why = (
