@@ -117,9 +117,9 @@ def give_back() -> None:
 
 
 if not hasattr(TorchTrainer, "_register_sigint_handler"):
-    log.warning("this Ray does not show its controller: a lost node counts when Ray Train notices it")
+    log.warning("this version of Ray does not expose its controller: a lost node is detected when Ray Train notices it")
 if not hasattr(TorchTrainer, "_create_default_callbacks"):
-    log.warning("this Ray does not show its callbacks: it starts processes that nothing here needs")
+    log.warning("this version of Ray does not expose its callbacks: it starts processes that are not needed")
 
 
 def _trainer(order: WorkerGroupSpec) -> Trainer:

@@ -120,7 +120,7 @@ class AttemptMonitor:
 
     def _failed(self, error: Exception) -> None:
         """Once for each trouble that lasts, not five times a second: an attempt that nobody watches must be known."""
-        log.exception("the watch could not look")
+        log.exception("the attempt monitor failed")
         if repr(error) != self._failure:
             self.event("watch_failed", error=repr(error))
         self._failure = repr(error)
@@ -134,7 +134,7 @@ class AttemptMonitor:
     def tick(self) -> bool:
         """One look; whether the attempt was aborted."""
         if self.roster.fenced():
-            log.error("a newer head was elected: this driver ends, writing nothing more")
+            log.error("a newer head was elected: this driver exits and writes nothing")
             os._exit(runs.DRIVER_FENCED)
         view = self._view()
         match move := policy.during(view, self.attempt.elastic):

@@ -42,7 +42,7 @@ def main(cluster_dir: Path, run_dir: Path) -> int:
     try:
         ended = driver.drive()
     except NewerHead as error:
-        log.error("this driver ends, writing nothing more: %s", error)
+        log.error("this driver exits and writes nothing: %s", error)
         os._exit(runs.DRIVER_FENCED)
     sidecar.end(*helpers)
     return 0 if ended in {"finished", "paused"} else 1

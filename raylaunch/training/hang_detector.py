@@ -135,7 +135,7 @@ def judge(
     who = f"rank {ranks[0]}" if len(ranks) == 1 else f"{len(ranks)} of {world} ranks"
     return Hang(
         tuple(ranks), idle, max(where[0], 0), phase,
-        f"nothing has moved for {idle:.1f} s (limit {most:.1f} s) at step {front.step}: {who} missing", setting,
+        f"no progress for {idle:.1f} s (limit {most:.1f} s) at step {front.step}: waiting for {who}", setting,
     )  # fmt: skip
 
 

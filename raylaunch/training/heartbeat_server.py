@@ -129,7 +129,9 @@ class HeartbeatServer:
                 self._take(seen, wire.decoded(line))
         except (OSError, ValueError, KeyError, TypeError, TimeoutError) as error:
             if seen is None:
-                log.warning("pulse refused peer=%s reason=%r", writer.get_extra_info("peername"), str(error))
+                log.warning(
+                    "heartbeat connection refused peer=%s reason=%r", writer.get_extra_info("peername"), str(error)
+                )
         except asyncio.CancelledError:
             return  # the attempt is over; asyncio's server (3.11) logs a cancelled handler as an error
         finally:

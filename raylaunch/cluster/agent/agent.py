@@ -186,7 +186,7 @@ class Agent:
         try:
             job = Slurm().jobs([self.here.job]).get(self.here.job)
         except RaylaunchError as error:
-            log.warning("Slurm does not say who is gone error=%r", str(error))
+            log.warning("Slurm does not report which nodes are gone error=%r", str(error))
             return frozenset()
         return frozenset(self.here.peers) - frozenset(job.nodes) if job is not None and job.nodes else frozenset()
 
@@ -299,9 +299,9 @@ class Agent:
             try:
                 await (self.duties.abandon() if self.again else self.duties.close(self.reason))
             except (RaylaunchError, OSError) as error:  # a full disk must not keep processes alive
-                log.error("the head could not end in order error=%r", str(error))
+                log.error("the head could not shut down cleanly error=%r", str(error))
             except Exception:  # nor must a fault of ours, which stays one
-                log.exception("the head could not end in order")
+                log.exception("the head could not shut down cleanly")
                 self.duties.exit_code = 1
         left = await asyncio.to_thread(processes.end_tree, os.getpid(), True)
         left += await asyncio.to_thread(self.temp.remove)

@@ -55,7 +55,7 @@ async def wait_for_head(here: NodeIdentity) -> Head:
         except (StateError, OSError) as error:
             if not may_pass(error) or time.monotonic() > deadline:
                 raise
-            log.warning("cannot look for the head, trying again error=%r", str(error))
+            log.warning("cannot look for the head, retrying error=%r", str(error))
         if time.monotonic() > deadline:
             raise BringUpError(f"no head within {HEAD_PATIENCE:g} s", f"See {here.directory / records.LOGS}.")
         await asyncio.sleep(pause * random.uniform(0.7, 1.3))  # a thousand nodes should not ask in step

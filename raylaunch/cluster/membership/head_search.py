@@ -94,7 +94,7 @@ class HeadSearch:
         decision = election.decide(facts)
         if decision.reason != self._reason:
             self._reason = decision.reason
-            log.info("without a head %s: %s", type(decision).__name__.lower(), decision.reason)
+            log.info("no head: %s: %s", type(decision).__name__.lower(), decision.reason)
         if isinstance(decision, Leave):
             raise BringUpError(f"the head {self.lost.node} is gone, and no other was elected: {decision.reason}")
         if isinstance(decision, Claim):

@@ -73,7 +73,7 @@ class Collector:
             if before.get("canary") == self._canary:
                 self._table.inherit(before["nodes"])
         except (StateError, KeyError, TypeError) as error:
-            log.warning("no histories of the nodes error=%r", str(error))
+            log.warning("the load histories cannot be read error=%r", str(error))
 
     def _write(self, work: list[tuple[str, dict[str, Any]]], row: dict[str, Any] | None) -> None:
         try:

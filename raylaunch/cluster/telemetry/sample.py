@@ -96,7 +96,7 @@ class Gpus:
                 for name in names
             ]
         except Exception as error:  # noqa: BLE001  NVML's own errors share no class with a missing package
-            log.warning("no figures of the GPUs error=%r", str(error))
+            log.warning("GPU metrics are not available error=%r", str(error))
             return None
         return cls(nvml, handles)
 
@@ -145,7 +145,7 @@ def start(resources: Resources, job: str, tell: Callable[[Load], object]) -> Non
                 time.sleep(EVERY)
                 tell(sampler.sample())
             except OSError as error:
-                log.warning("the load cannot be read error=%r", str(error))
+                log.warning("the load cannot be measured error=%r", str(error))
                 time.sleep(EVERY)
             except RuntimeError:
                 return  # the event loop that `tell` speaks to is closed: this process ends

@@ -105,7 +105,7 @@ def look(job: str, restarts: int = 0) -> JobSnapshot | None:
         # squeue says COMPLETING of a job that is cancelled, preempted, requeued, or has lost its batch host.
         detail = slurm.detail(job)
     except RaylaunchError as error:
-        log.warning("Slurm does not say why the job ends error=%r", str(error))
+        log.warning("Slurm reports no reason for the end of the job error=%r", str(error))
         return known
     if detail is None:
         return known
@@ -188,7 +188,7 @@ def _record(directory: Path, job: str) -> None:
         if cluster is not None:
             replace(cluster, jobs=(*cluster.jobs, job)).write(directory / records.CLUSTER_FILE)
     except (RaylaunchError, OSError) as error:
-        log.error("the successor could not be written down job=%s error=%r", job, str(error))
+        log.error("the successor could not be recorded job=%s error=%r", job, str(error))
 
 
 def _waits(slurm: Slurm, job: str) -> bool:
@@ -207,7 +207,7 @@ def give_back(jobs: Sequence[str]) -> None:
         if jobs:
             Slurm().cancel(jobs)
     except RaylaunchError as error:
-        log.error("jobs could not be given back jobs=%s error=%r", jobs, str(error))
+        log.error("jobs could not be cancelled jobs=%s error=%r", jobs, str(error))
 
 
 @contextmanager
