@@ -36,8 +36,8 @@ from pathlib import Path
 from raylaunch.errors import UsageError
 from raylaunch.observe.history import goodput
 from raylaunch.observe.history.recoveries import PHASES
+from raylaunch.tools.chaos.recovery_summary import columns
 from raylaunch.tools.chaos.schedule import seconds
-from raylaunch.tools.chaos.summary import columns
 
 UNPLANNED = ("detect", "elect", "bring_up", "retry")
 """Phases that a planned resize does not have."""

@@ -14,7 +14,7 @@ from raylaunch.cli.show import note
 from raylaunch.errors import UsageError
 from raylaunch.observe.history import plot
 from raylaunch.state import audit, files
-from raylaunch.tools.chaos import schedule, summary
+from raylaunch.tools.chaos import recovery_summary, schedule
 from raylaunch.tools.chaos.campaign import Campaign
 from raylaunch.tools.chaos.faults import Faults, check
 from raylaunch.tools.chaos.remote import of_cluster, sandbox_of
@@ -77,8 +77,8 @@ def chaos(run: str, state_dir: Path | None, **given: Any) -> None:
         with options.interruptible():
             good = campaign.go(duration, count)
     finally:  # also after Ctrl-C
-        record = summary.of(victim.run_dir, campaign.outcomes, began, time.time(), given["seed"])
-        click.echo(summary.table(record))
+        record = recovery_summary.of(victim.run_dir, campaign.outcomes, began, time.time(), given["seed"])
+        click.echo(recovery_summary.table(record))
         if given["json_file"]:
             files.write_json(given["json_file"].absolute(), record)
         if given["plot"]:

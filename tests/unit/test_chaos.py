@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from raylaunch.cli.chaos import chaos
 from raylaunch.errors import UsageError
 from raylaunch.state import files
-from raylaunch.tools.chaos import campaign, faults, remote, schedule, summary
+from raylaunch.tools.chaos import campaign, faults, recovery_summary, remote, schedule
 from raylaunch.tools.chaos.campaign import Campaign
 from raylaunch.tools.chaos.faults import Aim, Broken
 from raylaunch.tools.chaos.schedule import KINDS, Planned
@@ -299,12 +299,12 @@ def test_the_ledger_of_a_campaign(tmp_path: Path) -> None:
         campaign.FaultOutcome(5, "node", "n2", 114.5, recovered=True, restarted=True),
         campaign.FaultOutcome(6, "head", "", 120, skipped="2 nodes are ready"),
     ]
-    record = summary.of(run, outcomes, 104.0, 126.0, seed=7)
+    record = recovery_summary.of(run, outcomes, 104.0, 126.0, seed=7)
     row = next(r for r in record["faults"] if r["kind"] == "node")
     assert (row["count"], row["recovered"], row["detect_median"], row["steps_lost"]) == (1, 1, 0.25, 2)
     assert row["recovery_worst"] == pytest.approx(5.5) and record["all"]["count"] == 2
     assert record["steps"]["ok"] and 0.6 < record["goodput"] < 0.75
-    text = summary.table(record)
+    text = recovery_summary.table(record)
     for words in ("0.25 s", "5.50 s", "left out: 6 head", "each exactly once; lost 0, repeated 0", "goodput"):
         assert words in text, text
-    assert summary.percentile([1, 2, 3, 4], 0.5) == 2 and summary.percentile([1.0], 0.95) == 1
+    assert recovery_summary.percentile([1, 2, 3, 4], 0.5) == 2 and recovery_summary.percentile([1.0], 0.95) == 1
