@@ -110,7 +110,7 @@ def test_a_state_directory_that_no_node_has(site: Site, tmp_path: Path) -> None:
     """/tmp is every node's own. The login node's is not theirs."""
     assert tmp_path.is_relative_to("/tmp")
     done = site.run("up", "--nodes", 2, "--state-dir", tmp_path)
-    done.expect(1, str(tmp_path), "do not see the state directory", "cluster.state_dir")
+    done.expect(1, str(tmp_path), "do not share the state directory", "cluster.state_dir")
 
 
 @pytest.mark.long

@@ -171,7 +171,7 @@ def test_a_name_that_is_alive_is_refused(main: Up) -> None:
         return {name: (main.directory / name).read_bytes() for name in written_by_up}
 
     before, jobs = contents(), main.site.jobs()
-    done = main.site.run("up", "--nodes", 1).expect(2, "main", "alive", "raylaunch down main", "--name")
+    done = main.site.run("up", "--nodes", 1).expect(2, "main", "already running", "raylaunch down main", "--name")
     assert done.out == ""
     assert main.site.jobs() == jobs and contents() == before
 
