@@ -84,7 +84,7 @@ def test_a_mixtral_comes_in_and_goes_out_and_gives_the_same_logits(
     with torch.no_grad():
         assert torch.allclose(ours(tokens).logits, theirs(tokens).logits, atol=1e-6)
     run.config["model"]["n_experts"] = 8
-    with pytest.raises(RunError, match="another shape than model: n_experts"):
+    with pytest.raises(RunError, match="do not match the shape of model: n_experts"):
         fsdp.check(Config.model_validate(run.config))
 
 
@@ -117,7 +117,7 @@ def test_a_trained_model_gives_the_same_loss_in_transformers(
 def test_weights_that_do_not_fit_say_what_would(run: Run, tmp_path: Path) -> None:
     a_llama(tmp_path / "wide", hidden_size=128)
     run.config["model"]["init_from"] = str(tmp_path / "wide")
-    assert all("another shape than model: dim" in error for error in run.attempt(2))
+    assert all("do not match the shape of model: dim" in error for error in run.attempt(2))
     (tmp_path / "wide" / "config.json").unlink()
     assert all("no config.json" in error for error in run.attempt(2))
 

@@ -267,7 +267,7 @@ def test_let_go_come_back_and_run_out_of_time(site: Site) -> None:
     again.wait_said("/5000")
     assert site.run_status("long")["state"] == "running"
     site.run("train", config).expect(2, "run long is running", "raylaunch attach long", "raylaunch stop long")
-    site.run("train", config, "--run", "other", "--detach").expect(0, "handed to cluster main")
+    site.run("train", config, "--run", "other", "--detach").expect(0, "submitted to cluster main")
     assert site.run_status("other")["state"] == "queued"
 
     (job,) = site.jobs()
