@@ -220,9 +220,9 @@ def inspect(path: Path) -> Commit | InvalidCheckpoint | None:
     step = int(path.name.removeprefix("step-"))
 
     def bad(file: str, why: str, *, damaged: bool = True) -> InvalidCheckpoint | None:
-        return (
-            InvalidCheckpoint(path, step, file, why, damaged) if path.exists() else None
-        )  # deleted meanwhile: no news
+        if not path.exists():  # deleted meanwhile: no news
+            return None
+        return InvalidCheckpoint(path, step, file, why, damaged)
 
     try:
         made = _parse(path, json.loads((path / COMMIT_FILE).read_text(encoding="utf-8")))

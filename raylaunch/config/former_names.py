@@ -56,7 +56,7 @@ KEYS = {
     "alerts.stall_least": "stall_min_seconds",
 }
 """Config keys: a former one, with its section → its name now."""
-PACKAGES = {
+_PACKAGES = {
     "alerts": "observe.alerts",
     "metrics": "observe.prometheus",
     "preflight": "tools.doctor",
@@ -65,7 +65,7 @@ PACKAGES = {
 """Their parents, which `python -m` imports first."""
 NAMES = {
     f"raylaunch.{old}": f"raylaunch.{new}"
-    for old, new in {**_IN_CODE_OF_USERS, **_IN_LIVING_PROCESSES, **PACKAGES}.items()
+    for old, new in {**_IN_CODE_OF_USERS, **_IN_LIVING_PROCESSES, **_PACKAGES}.items()
 }
 
 

@@ -31,6 +31,7 @@ FINAL = {"finished", "failed", "stopped"}
 HAND_OVER_LIMIT = 30.0
 """Seconds to wait for another command that hands a run over: longer than sbatch and a look at the queue may take."""
 TRACKER_PACKAGES = ("wandb", "mlflow")
+"""Trackers that need a package of their name, which the extra of that name brings."""
 DRIVER_FENCED = 75
 """The exit code of a driver that found a newer incarnation: another one has the run."""
 

@@ -14,8 +14,8 @@ log = logging.getLogger("raylaunch.threads")
 
 
 def record(directory: Path, **who: Any) -> None:
-    """From now on, an event `thread_died` in `directory` with these fields for each thread of this process that dies. It is written by the
-    thread that dies: nobody else waits for the storage."""
+    """From now on, an event `thread_died` in `directory`, with these fields, for each thread of this process that dies.
+    The dying thread writes it: nobody else waits for the storage."""
 
     def tell(thread: str, error: str) -> None:
         try:
