@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 from raylaunch.tools.sandbox import Sandbox
 
 BIN = Path(sys.executable).parent
@@ -61,7 +61,7 @@ def ours(nodes: int, env: Mapping[str, str], out: Path) -> float:
     cluster = files.cluster_dir(Path(env["RAYLAUNCH_STATE_DIR"]), "main")
     first: dict[str, float] = {}
     last: dict[str, float] = {}
-    for event in files.read_lines(cluster / files.EVENTS_FILE):
+    for event in event_log.read_all(cluster):
         if event["time"] >= began:
             first.setdefault(event["kind"], event["time"] - began)
             last[event["kind"]] = event["time"] - began

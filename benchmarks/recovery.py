@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 from raylaunch.state.records import Head
 from raylaunch.tools.sandbox import Sandbox
 from raylaunch.tools.sandbox.procs import wait_for
@@ -56,11 +56,11 @@ CONFIG: dict[str, dict[str, Any]] = {
 PHASES = {
     "broken": ("broken",),
     "noticed": ("node_lost", "fault"),
-    "stopped": ("aborted",),
+    "stopped": ("attempt_aborted",),
     "started": ("attempt_started",),
     "entered": ("entered",),
-    "connected": ("connected",),
-    "built": ("built",),
+    "connected": ("workers_connected",),
+    "built": ("model_built",),
     "restored": ("resumed",),
 }
 """A phase's end → the kinds of event that say so: a survivor's collective fails; the framework knows; the
@@ -229,7 +229,7 @@ def kill_in_training(sandbox: Sandbox, run: Path) -> Recovery:
 def profile(sandbox: Sandbox, run: Path, began: float, ended: float) -> dict[str, float]:
     """Seconds from `began` to the end of each phase that left an event before `ended`."""
     cluster = files.cluster_dir(sandbox.layout.state, "main")  # there for raylaunch alone
-    events = [e for d in (run, cluster) for e in files.read_lines(d / files.EVENTS_FILE)]
+    events = [e for d in (run, cluster) for e in event_log.read_all(d)]
     phases = {}
     for name, kinds in PHASES.items():
         times = [e["time"] - began for e in events if e["kind"] in kinds and began <= e["time"] <= ended]

@@ -21,7 +21,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 
 from benchmarks import recovery_worker
 from raylaunch.checkpoint import store
-from raylaunch.state import files
+from raylaunch.state import event_log
 from raylaunch.training.worker.session import Session
 
 NAME = "elastic"
@@ -51,13 +51,13 @@ class Profile(WorkerGroupCallback):
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if worker_group_status.errors:
-            files.append_event(self.run_dir, "fault", ranks=sorted(worker_group_status.errors))
+            event_log.write(self.run_dir, "fault", ranks=sorted(worker_group_status.errors))
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
-        files.append_event(self.run_dir, "aborted")
+        event_log.write(self.run_dir, "attempt_aborted")
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        files.append_event(self.run_dir, "attempt_started", workers=worker_group_context.num_workers)
+        event_log.write(self.run_dir, "attempt_started", workers=worker_group_context.num_workers)
 
 
 def loop(spec: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 
 if TYPE_CHECKING:
     from raylaunch.training.worker.session import Session
@@ -24,7 +24,7 @@ CONFIG_FILE = "config.json"
 
 def entered(run_dir: Path) -> None:
     """Note that this process has come to the user's code."""
-    files.append_event(run_dir, "entered", node=os.uname().nodename)
+    event_log.write(run_dir, "entered", node=os.uname().nodename)
 
 
 def work(run_dir: Path, checkpoints: Path, make: type[Session]) -> None:
@@ -36,7 +36,7 @@ def work(run_dir: Path, checkpoints: Path, make: type[Session]) -> None:
     dist.broadcast_object_list(number, src=0)
     if rank == 0:
         files.make_dir(files.attempt_dir(run_dir, number[0]))
-    files.append_event(run_dir, "connected", rank=rank, workers=world, node=os.uname().nodename)
+    event_log.write(run_dir, "workers_connected", rank=rank, workers=world, node=os.uname().nodename)
 
     # Here, as raylaunch does it: the trainer's imports count against what comes after the group.
     from raylaunch.config.schema import Config
@@ -54,7 +54,7 @@ def work(run_dir: Path, checkpoints: Path, make: type[Session]) -> None:
     try:
         train(config, session)
     except Exception as error:
-        files.append_event(run_dir, "broken", rank=rank, error=f"{type(error).__name__}: {error}"[:300])
+        event_log.write(run_dir, "broken", rank=rank, error=f"{type(error).__name__}: {error}"[:300])
         raise
     finally:
         session.close()

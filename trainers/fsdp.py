@@ -24,6 +24,7 @@ from raylaunch.checkpoint.resume import resume
 from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
 from raylaunch.state import runs
+from raylaunch.state.run_events import ModelBuilt
 from raylaunch.timing import PATIENCE_AT_END, PATIENCE_AT_STOP
 from raylaunch.trainers import float8, memory_snapshot, models, parallel, safetensors_io
 from raylaunch.trainers.batches import IGNORED, Loader, MicroBatch, Plan
@@ -87,7 +88,7 @@ class Training:
         self.average = Average(model, config.optimizer.ema)
         model_ready = time.monotonic()
         seconds = {"data": round(data_ready - started, 3), "model": round(model_ready - data_ready, 3)}
-        session.event("built", parameters=sum(p.numel() for p in model.parameters()), seconds=seconds)
+        session.record(ModelBuilt(sum(p.numel() for p in model.parameters()), seconds))
 
         self.saves = saver.Saver(
             session, self.group, keep=runs.keep(config), background=config.checkpoint.background,

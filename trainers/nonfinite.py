@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Literal
 
 from raylaunch.errors import RunError
+from raylaunch.state.run_events import Nonfinite
 from raylaunch.training.worker.session import Session
 
 LIMIT = 10
@@ -48,7 +49,7 @@ class Guard:
         self._streak, self._last = self._streak + 1, max(step, self._last)
         policy = self.policy if self._streak <= LIMIT else "stop"
         what = "gradient" if math.isfinite(loss) else "loss"
-        self._session.event("nonfinite", step=step, what=what, action=policy, loss=str(loss), grad_norm=str(norm))
+        self._session.record(Nonfinite(step, what, policy, str(loss), str(norm)))
         if policy == "stop":
             raise self._verdict(step, loss, norm)
         if policy == "rollback":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from raylaunch.state.run_events import Profiled
 from raylaunch.training.worker.session import Session
 
 
@@ -33,4 +34,4 @@ class Profile:
         path = directory / f"step-{self._window[0]}-rank-{self._session.rank}.json.gz"
         self._running.export_chrome_trace(str(path))
         self._running = None
-        self._session.event("profiled", first=self._window[0], last=self._window[1], into=str(directory))
+        self._session.record(Profiled(self._window[0], self._window[1], str(directory)))

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raylaunch.config.schema import Config
+from raylaunch.state.run_events import FirstStep
 from raylaunch.trainers.batches import MicroBatch
 from raylaunch.trainers.nonfinite import Action, Guard
 from raylaunch.training.worker.session import NOW, Session
@@ -151,7 +152,7 @@ class Meter:
         if action is not Action.APPLY:
             return action
         if step == self._first:
-            self._session.event("first_step", step=step)
+            self._session.record(FirstStep(step))
             self._first = None
         if step % self._every == 0 or step == self._last_step or self.stop:
             self._report(step, lr, loss, norm)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from raylaunch.checkpoint.events import Event
 
 
 class Rank(Protocol):
@@ -17,8 +19,8 @@ class Rank(Protocol):
     world_size: int
     device: str
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """Append one line to the run's events."""
+    def record(self, event: Event) -> None:
+        """Append it to the run's events (rank 0 only)."""
 
     def progress(self, step: int, phase: str = "step") -> None:
         """Say that `phase` begins with `step` steps done."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from raylaunch.checkpoint import saver
+from raylaunch.checkpoint.events import Resumed
 from raylaunch.checkpoint.rank import Rank
 from raylaunch.errors import RunError
 
@@ -32,5 +33,5 @@ def resume(session: Rank, group: dist.ProcessGroup, state: Callable[[], dict[str
         )
     saver.load(commit, state(), group)
     seconds = {"verifying": round(verified - started, 3), "loading": round(time.monotonic() - verified, 3)}
-    session.event("resumed", step=commit.step, seconds=round(time.monotonic() - started, 3), phases=seconds)
+    session.record(Resumed(commit.step, round(time.monotonic() - started, 3), seconds))
     return commit.step

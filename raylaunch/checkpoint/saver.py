@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from raylaunch.checkpoint import checksums, dcp_writer, store
 from raylaunch.checkpoint.dcp_writer import CheckpointWriter, SaveRequest
+from raylaunch.checkpoint.events import CheckpointFailed, CheckpointInvalid, CheckpointSlow, Committed, Event
 from raylaunch.checkpoint.rank import Rank
 from raylaunch.checkpoint.save_process import SaveProcess
 from raylaunch.checkpoint.save_thread import SaveThread
@@ -207,9 +208,9 @@ class Saver:
         if error is None:
             if session.rank == 0:
                 seconds = round(time.monotonic() - started, 3)
-                _tell(session, "commit", step=step, seconds=seconds)
+                _tell(session, Committed(step, seconds))
                 if store.unusually_slow(seconds, self._seconds):
-                    _tell(session, "checkpoint_slow", step=step, seconds=seconds)
+                    _tell(session, CheckpointSlow(step, seconds))
                 self._seconds.append(seconds)
                 _try(lambda: store.retain(session.checkpoint_dir, self._keep, session.incarnation, session.attempt))
             return None
@@ -223,7 +224,7 @@ class Saver:
             cause = store.explanation(path, "write", cause)
         if isinstance(cause, Fenced) or not isinstance(cause, StateError):
             raise cause
-        _tell(session, "checkpoint_failed", step=step, error=cause.message)
+        _tell(session, CheckpointFailed(step, cause.message))
         return cause
 
     def _collect(self) -> None:
@@ -254,7 +255,7 @@ def _candidate(session: Rank, refused: dict[Path, InvalidCheckpoint]) -> Commit 
 
 def _refuse(session: Rank, bad: InvalidCheckpoint, refused: dict[Path, InvalidCheckpoint]) -> None:
     refused[bad.path] = bad
-    _tell(session, "checkpoint_bad", step=bad.step, file=f"{bad.path.name}/{bad.file}", why=bad.why)
+    _tell(session, CheckpointInvalid(bad.step, f"{bad.path.name}/{bad.file}", bad.why))
     if bad.damaged:
         _try(lambda: store.set_aside(bad))
 
@@ -296,12 +297,12 @@ def _on_rank_0(group: dist.ProcessGroup, ask: Callable[[], T]) -> T:
     return value
 
 
-def _tell(session: Rank, kind: str, **fields: Any) -> None:
+def _tell(session: Rank, event: Event) -> None:
     """An event of rank 0. A full disk may be what it is about: then it goes to the log."""
     try:
-        session.event(kind, **fields)
+        session.record(event)
     except StateError as error:
-        print(f"{kind} {fields} ({error.message})", file=sys.stderr, flush=True)
+        print(f"{event} ({error.message})", file=sys.stderr, flush=True)
 
 
 def _try(tidy: Callable[[], object]) -> None:

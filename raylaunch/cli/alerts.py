@@ -24,7 +24,7 @@ from raylaunch.observe.alerts.alert import Alert, clock, message
 from raylaunch.observe.alerts.alert_sinks import Result
 from raylaunch.observe.alerts.sender import MEMORY
 from raylaunch.observe.status import find_run
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 
 
 @click.group()
@@ -64,7 +64,7 @@ def test(path: Path | None, sets: tuple[str, ...]) -> None:
 def list_(run: str, as_json: bool, state_dir: Path | None) -> None:
     """List the alerts of RUN: those that were sent, those that failed, and those that are pending."""
     run_dir, _ = find_run(options.state_dir(state_dir), run)
-    rows = [row for row in files.read_lines(run_dir / files.EVENTS_FILE) if _is_alert(row)]
+    rows = [row for row in event_log.read_all(run_dir) if _is_alert(row)]
     waiting = _waiting(run_dir)
     if as_json:
         return click.echo(json.dumps({"run": run, "alerts": rows, "waiting": waiting}, indent=1))

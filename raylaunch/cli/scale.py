@@ -15,7 +15,7 @@ from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, SlurmUnavailable, UsageError
 from raylaunch.scheduler import backends
-from raylaunch.state import audit, files, records
+from raylaunch.state import audit, event_log, records
 from raylaunch.state.records import Cluster
 
 _EVERY, _JOBS_EVERY = 0.2, 3.0
@@ -115,5 +115,5 @@ def _waits_for(directory: Path, record: Cluster, nodes: int) -> str:
     pending = [j for j in jobs.values() if j.pending]
     if pending:
         return "; ".join(f"job {j.id} is pending ({j.blocked or j.reason or 'no reason yet'})" for j in pending)
-    said = [e for e in files.read_lines(directory / files.EVENTS_FILE) if e["kind"] == "node_decision"]
+    said = [e for e in event_log.read_all(directory) if e["kind"] == "node_decision"]
     return str(said[-1]["reason"]) if said and _ready(directory, record) < nodes else ""

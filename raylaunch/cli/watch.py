@@ -6,12 +6,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console, Group
 from rich.live import Live
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.cli import options
 from raylaunch.cli.show import note
 from raylaunch.cluster import up
@@ -77,9 +77,10 @@ def until_it_ends(directory: Path, record: Cluster) -> None:
     click.echo(f"cluster {record.name} has ended: {reason}")
 
 
-def _say(event: dict[str, Any]) -> None:
-    words = {k: v for k, v in event.items() if k not in {"kind", "decision"} and v not in ("", [], ())}
-    note(f"{event.get('decision', event['kind'])}: " + " ".join(f"{k}={v}" for k, v in words.items()))
+def _say(event: Event) -> None:
+    fields = event.values()
+    what = fields.pop("decision", event.kind)
+    note(f"{what}: " + " ".join(f"{k}={v}" for k, v in fields.items() if v not in ("", [], ())))
 
 
 def _submit_beside(directory: Path, record: Cluster) -> None:

@@ -20,7 +20,8 @@ from raylaunch.config import loader
 from raylaunch.errors import ConfigError
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Backend, Job
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
+from raylaunch.state.cluster_events import ClusterDown
 from raylaunch.state.records import Cluster, Head
 from raylaunch.timing import DOWN_LIMIT, GONE_LIMIT, SAVE_LIMIT, TAKEN_LIMIT
 
@@ -107,7 +108,7 @@ def down(
         ended.notes.append(f"job {left} has not ended; see `squeue -j {left}`")
     _verify(directory, cluster, ended)
     forget_secrets(directory)
-    files.append_event(directory, "down", clean=ended.clean, notes=ended.notes)
+    event_log.append(directory, ClusterDown(ended.clean, ended.notes))
     return ended
 
 

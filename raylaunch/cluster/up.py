@@ -24,7 +24,8 @@ from raylaunch.host import locks
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Backend, Job
 from raylaunch.scheduler.slurm import batch_script, mail
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
+from raylaunch.state.cluster_events import ClusterSubmitted
 from raylaunch.state.records import Cluster, Head
 from raylaunch.text import user
 
@@ -90,7 +91,7 @@ def submit(config: Config, backend: Backend, run: str | None = None) -> tuple[Pa
             raise
         cluster = replace(cluster, jobs=(job,))
         cluster.write(directory / records.CLUSTER_FILE)
-    files.append_event(directory, "submitted", job=job, incarnation=cluster.incarnation, nodes=config.slurm.nodes)
+    event_log.append(directory, ClusterSubmitted(job, cluster.incarnation, config.slurm.nodes))
     return directory, cluster
 
 

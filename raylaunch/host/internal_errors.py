@@ -29,10 +29,11 @@ def described(error: Exception) -> str:
 
 
 class InternalErrors:
-    """Those of one process. `event` is called once for each distinct error, `changed` when `present` is another."""
+    """Those of one process. `report` is called with the work and the error, once for each distinct error; `changed`
+    when `present` is another."""
 
-    def __init__(self, event: Callable[..., None], changed: Callable[[], object] = lambda: None) -> None:
-        self._event, self._changed = event, changed
+    def __init__(self, report: Callable[[str, str], None], changed: Callable[[], object] = lambda: None) -> None:
+        self._report, self._changed = report, changed
         self._told: set[tuple[str, str]] = set()
         self._expected: dict[str, str] = {}
         self.present: dict[str, str] = {}
@@ -62,7 +63,7 @@ class InternalErrors:
         else:
             self._told.add(key)
             log.error("%s failed: a mistake in raylaunch", work, exc_info=error)
-            self._event("internal_error", work=work, error=text)
+            self._report(work, text)
         if self.present.get(work) != text:
             self.present[work] = text
             self._changed()

@@ -12,7 +12,8 @@ from typing import Any
 from raylaunch.config import loader
 from raylaunch.errors import RunError, SlurmUnavailable
 from raylaunch.scheduler import backends
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
+from raylaunch.state.event_log import EventReader
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
@@ -35,7 +36,7 @@ class News:
 def follow(run_dir: Path, cluster_dir: Path, from_start: bool = False) -> Iterator[News]:
     """News of a run until it is over (its weights written, too), or its cluster is. The last one has the final state."""
     metrics = files.LineReader(run_dir / files.METRICS_FILE, at_end=not from_start)
-    events = files.LineReader(run_dir / files.EVENTS_FILE, at_end=not from_start)
+    events = EventReader(run_dir, at_end=not from_start)
     ask_again = time.monotonic() + CLUSTER_EVERY
     alive = True
     while True:
@@ -58,7 +59,7 @@ def _exports(run_dir: Path, cluster_dir: Path) -> bool:
     config = loader.load_resolved(run_dir / records.CONFIG_FILE)
     if not config.checkpoint.save_consolidated:
         return False
-    last = files.read_events(run_dir, "queued", *runs.FINAL, "exported", "export_failed")[-1:]
+    last = event_log.read(run_dir, "queued", *runs.FINAL, "exported", "export_failed")[-1:]
     cluster = Cluster.read(cluster_dir)
     driven = cluster is not None and HeadState.read(cluster_dir, cluster).running == run_dir.name
     return driven and [event["kind"] for event in last] in (["queued"], ["finished"])

@@ -12,7 +12,7 @@ from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.observe.history import goodput
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
@@ -57,7 +57,7 @@ def _cluster(
     nodes = up.living_nodes(directory, record)
     head = Head.read(directory)
     alive = any(job.alive for job in own)
-    bases = {row.get("job") for row in files.read_events(directory, "submitted", "successor")}
+    bases = {row.get("job") for row in event_log.read(directory, "submitted", "successor")}
     joiners = {j.id for j in own} - bases
     if (directory / records.ENDED_FILE).exists() or (trouble is None and not alive):
         now = "down"

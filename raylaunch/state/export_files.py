@@ -8,7 +8,8 @@ from pathlib import Path
 
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, records, runs
+from raylaunch.state.run_events import ExportFailed
 
 LOG_FILE = "export.log"
 
@@ -32,7 +33,7 @@ def command(run_dir: Path, config: Config) -> str:
 
 def tell_cut_off(run_dir: Path) -> None:
     """Where the driver was lost while it exported, or before: tidy up, and say that it failed; nobody else does."""
-    told = files.read_events(run_dir, *runs.FINAL, "exporting", "exported", "export_failed")
+    told = event_log.read(run_dir, *runs.FINAL, "exporting", "exported", "export_failed")
     last = told[-1]["kind"] if told else ""
     if last not in {"finished", "exporting"}:
         return
@@ -41,4 +42,4 @@ def tell_cut_off(run_dir: Path) -> None:
         for part in run_dir.glob(scratch_of(target(run_dir), "*").name):
             shutil.rmtree(part, ignore_errors=True)
         log, hint = str(run_dir / LOG_FILE), command(run_dir, config)
-        files.append_event(run_dir, "export_failed", reason="its driver was lost", log=log, hint=hint)
+        event_log.append(run_dir, ExportFailed("its driver was lost", log, hint))

@@ -13,10 +13,8 @@ import contextlib
 import errno
 import json
 import os
-import re
 import secrets
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,11 +127,6 @@ def read_json(path: Path) -> Any:
         raise StateError(f"cannot read {path}: {error}", "Move the file away and try again.") from error
 
 
-def append_event(directory: Path, kind: str, **fields: Any) -> None:
-    """Add one line to events.jsonl: time, kind, and what belongs to it."""
-    append_line(directory / EVENTS_FILE, {"time": round(time.time(), 3), "kind": kind, **fields})
-
-
 def append_line(path: Path, row: dict[str, Any]) -> None:
     """Add one line to a .jsonl file of mode 0600. One write, so lines of several writers never mix."""
     line = (json.dumps(row, default=str) + "\n").encode()
@@ -155,20 +148,6 @@ def append(path: Path, data: bytes) -> int:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a .jsonl file; [] when it is not there."""
     return LineReader(path).read()
-
-
-def read_events(directory: Path, *kinds: str) -> list[dict[str, Any]]:
-    """The events of these kinds. (Ten days of a large cluster are 100,000 lines, of which few are asked for.)"""
-    wanted = re.compile(rb'^.*"kind": "(?:%s)".*\n' % b"|".join(re.escape(kind.encode()) for kind in kinds), re.M)
-    try:
-        text = (directory / EVENTS_FILE).read_bytes()
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in wanted.findall(text):
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.get("kind") in kinds]
 
 
 class LineReader:

@@ -24,8 +24,9 @@ from raylaunch.config import loader, secrets
 from raylaunch.config.schema import STDLIB, Config, TrainerConfig, continuation_differences
 from raylaunch.errors import RunError, StateError, UsageError
 from raylaunch.host import locks
-from raylaunch.state import files, provenance, records
+from raylaunch.state import event_log, files, provenance, records
 from raylaunch.state.records import Record
+from raylaunch.state.run_events import RunFailed, RunQueued
 
 FINAL = {"finished", "failed", "stopped"}
 HAND_OVER_LIMIT = 30.0
@@ -163,7 +164,7 @@ def _write(run: Path, config: Config, cluster: str, old: Run | None) -> Run:
     created, attempt = (old.created, old.attempt) if old else (time.time(), 0)
     base, _ = store.owner(checkpoint_dir(run, config))
     record = Run(run.name, "queued", cluster, created, uuid.uuid4().hex, attempt, base)
-    files.append_event(run, "queued", cluster=cluster, continued=old is not None)
+    event_log.append(run, RunQueued(cluster, continued=old is not None))
     return record.save(run)
 
 
@@ -268,7 +269,7 @@ def finalize(run: Path, status: int, id: str) -> str:
         cause = f"signal {-status}" if status < 0 else f"exit code {status}"
         reason = f"the driver ended without a last word ({cause}); see logs/driver.log"
         record = record.save(run, state="failed", reason=reason)
-        files.append_event(run, "failed", reason=reason)
+        event_log.append(run, RunFailed(reason))
     return record.state
 
 

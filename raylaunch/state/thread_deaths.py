@@ -8,18 +8,19 @@ from typing import Any
 
 from raylaunch.errors import StateError
 from raylaunch.host import threads
-from raylaunch.state import files
+from raylaunch.state import event_log
+from raylaunch.state.cluster_events import ThreadDied
 
 log = logging.getLogger("raylaunch.threads")
 
 
-def record(directory: Path, **who: Any) -> None:
-    """From now on, an event `thread_died` in `directory`, with these fields, for each thread of this process that dies.
-    The dying thread writes it: nobody else waits for the storage."""
+def record(directory: Path, node: str | None = None, rank: int | None = None, **context: Any) -> None:
+    """From now on, an event `thread_died` in `directory`, of this node or rank, for each thread of this process that
+    dies. The dying thread writes it: nobody else waits for the storage."""
 
     def tell(thread: str, error: str) -> None:
         try:
-            files.append_event(directory, "thread_died", **who, thread=thread, error=error)
+            event_log.append(directory, ThreadDied(thread, error, node, rank), **context)
         except StateError as failure:  # the traceback was printed
             log.error("the event could not be written error=%r", failure.message)
 

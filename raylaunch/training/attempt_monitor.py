@@ -19,6 +19,7 @@ from pathlib import Path
 
 from raylaunch.config.schema import ElasticConfig
 from raylaunch.state import files, runs
+from raylaunch.state.run_events import AttemptAborted, AttemptFault, RankHung, ResizeRequested, RunDecision, WatchFailed
 from raylaunch.training import hang_detector, policy
 from raylaunch.training.cluster_view import ClusterView
 from raylaunch.training.heartbeat_server import HeartbeatServer
@@ -107,7 +108,7 @@ class AttemptMonitor:
         self.group.abort()
         alive = {name for name, node in self.roster.look().items() if node.state in {"ready", "draining"}}
         left = self.pulse.wait_gone(self.attempt.on & alive, GONE_LIMIT)
-        self.event("aborted", seconds=round(self.clock() - began, 3), **({"left": left} if left else {}))
+        self.event(AttemptAborted(round(self.clock() - began, 3), left or None))
 
     def _work(self) -> None:
         while not self._end.wait(EVERY):
@@ -122,7 +123,7 @@ class AttemptMonitor:
         """Once for each trouble that lasts, not five times a second: an attempt that nobody watches must be known."""
         log.exception("the attempt monitor failed")
         if repr(error) != self._failure:
-            self.event("watch_failed", error=repr(error))
+            self.event(WatchFailed(repr(error)))
         self._failure = repr(error)
 
     def _retry_on_storage_error(self) -> None:
@@ -143,13 +144,13 @@ class AttemptMonitor:
             case Withdraw():
                 self.asked = None
                 self.pulse.stop(0, move.reason)
-                self.event("decision", decision="withdraw", reason=move.reason, setting=move.setting)
+                self.event(RunDecision("withdraw", move.reason, move.setting))
                 return False
             case Resize():
                 self.asked = self.last_asked = move
-                self.event("decision", decision="resize", reason=move.reason, setting=move.setting)
+                self.event(RunDecision("resize", move.reason, move.setting))
                 when = "commit" if move.when == AT_COMMIT else "now"
-                self.event("resize_asked", why=move.why, when=when, nodes=sorted(move.nodes))
+                self.event(ResizeRequested(move.why, when, sorted(move.nodes)))
                 self.pulse.stop(move.when, f"{move.why}: {move.reason}")
                 return False
             case Abort():
@@ -189,7 +190,7 @@ class AttemptMonitor:
             node = ", ".join(move.nodes)
             self.verdict = AttemptOutcome("fault", f"{move.cause} {node}", move.reason, None, move.cause, node, step)
         found = self.verdict
-        self.event("fault", cause=found.cause, node=found.node, rank=found.rank, step=step, reason=found.text)
+        self.event(AttemptFault(found.cause, found.node, found.rank, step, found.text))
 
     def _hung(self, hang: hang_detector.Hang) -> AttemptOutcome:
         """Let all workers write their stacks, and find the line at which the missing one stands."""
@@ -203,9 +204,10 @@ class AttemptMonitor:
         line = where_it_stands(Path(stack)) if stack else "no answer: frozen, or in code that does not return"
         node = self.pulse.node(rank)
         self.event(
-            "hang", rank=rank, ranks=list(hang.ranks[:64]), node=node, step=hang.step, phase=hang.phase,
-            seconds=round(hang.seconds, 1), stack=stack or str(folder / f"rank-{rank}.log"), line=line,
-            reason=hang.reason, setting=hang.setting,
+            RankHung(
+                rank, list(hang.ranks[:64]), node, hang.step, hang.phase, seconds=round(hang.seconds, 1),
+                stack=stack or str(folder / f"rank-{rank}.log"), line=line, reason=hang.reason, setting=hang.setting,
+            )
         )  # fmt: skip
         text = f"rank {rank} on {node} hangs at step {hang.step}: {line}" if hang.phase != "start" else hang.reason
         return AttemptOutcome("fault", f"hang of rank {rank}: {line}", text, rank, "hang", node, hang.step)

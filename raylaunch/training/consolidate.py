@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.config.schema import Config
 from raylaunch.state import export_files
+from raylaunch.state.run_events import Exported, ExportFailed, Exporting
 
 MODULE = "raylaunch.training.export"
 LIMIT = 2 * 3600.0
@@ -24,16 +26,16 @@ TERM_LIMIT = 5.0
 """Seconds that it has to tidy up, when it is ended."""
 
 
-def consolidate(run_dir: Path, config: Config, event: Callable[..., None], over: Callable[[], str | None]) -> None:
+def consolidate(run_dir: Path, config: Config, event: Callable[[Event], None], over: Callable[[], str | None]) -> None:
     """Write them. `over` says why there is no more time, None while there is; it is asked all the while."""
     to, log = export_files.target(run_dir), run_dir / export_files.LOG_FILE
     reason = _in_the_way(to)
     if not reason:
-        event("exporting", to=str(to))
+        event(Exporting(str(to)))
         reason = _run(run_dir, to, log, over)
     if not reason:
-        return event("exported", to=str(to))
-    return event("export_failed", reason=reason, log=str(log), hint=export_files.command(run_dir, config))
+        return event(Exported(str(to)))
+    return event(ExportFailed(reason, str(log), export_files.command(run_dir, config)))
 
 
 def _in_the_way(to: Path) -> str:

@@ -20,11 +20,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from raylaunch.checkpoint import store
+from raylaunch.checkpoint.events import Event
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import StateError
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
+from raylaunch.state.cluster_events import ThreadDied
 from raylaunch.state.records import Cluster
+from raylaunch.state.run_events import (
+    AttemptEnded,
+    AttemptFault,
+    AttemptStarted,
+    GlobalBatchSize,
+    RunDecision,
+    RunFailed,
+    RunFinished,
+    RunPaused,
+    RunStopped,
+)
 from raylaunch.state.runs import Run
 from raylaunch.training import consolidate, policy
 from raylaunch.training.attempt_monitor import AttemptMonitor, Watched
@@ -44,6 +57,9 @@ from raylaunch.training.policy import (
 from raylaunch.training.worker.main import WorkerSpec
 from raylaunch.training.worker_group import RayCluster, RayNode, WorkerGroupSpec
 
+ENDS: dict[str, type[RunFinished | RunFailed | RunStopped | RunPaused]] = {
+    end.kind: end for end in (RunFinished, RunFailed, RunStopped, RunPaused)
+}
 log = logging.getLogger("raylaunch.driver")
 T = TypeVar("T")
 
@@ -114,7 +130,7 @@ class TrainingLoop:
     def _finish(self, decision: Finish) -> str:
         self._decided("finish", decision, state=decision.state)
         self._save(state="queued" if decision.state == "paused" else decision.state, reason=decision.reason)
-        self._event(decision.state, reason=decision.reason)
+        self._event(ENDS[decision.state](decision.reason))
         if decision.state == "finished":
             self._consolidate()
         return decision.state
@@ -167,10 +183,7 @@ class TrainingLoop:
         self._pin_global_batch(workers)
         self._save(state="running", attempt=number, world_size=workers, nodes=len(chosen), reason="")
         names = [node.name for node in chosen]
-        self._event(
-            "attempt_started", workers=workers, nodes=len(chosen), on=names, from_step=from_step,
-            incarnation=self.run_incarnation,
-        )  # fmt: skip
+        self._event(AttemptStarted(workers, len(chosen), names, from_step, self.run_incarnation))
         began = self.clock()
         ending, step = self._fit(number, chosen, from_step)
         after = self._retry_on_storage_error(lambda: store.latest(self.checkpoints))
@@ -179,9 +192,10 @@ class TrainingLoop:
         progress = policy.progressed(ending, from_step, committed, self.clock() - began, script)
         self.tally, strike = self.tally.count(ending, progress)
         self._event(
-            "attempt_ended", how=ending.kind, error=ending.text, cause=ending.cause, rank=ending.rank,
-            node=ending.node, step=max(step, committed), committed=committed,
-        )  # fmt: skip
+            AttemptEnded(
+                ending.kind, ending.text, ending.cause, ending.rank, ending.node, max(step, committed), committed
+            )
+        )
         if strike is not None:
             self._request("strike", node=strike, reason=ending.text)
 
@@ -231,9 +245,7 @@ class TrainingLoop:
             return ending
         if watch.verdict is None and ending.kind == "fault":
             ending = replace(ending, node=watch.pulse.node(ending.rank), step=watch.pace.step)
-            self._event(
-                "fault", cause=ending.cause, node=ending.node, rank=ending.rank, step=ending.step, reason=ending.text
-            )
+            self._event(AttemptFault(ending.cause, ending.node, ending.rank, ending.step, ending.text))
         self._retry_on_storage_error(watch.stop_workers)
         return ending
 
@@ -258,20 +270,19 @@ class TrainingLoop:
         """Where the last driver of this run went down with an attempt, write down how that ended."""
         if self.run.state not in {"running", "holding"} or not self.run.attempt:
             return
-        events = [e for e in files.read_lines(self.run_dir / files.EVENTS_FILE) if e.get("attempt") == self.run.attempt]
-        kinds = [e["kind"] for e in events]
+        rows = [row for row in event_log.read_all(self.run_dir) if row.get("attempt") == self.run.attempt]
+        kinds = [row["kind"] for row in rows]
         if "attempt_started" not in kinds or "attempt_ended" in kinds:
             return
-        started = events[kinds.index("attempt_started")]
-        cause = "head_lost" if started.get("incarnation", 0) < self.run_incarnation else "driver_lost"
+        started = rows[kinds.index("attempt_started")]
+        cause = "head_lost" if started.get("run_incarnation", 0) < self.run_incarnation else "driver_lost"
         last, commit = runs.last_metrics(self.run_dir), store.latest(self.checkpoints)
         committed = commit.step if commit else 0
         step = max(committed, int(last["step"]) if last.get("attempt") == self.run.attempt else 0)
         text = "the head was lost" if cause == "head_lost" else "the driver was lost"
         self.tally = FailureCounts(AttemptOutcome("fault", cause, text, None, cause, None, step))
-        self._event("fault", cause=cause, node=None, rank=None, step=step, reason=text)
-        self._event("attempt_ended", how="fault", error=text, cause=cause, rank=None, node=None, step=step,
-                    committed=committed)  # fmt: skip
+        self._event(AttemptFault(cause, None, None, step, text))
+        self._event(AttemptEnded("fault", text, cause, None, None, step, committed))
 
     def _claim(self) -> int:
         """An attempt number that nobody has: making its directory claims it."""
@@ -332,7 +343,7 @@ class TrainingLoop:
                 lambda: files.write_text(self.run_dir / records.CONFIG_FILE, loader.dump(config))
             )
             self.config = config
-            self._event("global_batch_size", samples=size, workers=workers)
+            self._event(GlobalBatchSize(size, workers))
 
     def _pause(self, seconds: float) -> None:
         """Wait, unless the run is asked to stop."""
@@ -341,18 +352,18 @@ class TrainingLoop:
             self.sleep(0.2)
 
     def _decided(self, what: str, decision: policy.Decision, **fields: Any) -> None:
-        self._event("decision", decision=what, reason=decision.reason, setting=decision.setting, **fields)
+        self._event(RunDecision(what, decision.reason, decision.setting, **fields))
 
-    def _event(self, kind: str, **fields: Any) -> None:
-        log.info("%s %s", kind, " ".join(f"{k}={v!r}" for k, v in fields.items()))
+    def _event(self, event: Event) -> None:
+        log.info("%s %s", event.kind, " ".join(f"{k}={v!r}" for k, v in event.values().items()))
         try:
-            files.append_event(self.run_dir, kind, attempt=self.run.attempt, **fields)
+            event_log.append(self.run_dir, event, attempt=self.run.attempt)
         except StateError as error:  # the line stands in our log
             log.error("the event could not be written error=%r", str(error))
 
     def thread_died(self, thread: str, error: str) -> None:
         """One of this driver's own: the run goes on, but somebody has to know."""
-        self._event("thread_died", thread=thread, error=error)
+        self._event(ThreadDied(thread, error))
 
     def _save(self, **changes: Any) -> None:
         self.run = self._retry_on_storage_error(lambda: self.run.save(self.run_dir, **changes))

@@ -44,7 +44,7 @@ def next_life(drill: Drill, run: str, life: int) -> None:
         for job, now in map(str.split, drill.site.jobs()):
             if now == "PENDING":  # it may begin in this moment, which is no failure
                 drill.site.slurm("sh", "-c", f"scontrol update jobid={job} StartTime=now || true")
-        return len(drill.cluster_events("head")) >= life
+        return len(drill.cluster_events("head_started")) >= life
 
     drill.wait("the next life", begun)
 
@@ -74,7 +74,7 @@ def test_a_chain_of_jobs_finishes_the_run(drill: Drill) -> None:
         next_life(drill, "chain", life + 1)
     drill.site.slurm("scontrol", "update", f"jobid={job}", "TimeLimit=30")  # enough, however busy the machine is
     drill.open_gate("chain")
-    assert {row["why"] for row in drill.cluster_events("notice")} == {"walltime"}
+    assert {row["why"] for row in drill.cluster_events("termination_notice")} == {"walltime"}
     ended_well(drill, "chain")
     alerts = [event["alert"] for event in drill.run_events("chain", "alert")]
     assert (alerts.count("started"), alerts.count("held"), alerts[-1]) == (3, 2, "finished")  # in each life, once
@@ -180,7 +180,7 @@ def test_requeues_are_capped(drill: Drill) -> None:
     drill.site.slurm("scancel", "--signal=USR1", "--batch", job)
     drill.wait_cluster_event("ended")
     drill.site.wait_clean(60)
-    assert drill.cluster_events("requeues_used_up") and not drill.cluster_events("requeued")
+    assert drill.cluster_events("max_requeues_reached") and not drill.cluster_events("requeued")
     assert drill.site.run_status("capped")["state"] == "stopped"
 
 

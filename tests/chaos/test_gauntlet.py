@@ -50,7 +50,7 @@ class Gauntlet:
         """The run takes the node that replaced the last one, at a commit."""
         self.attempt = self.drill.at_gate(RUN, self.steps)
         if self.drill.sizes(RUN)[-1] < 3:
-            self.drill.wait_event(RUN, "resize_asked", attempt=self.attempt, why="grow")
+            self.drill.wait_event(RUN, "resize_requested", attempt=self.attempt, why="grow")
             self.steps += EVERY
             assert self.steps < STEPS
             self.drill.open_gate(RUN, self.steps)
@@ -195,7 +195,7 @@ class Gauntlet:
         """It is left at the next step, with none lost, and its agent ends."""
         victim = self.victim()
         self.drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=drain", "reason=test")
-        self.drill.wait_event(RUN, "resize_asked", attempt=self.attempt, why="drain")
+        self.drill.wait_event(RUN, "resize_requested", attempt=self.attempt, why="drain")
         self.wait_next_attempt(how="resized")
         ended = self.drill.wait_event(RUN, "attempt_ended", attempt=self.attempt)
         assert ended["step"] == ended["committed"]

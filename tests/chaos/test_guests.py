@@ -35,7 +35,7 @@ def test_idle_nodes_of_another_partition_are_taken_and_given_back(drill: Drill) 
     attempt = drill.at_gate("guests", saved + 1, after=attempt, commit=saved)
     drill.site.slurm("scancel", other)
     drill.wait("three ready nodes", lambda: drill.ready() == 3)
-    drill.wait_event("guests", "resize_asked", attempt=attempt, why="grow")
+    drill.wait_event("guests", "resize_requested", attempt=attempt, why="grow")
     drill.open_gate("guests")
     drill.finished(command, "guests")
     sizes = drill.sizes("guests")
@@ -57,7 +57,7 @@ def test_a_guest_that_leads_is_preempted(drill: Drill) -> None:
     other = ["sbatch", "--parsable", "-w", leader, "--exclusive", "-p", "main", "--wrap", "sleep 300"]
     job = drill.site.slurm(*other).strip()
     drill.wait("another head", lambda: drill.head() != leader)
-    drill.wait_event("led", "resize_asked", attempt=attempt, why="drain")  # saved and left first
+    drill.wait_event("led", "resize_requested", attempt=attempt, why="drain")  # saved and left first
     drill.open_gate("led")
     drill.site.slurm("scancel", job)
     drill.finished(command, "led")
@@ -78,6 +78,6 @@ def test_a_base_that_slurm_runs_again_beside_a_guest(drill: Drill) -> None:
     drill.open_gate("again")
     drill.finished(command, "again")
     assert drill.incarnation() > incarnation
-    assert not [row for row in drill.cluster_events("strike") if "could not start" in row["reason"]]
+    assert not [row for row in drill.cluster_events("node_strike") if "could not start" in row["reason"]]
     drill.wait("one ready node at the least", lambda: drill.ready() > 0)
     drill.site.sandbox.start(base)

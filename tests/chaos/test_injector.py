@@ -45,7 +45,7 @@ def test_workers_and_nodes_die_and_the_ledger_says_what_it_cost(drill: Drill) ->
     assert 0 < record["goodput"] < 1 and record["wall"] == pytest.approx(sum(record["parts"].values()))
 
     # Each fault is answered by one recovery, with its phases; what it hit is on record.
-    injected = drill.run_events("victim", "injected")
+    injected = drill.run_events("victim", "fault_injected")
     assert [row["seq"] for row in injected] == [1, 2, 3]
     answers = [seq for row in record["recoveries"] for seq in row["injected"]]
     assert sorted(answers) == [1, 2, 3]

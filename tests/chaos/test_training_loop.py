@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_done_without(drill: Drill, damage: str) -> None
     drill.open_gate(damage)
     command.ended().expect(0, f"run {damage} is finished")
     same_curve(drill.site.losses(damage), drill.reference(damage), SAME_SIZE)
-    bad = drill.run_events(damage, "checkpoint_bad")[0]
+    bad = drill.run_events(damage, "checkpoint_invalid")[0]
     assert bad["file"] == f"{newest.name}/{file.name}"
     kept = [path for path in checkpoints.iterdir() if ".bad-" in path.name]
     assert len(kept) == 1 and (kept[0] / file.name).stat().st_size == len(

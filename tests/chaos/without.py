@@ -193,8 +193,8 @@ SWITCHES = (
         ),
     ),
     Switch(
-        "saves that fail", "raylaunch/checkpoint/saver.py", "error=cause.message)\n        return cause",
-        "error=cause.message)\n        raise cause", ("training_loop::test_storage_that_takes_nothing",),
+        "saves that fail", "raylaunch/checkpoint/saver.py", "CheckpointFailed(step, cause.message))\n        return cause",
+        "CheckpointFailed(step, cause.message))\n        raise cause", ("training_loop::test_storage_that_takes_nothing",),
     ),
     Switch(
         "patience with storage", "raylaunch/training/hang_detector.py", 'LONG_PHASES = {"load", "validate", "save"}',

@@ -18,7 +18,7 @@ import pytest
 from raylaunch.checkpoint import store
 from raylaunch.data import prepare
 from raylaunch.data.prepare import PrepareRequest
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 from raylaunch.training.worker.session import Session
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ class Run:
         return {line["step"]: line[key] for line in lines if key in line}
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        return [e for e in files.read_lines(self.directory / files.EVENTS_FILE) if e["kind"] == kind]
+        return [e for e in event_log.read_all(self.directory) if e["kind"] == kind]
 
     def outcome(self) -> Any:
         return files.read_json(files.attempt_dir(self.directory, self.attempts) / "outcome.json")

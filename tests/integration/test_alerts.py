@@ -21,7 +21,7 @@ from raylaunch.cluster.head.context import HeadContext
 from raylaunch.cluster.head.drivers import Drivers
 from raylaunch.config.schema import Config
 from raylaunch.host import sidecar
-from raylaunch.state import files, runs
+from raylaunch.state import event_log, files, runs
 from raylaunch.state.records import Cluster
 from raylaunch.tools.sandbox.procs import wait_for
 
@@ -99,12 +99,12 @@ def run(tmp_path: Path) -> Path:
 
 def hand_over(run: Path, **own: Any) -> None:
     cluster = files.make_dir(run.parents[1] / "clusters" / "main")
-    files.append_event(cluster, "node_lost", node="n0", reason="before this run")
-    files.append_event(cluster, "run_started", run="r")
+    event_log.write(cluster, "node_lost", node="n0", reason="before this run")
+    event_log.write(cluster, "run_started", run="r")
     own = {"min_interval": 0, "max_per_hour": 1000, **own}
     with runs.prepared(run, Config.model_validate({"alerts": own}), "main"):
         pass
-    files.append_event(run, "attempt_started", attempt=1, workers=2, nodes=1, on=["n1"], from_step=0)
+    event_log.write(run, "attempt_started", attempt=1, workers=2, nodes=1, on=["n1"], from_step=0)
 
 
 def begin(run: Path, limits: str = QUICK) -> subprocess.Popen[bytes]:
@@ -122,19 +122,19 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 def lose(run: Path, *nodes: int) -> None:
     for node in nodes:
-        files.append_event(run.parents[1] / "clusters" / "main", "node_lost", node=f"n{node}", reason="silent")
+        event_log.write(run.parents[1] / "clusters" / "main", "node_lost", node=f"n{node}", reason="silent")
 
 
 def end(run: Path, process: subprocess.Popen[bytes]) -> None:
     """Let the run fail, and its process end by itself."""
     runs.Run.read(run).save(run, state="failed")  # type: ignore[union-attr]
-    files.append_event(run, "failed", reason="it was so")
+    event_log.write(run, "failed", reason="it was so")
     sidecar.end(process)
     assert process.returncode == 0
 
 
 def told(run: Path) -> list[dict[str, Any]]:
-    return [row for row in files.read_lines(run / files.EVENTS_FILE) if row["kind"] == "alert"]
+    return [row for row in event_log.read_all(run) if row["kind"] == "alert"]
 
 
 def lost(*nodes: int) -> list[str]:

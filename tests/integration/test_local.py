@@ -209,7 +209,7 @@ def test_a_lost_node_is_left_at_once_and_grown_back_onto_at_a_commit(site: Site)
     assert (fault["cause"], fault["node"]) == ("node_lost", "local2")  # by our agents' word, before Ray misses a node
     known, again = fault["time"] - killed, started[1]["time"] - fault["time"]
     print(f"a lost node: known after {known:.1f} s, the next attempt {again:.1f} s later")
-    asked = site.events("lose", "resize_asked")[-1]
+    asked = site.events("lose", "resize_requested")[-1]
     assert (asked["why"], asked["when"], asked["nodes"]) == ("grow", "commit", ["local2"])
     ended = site.events("lose", "attempt_ended")
     assert ended[0]["how"] == "fault" and [e["how"] for e in ended][-2:] == ["resized", "stopped"]

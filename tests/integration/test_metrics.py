@@ -22,7 +22,7 @@ from raylaunch.cluster.telemetry import collect
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.observe.prometheus import exporter, scrape_config
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
@@ -48,11 +48,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loads = {"n1": {"time": NOW, "cpu": 0.5, "memory": 0.25, "gpu": 0.9, "gpu_memory": 0.8, "watts": 700,
                     "temperature": 61, "ecc_errors": 0, "oom_kills": 2}, "n2": {"time": NOW, "cpu": 0.1, "memory": 0.2}}  # fmt: skip
     files.write_json(directory / collect.LATEST_FILE, {"canary": "canary", "nodes": loads})
-    files.append_event(directory, "node_lost", node="n2")
+    event_log.write(directory, "node_lost", node="n2")
     run = files.make_dir(directory.parent.parent / "runs" / "r")
     Run("r", "running", "c", NOW, attempt=2).write(run / records.RUN_FILE)
     files.write_text(run / records.CONFIG_FILE, loader.dump(Config()))
-    files.append_event(run, "commit", attempt=1, step=5, seconds=1.0)
+    event_log.write(run, "commit", attempt=1, step=5, seconds=1.0)
     for step in range(1, 8):
         files.append_line(run / files.METRICS_FILE, {
             "step": step, "loss": 5.0 - step, "lr": 0.1, "grad_norm": 1.0, "tokens": 100 * step, "tokens_per_s": 10.0,

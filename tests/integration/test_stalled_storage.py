@@ -18,14 +18,14 @@ import pytest
 from helpers import disk_at, wait_for
 
 from raylaunch import timing
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 
 STALL = 3 * timing.PING_LIMIT
 FAULTS = {
     "node_lost",
     "node_restarting",
     "node_failed",
-    "strike",
+    "node_strike",
     "election",
     "fenced",
     "driver_lost",
@@ -90,7 +90,7 @@ def have_ray_print(agent: int, text: bytes) -> None:
 
 def test_storage_that_stalls_costs_no_node(disk: Path) -> None:
     cluster = files.cluster_dir(disk / "state", "two")
-    before, count = members(cluster), len(files.read_lines(cluster / files.EVENTS_FILE))
+    before, count = members(cluster), len(event_log.read_all(cluster))
     assert [now for now, _, _ in before.values()] == ["ready", "ready"]
     with frozen(disk):
         since = time.monotonic()
@@ -103,7 +103,7 @@ def test_storage_that_stalls_costs_no_node(disk: Path) -> None:
         wait_for(f"what {name} printed", lambda log=log, text=text: text in log.read_text(errors="replace"), PATIENCE)
     # The head writes its events in order: with this one there, all that it had to say of the stall is, too.
     raylaunch(disk, "scale", "two", "2")
-    wait_for("the head's next event", lambda: bool(files.read_events(cluster, "scaled")), PATIENCE)
-    events = files.read_lines(cluster / files.EVENTS_FILE)[count:]
+    wait_for("the head's next event", lambda: bool(event_log.read(cluster, "scaled")), PATIENCE)
+    events = event_log.read_all(cluster)[count:]
     assert [event for event in events if event["kind"] in FAULTS] == []
     assert members(cluster) == before

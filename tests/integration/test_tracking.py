@@ -16,7 +16,7 @@ from raylaunch.config.schema import Config
 from raylaunch.errors import RunError
 from raylaunch.host import sidecar
 from raylaunch.observe.trackers.uploader import MEMORY
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
 from raylaunch.tools.sandbox.procs import wait_for
 
 PATIENCE = 120.0
@@ -117,7 +117,7 @@ def test_a_tracker_that_fails_does_not_keep_the_others_waiting(tmp_path: Path) -
     report(run, range(1, 4))
     sidecar.end(begin(run))
     assert list(tensorboard(run)) == [1, 2, 3] and passed_on(run, "mlflow") == 0
-    (told,) = [row for row in files.read_lines(run / files.EVENTS_FILE) if row["kind"] == "tracking_failed"]
+    (told,) = [row for row in event_log.read_all(run) if row["kind"] == "tracking_failed"]
     assert told["tracker"] == "mlflow"
 
 

@@ -342,7 +342,7 @@ def test_a_bad_checkpoint_is_named_set_aside_and_done_without(run: Run, straight
     else:
         (newest / "commit.json").write_text("{")
     run.train(2)
-    (bad,) = run.events("checkpoint_bad")
+    (bad,) = run.events("checkpoint_invalid")
     file, why = ("__1_0.distcp", "sha256") if damage == "flipped bit" else ("commit.json", "torn")
     assert bad["step"] == 7 and bad["file"] == f"step-00000007/{file}" and why in bad["why"]
     assert [e["step"] for e in run.events("resumed")] == [6]
@@ -357,7 +357,7 @@ def test_when_no_checkpoint_verifies_the_run_begins_anew(run: Run, straight: Run
     for commit in store.committed(run.checkpoints):
         flip_a_bit(commit.path / ".metadata")
     run.train(2)
-    assert [e["step"] for e in run.events("checkpoint_bad")] == [4, 3]
+    assert [e["step"] for e in run.events("checkpoint_invalid")] == [4, 3]
     assert run.commits() == [3, 6, 9, 10] and run.events("resumed") == []
     assert_same_curve(run, straight, rel=0)
 
@@ -367,7 +367,7 @@ def test_one_rank_alone_does_not_condemn_a_checkpoint(run: Run) -> None:
     run.train(2, stop_at=4)
     run.train(2, blind_rank=1)
     assert [e["step"] for e in run.events("resumed")] == [4]
-    assert run.events("checkpoint_bad") == []
+    assert run.events("checkpoint_invalid") == []
 
 
 # Numbers that are none.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 
@@ -26,7 +26,7 @@ def state_dir(tmp_path: Path) -> Path:
     directory = files.make_dir(tmp_path / "clusters" / "c")
     Cluster("c", "local", 1, "canary", 0.0, 1, 2, 1).write(directory / records.CLUSTER_FILE)
     HeadState("canary", wanted=2).write(directory / records.DUTIES_FILE)
-    files.append_event(directory, "node_lost", node="n1", reason="pulled the plug")
+    event_log.write(directory, "node_lost", node="n1", reason="pulled the plug")
     files.write_json(directory / records.ENDED_FILE, {"canary": "canary", "reason": "down"})
     return tmp_path
 

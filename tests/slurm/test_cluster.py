@@ -329,8 +329,8 @@ def test_down_leaves_nothing_and_may_be_repeated(site: Site) -> None:
     assert "no cluster is up" in site.run("status").expect(0).out
     site.run("status", "--all").expect(0, "main", "down")
     kinds = [event["kind"] for event in site.events(site.cluster("main"))]
-    assert kinds[0] == "submitted" and kinds[-1] == "down"
-    assert {"head", "node_joined", "node_ready", "ending", "ended"} <= set(kinds)
+    assert kinds[0] == "submitted" and kinds[-1] == "cluster_down"
+    assert {"head_started", "node_joined", "node_ready", "ending", "ended"} <= set(kinds)
     assert kinds.index("node_ready") < kinds.index("ending") < kinds.index("ended")
     assert all(event["time"] > 1.6e9 for event in site.events(site.cluster("main")))
 

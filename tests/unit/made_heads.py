@@ -11,7 +11,7 @@ from typing import Any
 from raylaunch.cluster.head import HeadController
 from raylaunch.cluster.membership.control_channel import ControlServer, Member
 from raylaunch.config.schema import Config
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
 from raylaunch.state.records import Cluster, Head
 
 
@@ -53,7 +53,7 @@ class Place:
         return json.loads((self.directory / name).read_text())
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        return files.read_events(self.directory, *kinds)
+        return event_log.read(self.directory, *kinds)
 
 
 def run(work: Callable[[], Awaitable[None]]) -> None:

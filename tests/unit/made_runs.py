@@ -66,7 +66,7 @@ class Made:
         t = self.began
         self.event(t, "queued", cluster=self.name, continued=False)
         self.of_cluster(t, "submitted", job="4711", incarnation=1, nodes=str(self.nodes))
-        self.of_cluster(t + 31, "head", node=names[0], incarnation=1)
+        self.of_cluster(t + 31, "head_started", node=names[0], incarnation=1)
         for i, name in enumerate(names):
             self.of_cluster(t + 31 + 0.1 * i, "node_joined", node=name)
             self.of_cluster(t + 36 + 0.1 * i, "node_ready", node=name)
@@ -83,8 +83,8 @@ class Made:
             self.event(t, "decision", decision="start", attempt=number - 1)
             self.event(t + 0.1, "attempt_started", attempt=number, workers=workers, on=list(there), from_step=committed,
                        incarnation=incarnation)  # fmt: skip
-            self.event(t + 4, "connected", attempt=number)
-            self.event(t + 9, "built", attempt=number, parameters=8_030_261_248)
+            self.event(t + 4, "workers_connected", attempt=number)
+            self.event(t + 9, "model_built", attempt=number, parameters=8_030_261_248)
             if committed:
                 self.event(t + 21, "resumed", attempt=number, step=committed)
             t, step = t + 24, committed
@@ -114,7 +114,7 @@ class Made:
             there.append(missing)
             there.sort()
             self.of_cluster(t - 60, "node_joined", node=missing)
-            self.event(t - 20, "resize_asked", attempt=number, why="grow", when="commit")
+            self.event(t - 20, "resize_requested", attempt=number, why="grow", when="commit")
             self.event(t, "commit", attempt=number, step=step, seconds=2.5)
             self.event(t + 1, "attempt_ended", attempt=number, how="resized", committed=step)
             return t + 1.5, step, incarnation
@@ -123,11 +123,11 @@ class Made:
         if cause == "head_lost":
             incarnation += 1
             self.of_cluster(t + 2.1, "election", incarnation=incarnation, node=names[1], why="lost")
-            self.of_cluster(t + 2.3, "head", incarnation=incarnation, node=names[1])
+            self.of_cluster(t + 2.3, "head_started", incarnation=incarnation, node=names[1])
         if cause == "node_lost" and len(there) > 1:
             there.remove(hit)
             self.of_cluster(t + 0.2, "node_lost", node=hit, reason="the connection was closed")
-            self.of_cluster(t + 2.2, "strike", node=hit, count=1, reason="the connection was closed")
+            self.of_cluster(t + 2.2, "node_strike", node=hit, count=1, reason="the connection was closed")
         self.event(t + 2.5, "fault", attempt=number, cause=cause, node=hit, rank=3, step=step)
         self.event(t + 4.0, "attempt_ended", attempt=number, how="fault", error=cause, committed=committed)
         return t + 4.5, committed, incarnation

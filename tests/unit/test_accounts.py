@@ -66,12 +66,12 @@ def event(time: float, kind: str, **fields: Any) -> dict[str, Any]:
 
 def test_holds() -> None:
     rows = settled([
-        event(0, "submitted", job="1"), event(10, "head", node="a"), event(10, "node_joined", node="a"),
+        event(0, "submitted", job="1"), event(10, "head_started", node="a"), event(10, "node_joined", node="a"),
         event(12, "node_joined", node="b"), event(13, "node_ready", node="b"), event(100, "node_lost", node="b"),
         event(150, "joiner_submitted", job="2"), event(200, "node_joined", node="c"), event(210, "node_joined", node="a"),
         event(300, "requeued", job="1"), event(400, "node_joined", node="a"), event(500, "ended", reason="down"),
-        event(501, "down"),
-        event(1000, "submitted", job="3"), event(1010, "node_joined", node="a"), event(1050, "strike", node="a"),
+        event(501, "cluster_down"),
+        event(1000, "submitted", job="3"), event(1010, "node_joined", node="a"), event(1050, "node_strike", node="a"),
         event(5000, "submitted", job="4"), event(5010, "node_joined", node="a"),
     ])  # fmt: skip
     lives, holds = node_hours.lives(rows, until=5110.0)

@@ -25,7 +25,7 @@ from raylaunch.errors import BringUpError, ConfigError, RaylaunchError, StateErr
 from raylaunch.host.ports import PortLease, Ports
 from raylaunch.host.resources import Resources
 from raylaunch.host.temp_dir import TempDir
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 from raylaunch.state.records import Head
 
 HERE = NodeIdentity(Path("/nowhere"), "c", "n2", 1, ("n1", "n2"), local=False, job="7", life="7:0")
@@ -411,7 +411,7 @@ def test_a_node_that_could_not_lead_begins_again_and_is_no_failure(
     monkeypatch.setattr(entry, "_report", None)  # what tells a failure
     with contextlib.ExitStack() as at_end:
         assert asyncio.run(entry.supervise(first.here, at_end)) == agent.AGAIN
-    (told,) = files.read_events(first.here.directory, "could_not_lead")
+    (told,) = event_log.read(first.here.directory, "could_not_lead")
     assert told["node"] == "n1" and told["error"].startswith(type(error).__name__)
 
 

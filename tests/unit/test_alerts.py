@@ -28,7 +28,7 @@ from raylaunch.observe.alerts.rate_limit import Limiter
 from raylaunch.observe.alerts.sender import AlertSender, _last_line
 from raylaunch.observe.trackers import sinks as trackers
 from raylaunch.scheduler.slurm import mail
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
 from raylaunch.tools.sandbox.procs import wait_for
 
 SECRET = "https://hooks.example.org/services/T0/B0/s3cr3t"
@@ -128,10 +128,12 @@ def test_recovered_at_the_first_step_after_whatever_happened() -> None:
 def test_a_script_recovers_when_its_workers_are_there(tmp_path: Path) -> None:
     run = Told(trainer={"script": "a.py"})
     run.start()
-    assert run.event("connected", workers=4) == []
+    assert run.event("workers_connected", workers=4) == []
     run.event("attempt_ended", how="fault", error="worker lost")
     run.start()
-    assert one(run.event("connected", workers=4), "recovered").text.startswith("its script runs again on 4 workers")
+    assert one(run.event("workers_connected", workers=4), "recovered").text.startswith(
+        "its script runs again on 4 workers"
+    )
 
 
 def test_held_only_when_it_lasts() -> None:
@@ -208,7 +210,7 @@ def test_checkpoints_that_fail_or_do_not_come() -> None:
     run = Told()
     run.start()
     assert one(run.event("checkpoint_failed", step=100, error="disk full"), "checkpoint_failed").facts == {"step": 100}
-    assert one(run.event("checkpoint_bad", step=1, file="a", why="torn"), "checkpoint_failed")
+    assert one(run.event("checkpoint_invalid", step=1, file="a", why="torn"), "checkpoint_failed")
     assert one(run.event("checkpoint_slow", step=100, seconds=312.0), "checkpoint_late").text == (
         "the save of step 100 took 5 min, much longer than others"
     )
@@ -240,8 +242,8 @@ def test_the_end_of_the_time_is_told_when_the_run_needs_more() -> None:
         "the allocation ends in 29 min; the run needs about 2 h 45 min more: it saves, and goes on in another one"
     )
     assert run.wait(60, end) == []
-    assert run.cluster(("notice", {"why": "walltime", "seconds_left": 120})) == []  # said already
-    taken = one(run.cluster(("notice", {"why": "preempted", "seconds_left": 30})), "walltime")
+    assert run.cluster(("termination_notice", {"why": "walltime", "seconds_left": 120})) == []  # said already
+    taken = one(run.cluster(("termination_notice", {"why": "preempted", "seconds_left": 30})), "walltime")
     assert taken.text.startswith("preempted: the allocation ends in 30 s")
     assert run.wait(0, end + 9000) == []  # somebody gave it more
     assert one(run.wait(9000, end + 9000), "walltime")
@@ -254,7 +256,7 @@ def test_a_short_allocation_and_a_run_that_fits_are_no_news() -> None:
     assert run.wait(0, run.now + 1000) == [] and run.wait(500, run.now + 500) == []  # it never had more
     assert run.wait(0, run.now + 5000) == [] and run.wait(4000, run.now + 4500) == []  # 400 steps are left
     assert run.wait(0, run.now + 500) == []
-    assert one(run.cluster(("notice", {"why": "walltime", "seconds_left": 100})), "walltime")
+    assert one(run.cluster(("termination_notice", {"why": "walltime", "seconds_left": 100})), "walltime")
 
 
 @pytest.mark.parametrize("kind", ["finished", "stopped", "failed"])
@@ -302,7 +304,7 @@ ODD = st.recursive(
 )
 KINDS = st.sampled_from(
     ["attempt_started", "attempt_ended", "fault", "decision", "commit", "paused", "failed", "nonfinite", "checkpoint_slow",
-     "node_lost", "gpu_trouble", "notice", "ending", "connected", "checkpoint_failed"]
+     "node_lost", "gpu_trouble", "termination_notice", "ending", "workers_connected", "checkpoint_failed"]
 )  # fmt: skip
 FIELDS = st.sampled_from(["from_step", "on", "nodes", "workers", "reason", "step", "seconds", "node", "loss", "attempt",
                           "seconds_left", "why", "what", "decision", "cause", "how", "goes_on"])  # fmt: skip
@@ -454,7 +456,7 @@ def test_details_of_a_failed_run(tmp_path: Path) -> None:
     folder = files.attempt_dir(run, 1)
     folder.mkdir(parents=True)
     (folder / "rank-3.log").write_text("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
-    files.append_event(
+    event_log.write(
         run, "attempt_ended", attempt=1, how="error", error="oom", cause="error", rank=3, node="gpu1", committed=0
     )
     made = details.complete(Alert("failed", "failed: oom", ask="verdict"), run)
@@ -682,7 +684,7 @@ def test_the_alerts_of_a_run_are_listed_whatever_lies_there(here: Path) -> None:
     assert "has sent no alert" in CliRunner().invoke(cli, words).output
     done = {"slack": {"outcome": "sent", "tries": 2, "seconds": 1.0}}
     told = {"alert": "nan", "at": 1e9, "text": "step 7: [red] loss is nan", "id": "1", "count": 1}
-    files.append_event(run, "alert", **told, sinks=done)
+    event_log.write(run, "alert", **told, sinks=done)
     box = Outbox()
     box.add(message(Alert("failed", "failed: x", time=1e9), "r", "main"), ["webhook"])
     files.write_json(run / "alerts.json", {"outbox": box.memory()})

@@ -133,7 +133,7 @@ def test_the_next_allocation(
 ) -> None:
     asked(monkeypatch, **answers)
     (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
-    assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "walltime", Continuation.REQUEUE)] == done
+    assert [event.kind for event in allocation.go_on(tmp_path, "7", "walltime", Continuation.REQUEUE)] == done
 
 
 def test_a_submission_that_may_have_been_taken_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_a_submission_that_may_have_been_taken_is_not_repeated(tmp_path: Path, m
     late.__cause__ = subprocess.TimeoutExpired("sbatch", 10)
     slurm = asked(monkeypatch, submit=[late, "8"])
     (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
-    done = [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Continuation.SUCCESSOR)]
+    done = [event.kind for event in allocation.go_on(tmp_path, "7", "timeout", Continuation.SUCCESSOR)]
     assert done == ["successor_refused"] and slurm.done == ["submit"]
 
 
@@ -149,7 +149,7 @@ def test_a_successor_that_cannot_be_written_down_is_one(tmp_path: Path, monkeypa
     asked(monkeypatch, submit=["8"])
     (tmp_path / records.SCRIPT_FILE).write_text("#!/bin/sh\n")
     (tmp_path / records.CLUSTER_FILE).write_text("{")
-    assert [kind for kind, _ in allocation.go_on(tmp_path, "7", "timeout", Continuation.SUCCESSOR)] == ["successor"]
+    assert [event.kind for event in allocation.go_on(tmp_path, "7", "timeout", Continuation.SUCCESSOR)] == ["successor"]
 
 
 def test_a_lock_that_somebody_frozen_holds_keeps_no_successor_back(
@@ -163,5 +163,5 @@ def test_a_lock_that_somebody_frozen_holds_keeps_no_successor_back(
     monkeypatch.setattr(locks, "time", SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None))
     with allocation.locked(tmp_path):
         done = list(allocation.go_on(tmp_path, "7", "timeout", Continuation.SUCCESSOR))
-    assert [kind for kind, _ in done] == ["lock_held", "successor"]
+    assert [event.kind for event in done] == ["lock_held", "successor"]
     assert Cluster.read(tmp_path) == replace(cluster, jobs=("7", "8"))

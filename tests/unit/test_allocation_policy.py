@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from raylaunch.cluster.head import allocation_policy
 from raylaunch.cluster.head.allocation_policy import (
     JOB_ENDS,
+    AllocationEvent,
     AllocationFacts,
     BatchJob,
     Course,
     Decision,
     Drain,
     End,
-    Event,
     Leave,
     Resign,
     Save,
@@ -32,11 +32,11 @@ REQUEUED = replace(PREEMPTED, again=True)
 
 
 def signal(job: BatchJob | None = ENDING, **more: object) -> AllocationFacts:
-    return replace(AllocationFacts(Event.SIGTERM, job=job), **more)  # type: ignore[arg-type]
+    return replace(AllocationFacts(AllocationEvent.SIGTERM, job=job), **more)  # type: ignore[arg-type]
 
 
 def notice(left: float | None, notice: float = 60.0, **more: object) -> AllocationFacts:
-    return replace(AllocationFacts(Event.NOTICE, job=BatchJob("RUNNING", left), notice=notice), **more)  # type: ignore[arg-type]
+    return replace(AllocationFacts(AllocationEvent.NOTICE, job=BatchJob("RUNNING", left), notice=notice), **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def notice(left: float | None, notice: float = 60.0, **more: object) -> Allocati
         (notice(60.0, longest_save=300.0), Save("walltime", limit=50.0)),
         (notice(8.0), Save("walltime", limit=5.0)),
         (notice(None), Save("walltime", limit=25.0, after=25.0)),  # a job without a limit: as long as the notice says
-        (AllocationFacts(Event.NOTICE), Save("walltime", limit=25.0, after=25.0)),  # Slurm is silent
+        (AllocationFacts(AllocationEvent.NOTICE), Save("walltime", limit=25.0, after=25.0)),  # Slurm is silent
         # With much more time left it is a preemption, whose grace nobody knows: save at once.
         (notice(3600.0), Save("preempted", limit=50.0)),
         (notice(30.0, job=BatchJob("RUNNING", 30.0, preempted=True)), Save("preempted", limit=20.0)),
@@ -78,9 +78,9 @@ def notice(left: float | None, notice: float = 60.0, **more: object) -> Allocati
         (signal(in_base=False), End("")),
         (signal(REQUEUED, in_base=False), End("the last joiner: preempted")),  # a joiner is not run again
         # The end of a joiner's job.
-        (AllocationFacts(Event.JOINER_ENDS, own=True, why="time"), Save("time", limit=60.0)),
-        (AllocationFacts(Event.JOINER_ENDS, own=True, others=True, why="time"), Drain("time")),
-        (AllocationFacts(Event.JOINER_ENDS, own=False, why="time"), Drain("time")),
+        (AllocationFacts(AllocationEvent.JOINER_ENDS, own=True, why="time"), Save("time", limit=60.0)),
+        (AllocationFacts(AllocationEvent.JOINER_ENDS, own=True, others=True, why="time"), Drain("time")),
+        (AllocationFacts(AllocationEvent.JOINER_ENDS, own=False, why="time"), Drain("time")),
         # Not ours to see to any more.
         (signal(PREEMPTED, fenced=True), Resign("a newer incarnation has begun")),
         (notice(60.0, fenced=True), Resign("a newer incarnation has begun")),
@@ -94,7 +94,7 @@ def test_decisions(facts: AllocationFacts, expected: Decision) -> None:
     ("facts", "job", "cause"),
     [
         (notice(60.0), True, False),
-        (AllocationFacts(Event.JOINER_ENDS), False, False),
+        (AllocationFacts(AllocationEvent.JOINER_ENDS), False, False),
         (signal(None), True, True),
         (signal(RUNNING), True, False),
         (signal(PREEMPTED), True, False),
@@ -108,12 +108,12 @@ def test_what_is_asked(facts: AllocationFacts, job: bool, cause: bool) -> None:
 
 
 @given(
-    event=st.sampled_from(Event), fenced=st.booleans(), in_base=st.booleans(), others=st.booleans(), own=st.booleans(),
+    event=st.sampled_from(AllocationEvent), fenced=st.booleans(), in_base=st.booleans(), others=st.booleans(), own=st.booleans(),
     job=st.sampled_from([None, RUNNING, ENDING, PREEMPTED, REQUEUED]), cause=st.sampled_from(["", "time limit"]),
     cancelled=st.booleans(),
 )  # fmt: skip
 def test_what_is_not_asked_for_decides_nothing(
-    event: Event,
+    event: AllocationEvent,
     fenced: bool,
     in_base: bool,
     others: bool,
@@ -178,10 +178,12 @@ class World:
     def hear(self, what: str, left: float) -> None:
         """Something happens to the allocation."""
         before = self.course
-        facts = AllocationFacts(Event.SIGTERM, in_base=self.in_base, others=self.others)
+        facts = AllocationFacts(AllocationEvent.SIGTERM, in_base=self.in_base, others=self.others)
         match what:
             case "time is nearly up":
-                self.do(replace(facts, event=Event.NOTICE, job=BatchJob("RUNNING", left), longest_save=left / 3))
+                self.do(
+                    replace(facts, event=AllocationEvent.NOTICE, job=BatchJob("RUNNING", left), longest_save=left / 3)
+                )
             case "grace":
                 self.do(replace(facts, job=BatchJob("RUNNING", 3600.0)))
             case "scancel":
@@ -198,7 +200,7 @@ class World:
                 if before.ending:
                     self.course = before.finished()
             case "a joiner ends":
-                self.do(replace(facts, event=Event.JOINER_ENDS, own=not self.in_base, why="time"))
+                self.do(replace(facts, event=AllocationEvent.JOINER_ENDS, own=not self.in_base, why="time"))
             case "fenced":
                 assert isinstance(decide(replace(facts, fenced=True)), Resign)
             case _:
@@ -212,7 +214,9 @@ class World:
         before, work = self.course, self.work()
         match decision:
             case Save():
-                assert facts.event is not Event.SIGTERM or (facts.job is not None and facts.job.state == "RUNNING")
+                assert facts.event is not AllocationEvent.SIGTERM or (
+                    facts.job is not None and facts.job.state == "RUNNING"
+                )
                 left = facts.job.seconds_left if facts.job is not None else None
                 enough = allocation_policy.LEAST_TO_SAVE + allocation_policy.ENDING_LIMIT
                 if left is not None:

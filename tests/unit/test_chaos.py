@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from raylaunch.cli.chaos import chaos
 from raylaunch.errors import UsageError
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 from raylaunch.tools.chaos import campaign, faults, recovery_summary, remote, schedule
 from raylaunch.tools.chaos.campaign import Campaign
 from raylaunch.tools.chaos.faults import Aim, Broken
@@ -189,7 +189,7 @@ class FakeRun:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRun]:
     clock = Clock()
     monkeypatch.setattr(campaign, "time", clock)
-    monkeypatch.setattr(files, "append_event", lambda directory, kind, **fields: None)
+    monkeypatch.setattr(event_log, "append", lambda directory, event: None)
     yield FakeRun(clock, tmp_path)
 
 

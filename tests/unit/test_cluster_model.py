@@ -52,7 +52,7 @@ def test_the_model_against_a_ledger() -> None:
     for attempt in range(1, 300):
         events.append({"time": now, "kind": "attempt_started", "attempt": attempt, "workers": 3, "from_step": commit})
         now, step = now + 10.0, commit
-        events.append({"time": now, "kind": "built", "attempt": attempt})
+        events.append({"time": now, "kind": "model_built", "attempt": attempt})
         fault = now + source.expovariate(1 / 60)
         while now + 1.0 < fault:
             now, step = now + 1.0, step + 1
@@ -61,7 +61,7 @@ def test_the_model_against_a_ledger() -> None:
                 now, commit = now + 0.5, step
                 events.append({"time": now, "kind": "commit", "attempt": attempt, "step": step, "seconds": 0.5})
         now = fault
-        events.append({"time": now, "kind": "injected", "seq": attempt, "fault": "node"})
+        events.append({"time": now, "kind": "fault_injected", "seq": attempt, "fault": "node"})
         events.append({"time": now + 1, "kind": "fault", "attempt": attempt, "cause": "node_lost"})
         events.append(
             {"time": now + 1.5, "kind": "attempt_ended", "attempt": attempt, "how": "fault", "committed": commit}

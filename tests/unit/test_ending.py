@@ -18,7 +18,7 @@ from raylaunch.config.schema import Config
 from raylaunch.errors import SlurmError
 from raylaunch.scheduler.slurm import allocation
 from raylaunch.scheduler.slurm.allocation import Continuation, JobSnapshot, Word
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, records, runs
 from raylaunch.state.records import Cluster
 
 
@@ -132,7 +132,7 @@ def test_a_person_s_scancel_ends_it(place: Place, slurm: FakeSlurm) -> None:
 
     run(story)
     assert slurm.done == [] and (place.directory / records.ENDED_FILE).exists()
-    assert [row["goes_on"] for row in place.events("ending")] == [False] and not place.events("requeues_used_up")
+    assert [row["goes_on"] for row in place.events("ending")] == [False] and not place.events("max_requeues_reached")
 
 
 @pytest.mark.parametrize(("queue", "goes_on"), [([], ""), (["next"], "preempted")])
@@ -165,7 +165,7 @@ def test_the_notice_saves_and_has_the_job_requeued(place: Place, slurm: FakeSlur
 
     run(story)
     assert slurm.done == ["requeue 7"] and slurm.asked == ["look"] * 2  # and once more before the requeue
-    assert [row["why"] for row in place.events("notice")] == ["walltime"]
+    assert [row["why"] for row in place.events("termination_notice")] == ["walltime"]
 
 
 def test_where_a_requeue_is_refused_a_successor_follows(place: Place, slurm: FakeSlurm) -> None:
@@ -192,7 +192,7 @@ def test_the_limit_of_requeues_is_told(place: Place, slurm: FakeSlurm) -> None:
         await end(head)
 
     run(story)
-    assert slurm.done == [] and len(place.events("requeues_used_up")) == 1
+    assert slurm.done == [] and len(place.events("max_requeues_reached")) == 1
 
 
 def test_a_run_that_finishes_while_it_is_saved_does_not_go_on(place: Place, slurm: FakeSlurm) -> None:
@@ -284,7 +284,7 @@ def test_sigterm_of_the_grace_lets_the_save_go_on(place: Place, slurm: FakeSlurm
         assert place.stopped == ["walltime"]
 
     run(story)
-    assert not place.events("notice")
+    assert not place.events("termination_notice")
 
 
 def test_a_stop_is_not_forgotten_by_the_notice(place: Place, slurm: FakeSlurm) -> None:
@@ -325,7 +325,7 @@ def test_a_storage_that_stalls_at_the_very_end(place: Place, slurm: FakeSlurm, m
         await head.context.all_done()
         stalled = asyncio.ensure_future(head.context.off_loop(stalls.wait, 10))
         monkeypatch.setattr(head.context.duties_file, "write", lambda _: stalls.wait(10))
-        monkeypatch.setattr(files, "append_event", lambda *_, **__: stalls.wait(10))
+        monkeypatch.setattr(event_log, "append", lambda *_, **__: stalls.wait(10))
         await end(head)
         assert slurm.done == ["requeue 7"] and not stalled.done()
         stalls.set()
@@ -389,7 +389,7 @@ def test_the_base_job_is_lost_and_the_joiners_go_on(place: Place, slurm: FakeSlu
         assert len(place.resigned) == 1 and not place.stopped and not head.context.course.ending
 
     run(story)
-    assert [row["why"] for row in place.events("base_lost")] == ["JobLaunchFailure"]
+    assert [row["why"] for row in place.events("base_job_lost")] == ["JobLaunchFailure"]
 
 
 @pytest.mark.parametrize("own", [True, False])

@@ -15,7 +15,7 @@ from raylaunch.config import loader, user_code
 from raylaunch.config.schema import CheckpointConfig, Config
 from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.observe import follow_run
-from raylaunch.state import export_files, files, records, runs
+from raylaunch.state import event_log, export_files, files, records, runs
 from raylaunch.state.export_files import target
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
@@ -107,7 +107,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[E
         monkeypatch.setattr(consolidate, "_start", lambda *_: process)
         events: list[Event] = []
         consolidate.consolidate(
-            tmp_path / "r", Config(**config), lambda kind, **fields: events.append((kind, fields)), over
+            tmp_path / "r", Config(**config), lambda event: events.append((event.kind, event.values())), over
         )
         return events
 
@@ -165,7 +165,7 @@ def test_a_place_that_cannot_be_looked_at_is_told(
 
 def test_one_that_cannot_be_started_is_told(tmp_path: Path) -> None:
     events: list[str] = []
-    consolidate.consolidate(tmp_path / "gone", Config(), lambda kind, **_: events.append(kind), lambda: None)
+    consolidate.consolidate(tmp_path / "gone", Config(), lambda event: events.append(event.kind), lambda: None)
     assert events == ["exporting", "export_failed"]  # its log cannot be opened
 
 
@@ -175,17 +175,17 @@ def test_one_whose_driver_was_lost_is_told_by_the_head(tmp_path: Path) -> None:
 
     def told() -> list[dict[str, Any]]:
         export_files.tell_cut_off(run)
-        return files.read_events(run, "export_failed")
+        return event_log.read(run, "export_failed")
 
     assert not told()  # nothing was to be exported
-    files.append_event(run, "exporting")
+    event_log.write(run, "exporting")
     scratch = files.make_dir(export_files.scratch_of(target(run), 1))
     (failed,) = told()
     assert not scratch.exists()
     assert "driver was lost" in failed["reason"] and failed["hint"].startswith("raylaunch checkpoints r export")
     assert len(told()) == 1  # once
-    files.append_event(run, "exporting")
-    files.append_event(run, "exported")
+    event_log.write(run, "exporting")
+    event_log.write(run, "exported")
     assert len(told()) == 1
 
 
@@ -197,10 +197,10 @@ def test_one_whose_driver_was_lost_before_it_exported_is_told(tmp_path: Path) ->
         (run / records.CONFIG_FILE).write_text(loader.dump(config))
         (run / files.EVENTS_FILE).unlink(missing_ok=True)
         for kind in kinds:
-            files.append_event(run, kind)
+            event_log.write(run, kind)
         for _ in range(2):
             export_files.tell_cut_off(run)
-        return len(files.read_events(run, "export_failed"))
+        return len(event_log.read(run, "export_failed"))
 
     assert told(True, "finished") == told(True, "finished", "exporting", "exported", "queued", "finished") == 1
     assert not told(False, "finished") and not told(True, "finished", "exporting", "exported")
@@ -220,7 +220,7 @@ def test_who_watches_a_run_waits_for_its_weights(tmp_path: Path) -> None:
     def waits(running: str, *kinds: str) -> bool:
         HeadState("c", running=running).write(cluster / records.DUTIES_FILE)
         for kind in kinds:
-            files.append_event(run, kind)
+            event_log.write(run, kind)
         return follow_run._exports(run, cluster)
 
     assert waits("r") and waits("r", "finished", "exporting")

@@ -35,8 +35,8 @@ def beginning(attempt: int, at: float, workers: int = 3, from_step: int = 0, **f
     rows = [
         event(at, "decision", decision="start", attempt=attempt - 1),
         event(at + 0.1, "attempt_started", attempt=attempt, workers=workers, from_step=from_step, **fields),
-        event(at + 2, "connected", attempt=attempt),
-        event(at + 3, "built", attempt=attempt),
+        event(at + 2, "workers_connected", attempt=attempt),
+        event(at + 3, "model_built", attempt=attempt),
     ]
     return [*rows, event(at + 3.5, "resumed", attempt=attempt, step=from_step)] if from_step else rows
 
@@ -48,7 +48,7 @@ def one_fault() -> tuple[Rows, Rows]:
         *beginning(1, 101),
         event(108, "commit", attempt=1, step=4, seconds=0.0),
         event(112, "commit", attempt=1, step=8, seconds=0.0),
-        event(114.5, "injected", fault="node", node="n2", seq=5),
+        event(114.5, "fault_injected", fault="node", node="n2", seq=5),
         event(114.75, "fault", attempt=1, cause="node_lost", node="n2", rank=1, step=10),
         event(115.25, "attempt_ended", attempt=1, how="fault", committed=8),
         *beginning(2, 115.5, workers=2, from_step=8),
@@ -116,9 +116,9 @@ def test_the_head_is_lost() -> None:
         *beginning(2, 122.25, from_step=8, incarnation=2),
     ]
     cluster = [
-        event(90, "head", incarnation=1),
+        event(90, "head_started", incarnation=1),
         event(117, "election", incarnation=2),
-        event(117.5, "head", incarnation=2),
+        event(117.5, "head_started", incarnation=2),
     ]
     book = compute(events, [*metrics[:10], *steps(2, 9, 12, 125.75)], cluster)
     (found,) = book.recoveries
@@ -133,7 +133,7 @@ def test_a_resize_costs_what_lies_between_two_steps() -> None:
     events = [
         event(100, "queued"),
         *beginning(1, 100),
-        event(105, "resize_asked", attempt=1, why="grow", when="commit"),
+        event(105, "resize_requested", attempt=1, why="grow", when="commit"),
         event(107.25, "commit", attempt=1, step=4, seconds=0.25),
         event(107.5, "attempt_ended", attempt=1, how="resized", committed=4),
         *beginning(2, 107.5, workers=4, from_step=4),
@@ -227,7 +227,10 @@ def test_a_clock_that_jumps_moves_nothing_else() -> None:
     events, metrics = one_fault()
     plain = compute(events, metrics)
     for jump in (-5000.0, 5000.0):
-        bent = [dict(e, time=e["time"] + jump) if e["kind"] == "connected" and e["attempt"] == 2 else e for e in events]
+        bent = [
+            dict(e, time=e["time"] + jump) if e["kind"] == "workers_connected" and e["attempt"] == 2 else e
+            for e in events
+        ]
         book = compute(bent, metrics)
         assert book.wall == pytest.approx(plain.wall)
         assert book.parts["productive"] == pytest.approx(plain.parts["productive"])
@@ -279,7 +282,7 @@ def test_a_bad_checkpoint_may_be_done_again() -> None:
     events = [dict(e, step=4) if e["kind"] == "resumed" else e for e in events]
     metrics = [*steps(1, 1, 10, 104), *steps(2, 5, 12, 119)]
     assert verify_steps(metrics, events).repeated == [5, 6, 7, 8]
-    events.insert(9, event(115.3, "checkpoint_bad", attempt=1, step=8, why="digest"))
+    events.insert(9, event(115.3, "checkpoint_invalid", attempt=1, step=8, why="digest"))
     assert verify_steps(metrics, events).ok
 
 

@@ -18,7 +18,7 @@ from raylaunch.errors import UsageError
 from raylaunch.observe.live import braille_plot, screen, snapshot
 from raylaunch.observe.live.snapshot import Picture, Point
 from raylaunch.scheduler.backends import Job
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
@@ -111,7 +111,7 @@ def directory(tmp_path: Path) -> Path:
     run = files.make_dir(tmp_path / "runs" / "r")
     Run("r", "running", "c", NOW, attempt=1, world_size=2).write(run / records.RUN_FILE)
     files.write_text(run / records.CONFIG_FILE, loader.dump(Config()))
-    files.append_event(run, "commit", step=5, seconds=1.0)
+    event_log.write(run, "commit", step=5, seconds=1.0)
     rows = (
         {"step": i, "loss": 1 / i, "attempt": 1, "time": NOW + i, "world_size": 2, "tokens_per_s": 3.0}
         for i in range(1, 40_001)
@@ -174,5 +174,5 @@ def test_a_mistake_in_the_metrics_is_an_event(directory: Path, monkeypatch: pyte
     reader = ClusterCollector(directory)
     for _ in range(3):
         assert "raylaunch_run_step" in {family.name for family in reader.collect()}
-    (told,) = files.read_events(directory, "internal_error")
+    (told,) = event_log.read(directory, "internal_error")
     assert told["work"] == "metrics (_of_nodes)" and "KeyError: 'cpu'" in told["error"]

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from test_node_loop import Place
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.node_loop import login_node
 from raylaunch.cluster.node_loop.login_node import ASK_AGAIN, LoginLoop
 from raylaunch.scheduler.backends import SlurmBackend
 from raylaunch.scheduler.slurm.client import Slurm
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 
 
 class Login:
@@ -23,7 +23,7 @@ class Login:
 
     def __init__(self, directory: Path) -> None:
         self.place = Place(directory)
-        self.said: list[dict[str, Any]] = []
+        self.said: list[Event] = []
         backend = SlurmBackend(Slurm(self.place.slurm))
         self.loop = LoginLoop(directory, self.place.config, backend, self.said.append, lambda: self.place.now)
         self.write("ready")
@@ -89,8 +89,8 @@ def test_what_it_does_is_an_event_of_the_cluster(login: Login) -> None:
     login.place.rows[0]["state"] = "lost"
     login.write("lost")
     assert "cancelled" in str(login.turn(100.0))
-    rows = files.read_lines(login.place.directory / files.EVENTS_FILE)
-    assert [row["by"] for row in rows] == ["watch"] and login.said[0]["decision"] == "give_up"
+    rows = event_log.read_all(login.place.directory)
+    assert [row["by"] for row in rows] == ["watch"] and login.said[0].values()["decision"] == "give_up"
 
 
 def test_the_command_turns_it_until_then(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from made_cluster import Clock, FakeGroup, FakeRay, Made
 from waiting import until
 
 from raylaunch.config.schema import ElasticConfig
-from raylaunch.state import files, runs
+from raylaunch.state import event_log, runs
 from raylaunch.training import attempt_monitor
 from raylaunch.training.attempt_monitor import AttemptMonitor, Watched
 from raylaunch.training.cluster_view import ClusterView
@@ -65,7 +65,7 @@ class Bench:
         self.group, self.pace = FakeGroup(order, lambda _: None), ProgressTracker(0)
         self.watch = AttemptMonitor(
             given, ClusterView(self.made.directory, 1, self.clock), self.ray, self.group, self.pulse, self.pace,  # type: ignore[arg-type]
-            lambda kind, **fields: self.events.append((kind, fields)), self.clock, self.clock.sleep,
+            lambda event: self.events.append((event.kind, event.values())), self.clock, self.clock.sleep,
         )  # fmt: skip
 
     def beats(self, step: int, age: float = 0.0, ranks: int = 4) -> None:
@@ -97,7 +97,7 @@ def test_growth_is_asked_for_and_withdrawn(bench: Bench) -> None:
     assert not bench.watch.tick() and not bench.pulse.stops
     bench.clock.sleep(6)
     bench.watch.tick()
-    assert bench.pulse.stops == [AT_COMMIT] and bench.kinds() == ["decision", "resize_asked"]
+    assert bench.pulse.stops == [AT_COMMIT] and bench.kinds() == ["decision", "resize_requested"]
     assert bench.events[1][1] == {"why": "grow", "when": "commit", "nodes": ["c"]}
     bench.watch.tick()
     assert bench.pulse.stops == [AT_COMMIT]  # once
@@ -181,7 +181,7 @@ def test_what_is_left_is_ended_and_waited_for_on_nodes_that_live(bench: Bench) -
     bench.pulse.left = [3]
     bench.watch.stop_workers()
     assert bench.group.aborted == 1 and bench.pulse.waited_for == {"b"} and bench.events == [
-        ("aborted", {"seconds": 0.0, "left": [3]})
+        ("attempt_aborted", {"seconds": 0.0, "left": [3]})
     ]  # fmt: skip
 
 
@@ -229,4 +229,4 @@ def test_its_thread_begins_with_start_and_ends_with_close(started: Bench) -> Non
     assert threading.active_count() == before + 1
     started.watch.close()
     assert threading.active_count() == before
-    assert files.read_events(started.made.run_dir, "fault") == []
+    assert event_log.read(started.made.run_dir, "fault") == []

@@ -22,6 +22,7 @@ from raylaunch.scheduler.slurm import allocation
 from raylaunch.scheduler.slurm.client import Completed, Slurm
 from raylaunch.scheduler.slurm.parse import SEPARATOR
 from raylaunch.state import files, records
+from raylaunch.state.node_events import JoinerRefused, NodeExcluded
 from raylaunch.state.records import Cluster
 
 
@@ -106,7 +107,7 @@ def place(tmp_path: Path) -> Place:
 
 
 def kinds(turn: LoopResult) -> list[str]:
-    return [str(event.get("decision", event["kind"])) for event in turn.events]
+    return [str(event.values().get("decision", event.kind)) for event in turn.events]
 
 
 def test_two_questions_a_turn_and_silence_when_nothing_changes(place: Place) -> None:
@@ -153,7 +154,7 @@ def test_a_joiner_whose_submitter_was_killed_is_found(place: Place) -> None:
     place.lose("n2")
     place.slurm.add("55", "PENDING", "", "raylaunch-main-join", "raylaunch cluster=main life=ab12 nodes=1")
     place.slurm.add("56", "PENDING", "", "raylaunch-main-join", "raylaunch cluster=main life=OLD nodes=1")
-    assert "joiner_found" in kinds(place.turn()) and place.jobs() == ("7", "55") and place.slurm.scripts == []
+    assert "joiner_adopted" in kinds(place.turn()) and place.jobs() == ("7", "55") and place.slurm.scripts == []
     assert scheduler_view.unrecorded(SlurmBackend(Slurm(place.slurm)), place.cluster, place.config) == ("55",)
 
 
@@ -161,9 +162,9 @@ def test_where_nodes_may_not_submit_it_is_said_once_and_a_watcher_does_it(place:
     place.lose("n2")
     place.slurm.refusal = "Access denied: submit from a login node"
     watcher = place.new_loop(watcher=True)
-    assert place.turn(watcher).events[-1]["kind"] == "joiner_refused"  # of its own accord nobody lives there
+    assert isinstance(place.turn(watcher).events[-1], JoinerRefused)  # of its own accord nobody lives there
     first = place.turn()
-    assert kinds(first) == ["join", "joiner_refused"] and "raylaunch watch" in first.events[-1]["hint"]
+    assert kinds(first) == ["join", "joiner_refused"] and "raylaunch watch" in first.events[-1].values()["hint"]
     assert "Access denied" in submitter.head_refusal(place.directory, place.cluster)
     assert [k for _ in range(5) for k in kinds(place.turn())] == ["hold"]
     place.slurm.refusal = ""
@@ -175,7 +176,7 @@ def test_a_watcher_leaves_submitting_to_a_head_that_can(place: Place) -> None:
     records.Head("ab12", 1, "n1", "n1", "1.2.3.4", 1, "1.2.3.4:2", 3, 0.0).write(place.directory / records.HEAD_FILE)
     watcher = place.new_loop(watcher=True)
     turn = place.turn(watcher)
-    assert kinds(turn) == ["hold"] and "the head submits itself" in turn.events[0]["reason"]
+    assert kinds(turn) == ["hold"] and "the head submits itself" in turn.events[0].values()["reason"]
     place.slurm.jobs["7"][5] = "n2"  # Slurm says that its node is gone
     assert "joiner_submitted" in kinds(place.turn(watcher))
 
@@ -188,7 +189,7 @@ def test_no_sbatch_at_all(place: Place) -> None:
     place.slurm.missing = True
     why = submitter.may_submit(backend, place.directory, place.cluster, place.config)
     assert why == "there is no sbatch here"
-    assert [e["kind"] for e in place.loop.cannot_submit(place.cluster, why)] == ["joiner_refused"]
+    assert [event.kind for event in place.loop.cannot_submit(place.cluster, why)] == ["joiner_refused"]
     assert submitter.head_refusal(place.directory, place.cluster) == why
     place.lose("n2")
     assert kinds(place.turn()) == ["hold"]
@@ -226,7 +227,7 @@ def test_joiners_that_fail_come_slower_and_their_nodes_get_strikes(place: Place)
     assert place.turn().strikes == [("n3", "could not start: bad disk")] and place.turn().strikes == []
     assert place.turn(place.new_loop()).strikes == []  # another head does not count it again
     turn = place.turn(strikes={"n3": 3})
-    assert turn.exclude == ["n3"] and {"kind": "excluded", "node": "n3"} in turn.events
+    assert turn.exclude == ["n3"] and NodeExcluded("n3") in turn.events
     assert any(c[:2] == ["scontrol", "update"] and c[-1] == "ExcNodeList=n[1,3]" for c in place.slurm.commands)
 
 
@@ -296,7 +297,7 @@ def test_a_lock_that_a_frozen_watcher_holds_is_not_waited_for_without_end(
         assert first
         turn = place.turn()
     assert kinds(turn) == ["join", "lock_held", "joiner_submitted"] and place.jobs() == ("7", "101")
-    assert turn.events[1]["lock"].endswith(".jobs.lock")
+    assert turn.events[1].values()["lock"].endswith(".jobs.lock")
 
 
 def test_no_lock_is_waited_for_without_a_limit(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""The generated pages: docs/configuration.md is the schema, docs/cli.md the commands; each key has an example that works."""
+"""The generated pages: docs/configuration.md is the schema, docs/cli.md the commands, docs/events.md the
+kinds of events; each key has an example that works, each field of an event a meaning."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def keys(kind: type[Section] = Config, path: str = "") -> Iterator[tuple[str, ty
             yield from keys(inner, f"{path}{name}.")
 
 
-@pytest.mark.parametrize("name", ["configuration", "cli"])
+@pytest.mark.parametrize("name", ["configuration", "cli", "events"])
 def test_the_page_is_what_would_be_made(name: str) -> None:
     """`python docs/make_NAME.py` writes it anew."""
     made = page(name)

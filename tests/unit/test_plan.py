@@ -277,7 +277,7 @@ def earlier(tmp_path: Path) -> Path:
     rows = [{"step": n, "loss": 1.0, "tokens_per_s": 1000.0 * n, "world_size": 2, "attempt": 1} for n in (1, 2, 3)]
     events = [
         {"time": 10.0, "kind": "attempt_started", "attempt": 1, "workers": 2, "from_step": 0},
-        {"time": 14.0, "kind": "connected", "attempt": 1}, {"time": 15.0, "kind": "built", "attempt": 1},
+        {"time": 14.0, "kind": "workers_connected", "attempt": 1}, {"time": 15.0, "kind": "model_built", "attempt": 1},
         {"time": 17.0, "kind": "first_step", "attempt": 1}, {"time": 20.0, "kind": "commit", "seconds": 2.0, "step": 3},
     ]  # fmt: skip
     for name, lines in (("metrics", rows), ("events", events)):

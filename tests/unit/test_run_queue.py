@@ -16,7 +16,7 @@ from raylaunch.cluster.head import HeadController, context, run_queue
 from raylaunch.cluster.head.drivers import NOT_STARTED, Drivers
 from raylaunch.cluster.head.run_queue import LONG, TRIES, Losses
 from raylaunch.errors import StateError
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, records, runs
 from raylaunch.state.runs import Run
 
 
@@ -234,7 +234,7 @@ def test_a_run_that_is_over_is_not_driven_again(place: Place) -> None:
     """Its head went while the driver wrote the weights; the next one finds it among what it has to do, and says how to
     write them."""
     directory = place.run("r", "finished")
-    files.append_event(directory, "exporting")
+    event_log.write(directory, "exporting")
 
     async def story() -> None:
         drivers = FakeDrivers()
@@ -247,7 +247,7 @@ def test_a_run_that_is_over_is_not_driven_again(place: Place) -> None:
         assert not drivers.driven
 
     run(story)
-    assert "driver was lost" in files.read_events(directory, "export_failed")[0]["reason"]
+    assert "driver was lost" in event_log.read(directory, "export_failed")[0]["reason"]
 
 
 def test_one_run_after_the_other(place: Place) -> None:
@@ -448,4 +448,4 @@ def test_a_driver_that_outlives_its_run_makes_way_for_the_next(
 
     run(story)
     assert runs.stop_reason(directory) == ("another run waits" if condition == "finished" else None)
-    assert bool(files.read_events(place.directory, "driver_cut_short")) == (condition == "finished")
+    assert bool(event_log.read(place.directory, "driver_cut_short")) == (condition == "finished")

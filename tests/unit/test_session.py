@@ -11,7 +11,7 @@ import pytest
 from waiting import until
 
 from raylaunch.host import threads
-from raylaunch.state import files, lines, runs, thread_deaths
+from raylaunch.state import event_log, files, lines, runs, thread_deaths
 from raylaunch.state.lines import Lines
 from raylaunch.training.stop_request import NOW
 from raylaunch.training.worker import session
@@ -201,5 +201,5 @@ def test_a_thread_that_dies_is_an_event(tmp_path: Path, monkeypatch: pytest.Monk
     thread = threading.Thread(target=lambda: [][0], name="pulse")
     thread.start()
     thread.join()
-    (event,) = files.read_events(tmp_path, "thread_died")
+    (event,) = event_log.read(tmp_path, "thread_died")
     assert (event["attempt"], event["rank"], event["thread"]) == (4, 3, "pulse") and "IndexError" in event["error"]

@@ -10,7 +10,7 @@ import pytest
 
 from raylaunch.config.schema import Config, continuation_differences, default_run_name
 from raylaunch.errors import RunError, StateError, UsageError
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
 
 
 def test_json_is_replaced_whole(tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_a_growing_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
 
 
 def test_events_are_one_line_each(tmp_path: Path) -> None:
-    files.append_event(tmp_path, "a", reason="two\nlines")
-    files.append_event(tmp_path, "b")
+    event_log.write(tmp_path, "a", reason="two\nlines")
+    event_log.write(tmp_path, "b")
     assert [row["kind"] for row in files.read_lines(tmp_path / "events.jsonl")] == ["a", "b"]
 
 

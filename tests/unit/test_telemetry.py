@@ -14,6 +14,7 @@ from raylaunch.cluster.telemetry.kernel import KernelLog
 from raylaunch.cluster.telemetry.load_table import FIRST_PERIOD, POINTS, LoadSeries, LoadTable, flat
 from raylaunch.cluster.telemetry.sample import Gpus, Sampler
 from raylaunch.host.resources import Resources
+from raylaunch.state.node_events import GpuTrouble, OomKill
 
 HERE = Resources(cpus=2, memory=1000, object_store=1, gpus=())
 GPU = {"util": 0.5, "memory": 0.25, "watts": 300, "temperature": 60, "throttled": "", "ecc_errors": 0}
@@ -55,11 +56,11 @@ def test_news_is_told_once() -> None:
     table = LoadTable()
     assert table.take("n1", {"oom_kills": 2, "gpus": [{**GPU, "ecc_errors": 5}]}, 0) == []  # of before our time
     assert table.take("n1", {"oom_kills": 3, "gpus": [{**GPU, "ecc_errors": 6}]}, 5) == [
-        {"kind": "oom_kill", "node": "n1", "count": 1},
-        {"kind": "gpu_trouble", "node": "n1", "what": "6 uncorrected ECC errors"},
+        OomKill("n1", count=1),
+        GpuTrouble("n1", "6 uncorrected ECC errors"),
     ]
     slow = {"oom_kills": 3, "gpus": [{**GPU, "ecc_errors": 6, "throttled": "power brake"}]}
-    assert [row["what"] for row in table.take("n1", slow, 10)] == ["throttled: GPU 0: power brake"]
+    assert table.take("n1", slow, 10) == [GpuTrouble("n1", "throttled: GPU 0: power brake")]
     assert table.take("n1", slow, 15) == []
 
 
@@ -96,7 +97,7 @@ def test_the_kernel_s_word_comes_before_the_counts() -> None:
     table = LoadTable()
     table.take("n1", {"oom_kills": 0}, 0)
     told = table.take("n1", {"oom_kills": 1, "kernel": [{"kind": "oom_kill", "pid": 77, "task": "python3"}]}, 5)
-    assert told == [{"kind": "oom_kill", "pid": 77, "task": "python3", "node": "n1"}]
+    assert told == [OomKill("n1", 77, "python3")]
     assert "kernel" not in table.latest["n1"]
 
 

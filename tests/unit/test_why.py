@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from raylaunch.observe.why import log_lines, run, verdict
 from raylaunch.observe.why.log_lines import Line
 from raylaunch.observe.why.verdict import judge
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 
 DATA = Path(__file__).with_name("data")
 CORPUS, REAL = DATA / "why", DATA / "why-real"
@@ -127,10 +127,10 @@ def a_run(directory: Path, ended: dict[str, Any], logs: dict[int, str], errors: 
         (attempt / f"rank-{rank}.log").write_text(text)
     for rank, when in (errors or {}).items():
         files.write_json(attempt / f"rank-{rank}.error.json", {"rank": rank, "node": f"n{rank}", "time": when})
-    files.append_event(directory, "attempt_started", attempt=1)
+    event_log.write(directory, "attempt_started", attempt=1)
     for event in ended.pop("before", []):
-        files.append_event(directory, attempt=1, **event)
-    files.append_event(directory, "attempt_ended", attempt=1, **ended)
+        event_log.write(directory, attempt=1, **event)
+    event_log.write(directory, "attempt_ended", attempt=1, **ended)
     return directory
 
 

@@ -60,7 +60,7 @@ def test_the_trainer_gets_its_session(trained: Callable[..., Made]) -> None:
         session.at_return = ("finished", 1)
 
     made = trained(train)
-    assert got == [("r", 1, 3, 2, 8)] and made.events("connected")[0]["workers"] == 2
+    assert got == [("r", 1, 3, 2, 8)] and made.events("workers_connected")[0]["workers"] == 2
     assert files.read_lines(made.run_dir / "metrics.jsonl")[0]["loss"] == 2.0
     assert files.read_json(files.attempt_dir(made.run_dir, 1) / "outcome.json") == {"outcome": "finished", "step": 1}
 

@@ -22,8 +22,9 @@ from raylaunch.host import processes
 from raylaunch.host.internal_errors import described
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.scheduler.slurm.rows import ENDING, TERMINAL
-from raylaunch.state import files, records, thread_deaths
+from raylaunch.state import event_log, files, records, thread_deaths
 from raylaunch.state.appender import Appender, AppendingHandler
+from raylaunch.state.cluster_events import CouldNotLead
 from raylaunch.state.records import Head
 from raylaunch.timing import LOG_PATIENCE, TERM_PATIENCE
 
@@ -78,9 +79,7 @@ async def supervise(here: NodeIdentity, at_end: contextlib.ExitStack) -> int:
 async def _could_not_lead(here: NodeIdentity, failure: Exception) -> None:
     """A head that could not begin has resigned, and this node comes back as a member: no failure of the node's."""
     log.error("could not lead", exc_info=failure)
-    tell = functools.partial(
-        files.append_event, here.directory, "could_not_lead", node=here.node, error=described(failure)
-    )
+    tell = functools.partial(event_log.append, here.directory, CouldNotLead(here.node, described(failure)))
     with contextlib.suppress(RaylaunchError, OSError):
         await retry_within(tell, RECORD_LIMIT)
 

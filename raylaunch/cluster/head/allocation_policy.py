@@ -29,7 +29,7 @@ Way = Literal["requeue", "itself", "successor"]
 refuses); Slurm runs the job again by itself; the head submits a successor, for the job is over."""
 
 
-class Event(Enum):
+class AllocationEvent(Enum):
     """What the head hears of."""
 
     NOTICE = "notice"
@@ -56,7 +56,7 @@ class BatchJob:
 class AllocationFacts:
     """What the head knows when it has to decide."""
 
-    event: Event
+    event: AllocationEvent
     fenced: bool = False
     """A newer head leads: what ends is not ours to see to any more."""
     in_base: bool = True
@@ -80,13 +80,13 @@ class AllocationFacts:
     @property
     def wants_job(self) -> bool:
         """Whether the decision depends on `job`, and what belongs to it."""
-        leaves = self.event is Event.SIGTERM and not self.in_base and self.others
-        return not (self.fenced or leaves or self.event is Event.JOINER_ENDS)
+        leaves = self.event is AllocationEvent.SIGTERM and not self.in_base and self.others
+        return not (self.fenced or leaves or self.event is AllocationEvent.JOINER_ENDS)
 
     @property
     def wants_cause(self) -> bool:
         """Whether the decision depends on `cause`."""
-        if self.event is not Event.SIGTERM or not self.wants_job:
+        if self.event is not AllocationEvent.SIGTERM or not self.wants_job:
             return False
         return self.job is None or (self.job.state != "RUNNING" and not self.job.taken)
 
@@ -151,12 +151,12 @@ def decide(facts: AllocationFacts) -> Decision:
     if facts.fenced:
         return Resign("a newer incarnation has begun")
     match facts.event:
-        case Event.NOTICE:
+        case AllocationEvent.NOTICE:
             return _noticed(facts)
-        case Event.JOINER_ENDS:
+        case AllocationEvent.JOINER_ENDS:
             alone = facts.own and not facts.others
             return Save(facts.why, SAVE_LIMIT) if alone else Drain(facts.why)
-        case Event.SIGTERM:
+        case AllocationEvent.SIGTERM:
             return _terminated(facts)
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.head.allocation_policy import Course
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, StateError
 from raylaunch.host.internal_errors import EXPECTED, InternalErrors
-from raylaunch.state import files, records, requests
+from raylaunch.state import event_log, records, requests
+from raylaunch.state.cluster_events import InternalError, WaitingForStorage
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.published import Published
 from raylaunch.state.records import Cluster, Head
@@ -56,7 +58,7 @@ class HeadContext:
         self.ready, self.enough = asyncio.Event(), asyncio.Event()
         """Ray runs on the head, so a driver can connect; the minimum of nodes is ready."""
         self.table_changed, self.nodes_changed = asyncio.Event(), asyncio.Event()
-        self.errors = InternalErrors(self.event, self._table_is_another)
+        self.errors = InternalErrors(lambda work, error: self.event(InternalError(work, error)), self._table_is_another)
         self.duties_file = Published(directory / records.DUTIES_FILE)
         self.waits = 0
         """How often storage that failed was waited for (see `retry_on_storage_error`)."""
@@ -89,24 +91,24 @@ class HeadContext:
                 if pause == AGAIN:  # once: it may be gone for hours
                     log.error("waiting for the storage error=%r", str(error))
                 if pause == AGAIN_AT_MOST and not told:
-                    await self.off_loop(self._append_event, "waiting_for_storage", {"error": str(error)})
+                    await self.off_loop(self._append, WaitingForStorage(str(error)))
                     told = True
             self.waits += 1
             await asyncio.sleep(pause)
             pause = min(AGAIN_AT_MOST, 2 * pause)
 
-    def event(self, kind: str, **fields: Any) -> None:
+    def event(self, event: Event) -> None:
         """One line of the cluster's events, written off the loop."""
         try:
-            self._files.submit(self._append_event, kind, fields)
+            self._files.submit(self._append, event)
         except RuntimeError:  # that thread is over: these are the last words, from one of their own
-            self._append_event(kind, fields)
+            self._append(event)
 
-    def _append_event(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def _append(self, event: Event) -> None:
         try:
-            files.append_event(self.directory, kind, **fields)
+            event_log.append(self.directory, event)
         except StateError as error:
-            log.error("an event could not be written kind=%s fields=%s error=%r", kind, fields, str(error))
+            log.error("the event %s was not written error=%r", event, str(error))
 
     def tried(self, work: Callable[..., Any], *arguments: Any) -> None:
         """File work without which the rest goes on."""

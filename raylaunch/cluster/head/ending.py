@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -17,12 +16,12 @@ from typing import Any, TypeVar
 
 from raylaunch.cluster.head import allocation_policy
 from raylaunch.cluster.head.allocation_policy import (
+    AllocationEvent,
     AllocationFacts,
     BatchJob,
     Course,
     Drain,
     End,
-    Event,
     Leave,
     Resign,
     Save,
@@ -34,7 +33,9 @@ from raylaunch.cluster.head.member_table import OVER, MemberTable
 from raylaunch.host.threads import within
 from raylaunch.scheduler.slurm import allocation
 from raylaunch.scheduler.slurm.allocation import Continuation, Word
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, records, runs
+from raylaunch.state.cluster_events import ClusterEnded, ClusterEnding, SaveTimedOut, TerminationNotice
+from raylaunch.state.node_events import BaseJobLost, MaxRequeuesReached
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
 from raylaunch.timing import ENDING_LIMIT, SAVE_LIMIT, TELL_LIMIT, TERM_LIMIT
@@ -64,7 +65,7 @@ class HeadEnding:
         """Slurm says that this allocation ends: its time limit is near, or it is preempted."""
         if not self._noticed and not self._context.course.ending:
             self._noticed = True
-            self._context.spawn(self._act(Event.NOTICE, self._context.head.job))
+            self._context.spawn(self._act(AllocationEvent.NOTICE, self._context.head.job))
 
     def terminated(self) -> bool:
         """SIGTERM came; whether the head sees to the end itself: it asks Slurm why, which decides what follows. Also while
@@ -72,14 +73,14 @@ class HeadEnding:
         course = self._context.course
         if self._context.cluster.backend != "slurm" or self._closing or (course.ending and not course.goes_on):
             return False
-        self._context.spawn(self._act(Event.SIGTERM, str(self._table.own("job") or self._context.head.job)))
+        self._context.spawn(self._act(AllocationEvent.SIGTERM, str(self._table.own("job") or self._context.head.job)))
         return True
 
     def joiner_ends(self, job: str, why: str) -> None:
         """A joiner's job ends: its nodes are left. With that of the head's own, the last nodes may go."""
         own = job == self._table.own("job")
         others = bool(self._table.ready(beside=str(self._table.own("job"))))
-        facts = AllocationFacts(Event.JOINER_ENDS, own=own, others=others, why=why)
+        facts = AllocationFacts(AllocationEvent.JOINER_ENDS, own=own, others=others, why=why)
         self._carry_out(allocation_policy.decide(facts), facts, job)
 
     def down(self, save_limit: float) -> None:
@@ -91,15 +92,15 @@ class HeadEnding:
 
     # -- the facts -------------------------------------------------------------------------------------
 
-    async def _act(self, event: Event, job: str) -> None:
+    async def _act(self, event: AllocationEvent, job: str) -> None:
         facts = await self._facts(event, job)
-        if event is Event.SIGTERM:
+        if event is AllocationEvent.SIGTERM:
             self._run_is_over = await self._asked(False, is_over, self._run())
         decision = allocation_policy.decide(facts)
         if not self._context.course.ending or isinstance(decision, End | Resign):
             self._carry_out(decision, facts, job)
 
-    async def _facts(self, event: Event, job: str) -> AllocationFacts:
+    async def _facts(self, event: AllocationEvent, job: str) -> AllocationFacts:
         """What is asked of Slurm costs time: only what the decision depends on."""
         context = self._context
         others = not context.course.ending and bool(self._table.ready(beside=str(self._table.own("job"))))
@@ -145,7 +146,7 @@ class HeadEnding:
         limit, slurm = self._context.config.elastic.max_requeues, self._context.cluster.backend == "slurm"
         work = Work(unfinished, memory.continued, limit, slurm)
         if work.used_up:
-            self._context.event("requeues_used_up", count=work.resumes, setting=f"elastic.max_requeues={limit}")
+            self._context.event(MaxRequeuesReached(work.resumes, f"elastic.max_requeues={limit}"))
         return work
 
     # -- what is decided -------------------------------------------------------------------------------
@@ -153,9 +154,9 @@ class HeadEnding:
     def _carry_out(self, decision: allocation_policy.Decision, facts: AllocationFacts, job: str) -> None:
         match decision:
             case Save(why=why, limit=limit, after=after):
-                if facts.in_base and facts.event is not Event.JOINER_ENDS:
+                if facts.in_base and facts.event is not AllocationEvent.JOINER_ENDS:
                     left = facts.job.seconds_left if facts.job is not None else None
-                    self._context.event("notice", why=why, seconds_left=facts.notice if left is None else left)
+                    self._context.event(TerminationNotice(why, facts.notice if left is None else left))
                 self._context.spawn(self._save_later(why, limit, after))
             case Leave(why=why):
                 self._table.drain(self._context.head.node, why)
@@ -165,7 +166,7 @@ class HeadEnding:
                     self._table.drain(node, why)
             case Resign(why=why, base_lost=base_lost):
                 if base_lost:
-                    self._context.event("base_lost", job=job, why=base_lost)
+                    self._context.event(BaseJobLost(job, base_lost))
                 self._context.resign(why)
             case End():
                 self._end_now(decision)
@@ -189,7 +190,7 @@ class HeadEnding:
     def _become(self, course: Course) -> None:
         before, self._context.course = self._context.course, course
         if course.ending and not before.ending:
-            self._context.event("ending", reason=course.reason, goes_on=bool(course.goes_on))
+            self._context.event(ClusterEnding(course.reason, bool(course.goes_on)))
 
     def begin(self, reason: str, save_limit: float = SAVE_LIMIT, goes_on: bool = False) -> None:
         """End the cluster: save the run (bounded), then all agents, then this one. With `goes_on` it is
@@ -215,7 +216,7 @@ class HeadEnding:
             await asyncio.wait_for(self._drivers.ended(), limit)
         over = await self._asked(False, is_over, run)
         if not over and self._drivers.running:
-            context.event("save_timed_out", run=name, seconds=limit)
+            context.event(SaveTimedOut(name, limit))
         if over and not context.memory.queue:  # while it was asked to stop; or before, and its weights were written
             context.course = context.course.finished()
 
@@ -282,7 +283,7 @@ class HeadEnding:
         if course.way != "requeue":
             return course
         job = self._context.head.job
-        facts = AllocationFacts(Event.SIGTERM, job=self._seen(job))
+        facts = AllocationFacts(AllocationEvent.SIGTERM, job=self._seen(job))
         if facts.job is None or facts.job.state == "RUNNING":
             return course
         decision = allocation_policy.decide(self._with_cause(facts, job) if facts.wants_cause else facts)
@@ -292,11 +293,8 @@ class HeadEnding:
         context = self._context
         # A full disk is no reason not to go on: the last commit is good.
         within(self._patience, None, context.tried, context.duties_file.write, asdict(context.memory))
-        for kind, fields in allocation.go_on(
-            context.directory, context.head.job, course.goes_on, Continuation(course.way)
-        ):
-            event = functools.partial(files.append_event, context.directory, kind, **fields)
-            within(self._patience, None, context.tried, event)
+        for event in allocation.go_on(context.directory, context.head.job, course.goes_on, Continuation(course.way)):
+            within(self._patience, None, context.tried, event_log.append, context.directory, event)
 
     def _write_last_word(self, reason: str, left_here: int) -> None:
         context, cluster = self._context, self._context.cluster
@@ -305,7 +303,7 @@ class HeadEnding:
             context.exit_code = 0 if run is not None and run.state == "finished" else 1
         unclean = dict(self._unclean) | ({context.head.node: left_here} if left_here else {})
         records.write_end(context.directory, cluster.canary, reason, unclean, self._lost, context.exit_code)
-        files.append_event(context.directory, "ended", reason=reason, unclean=unclean, lost=self._lost)
+        event_log.append(context.directory, ClusterEnded(reason, unclean, self._lost))
         if cluster.backend == "slurm":
             self._give_back(context.head.job)
 
@@ -323,7 +321,7 @@ class HeadEnding:
 
 def longest_save(run: Path) -> float:
     """Seconds of the slowest save of a run so far."""
-    rows = files.read_events(run, "commit")
+    rows = event_log.read(run, "commit")
     return max((float(row.get("seconds", 0)) for row in rows), default=0.0)
 
 

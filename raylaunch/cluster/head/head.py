@@ -27,6 +27,7 @@ from raylaunch.cluster.telemetry.collect import Collector
 from raylaunch.config.schema import Config
 from raylaunch.host.ports import Ports
 from raylaunch.state import files, records
+from raylaunch.state.cluster_events import Election, FileRestored, HeadFenced, HeadStarted
 from raylaunch.state.published import Published
 from raylaunch.state.records import Cluster, Head
 
@@ -91,8 +92,8 @@ class HeadController:
         await context.still_leads()
         await context.off_loop(self._file.write, asdict(head))
         if why:
-            context.event("election", incarnation=head.incarnation, node=head.node, why=why)
-        context.event("head", node=head.node, address=head.address, incarnation=head.incarnation)
+            context.event(Election(head.incarnation, head.node, why))
+        context.event(HeadStarted(head.node, head.address, head.incarnation))
         for duty in (
             self.table.keep_written(), self.requests.run(), self._watch_for_newer(), self.queue.run(),
             self.nodes.run(), self._collector.run(), self._serve_metrics(),
@@ -123,7 +124,7 @@ class HeadController:
             (records.HEAD_FILE, self._file), (records.MEMBERS_FILE, self.table), (records.DUTIES_FILE, self.context.duties_file),
         ):  # fmt: skip
             if file.restore():
-                self.context.event("restored", file=name)
+                self.context.event(FileRestored(name))
 
     # -- the end ---------------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class HeadController:
         self.nodes.stop()
         with context.errors.caught("check for newer heads"):
             if await context.off_loop(context.is_fenced):  # told here, whichever part found it
-                context.event("fenced", node=self.head.node, incarnation=self.head.incarnation)
+                context.event(HeadFenced(self.head.node, self.head.incarnation))
         await context.off_loop(lambda: None)  # what was to be written is
         context.close_files()
 

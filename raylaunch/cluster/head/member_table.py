@@ -14,6 +14,17 @@ from raylaunch.cluster.membership.control_channel import ControlServer, Member
 from raylaunch.cluster.node_loop import policy
 from raylaunch.state import records
 from raylaunch.state.head_state import Draining
+from raylaunch.state.node_events import (
+    NodeDraining,
+    NodeEnded,
+    NodeFailed,
+    NodeJoined,
+    NodeLost,
+    NodeReady,
+    NodeRestarting,
+    NodeStarting,
+    NodeStrike,
+)
 from raylaunch.state.published import Published
 from raylaunch.timing import BLAME_AFTER, FOLLOW_LIMIT
 
@@ -98,11 +109,11 @@ class MemberTable:
         elif what == "changed":
             self._told(member)
         elif not self._context.course.ending and member.info.get("state") not in OVER:
-            self._context.event("node_lost", node=member.node, reason=what)
+            self._context.event(NodeLost(member.node, what))
             self._context.spawn(self.blame(member, what))
 
     def _joined(self, member: Member) -> None:
-        self._context.event("node_joined", node=member.node, address=member.info.get("address"))
+        self._context.event(NodeJoined(member.node, member.info.get("address")))
         if self._context.ready.is_set():
             self.members.order("join", only=member)
         self._drain_again(member)
@@ -116,7 +127,18 @@ class MemberTable:
             self._forget_draining(member.node)
         if self.ready() >= self._context.cluster.min_nodes:
             self._context.enough.set()
-        self._context.event(f"node_{now}", node=member.node, error=member.info.get("error"))
+        error = member.info.get("error")
+        match now:
+            case "starting":
+                self._context.event(NodeStarting(member.node))
+            case "ready":
+                self._context.event(NodeReady(member.node))
+            case "restarting":
+                self._context.event(NodeRestarting(member.node, error))
+            case "failed":
+                self._context.event(NodeFailed(member.node, error))
+            case "ended":
+                self._context.event(NodeEnded(member.node))
 
     # -- whose fault it was ----------------------------------------------------------------------------
 
@@ -140,7 +162,7 @@ class MemberTable:
         memory = self._context.memory
         count = memory.strikes[node] = memory.strikes.get(node, 0) + 1
         memory.excluded = sorted(policy.excluded(memory.strikes, self._context.config.elastic))
-        self._context.event("strike", node=node, count=count, reason=reason)
+        self._context.event(NodeStrike(node, count, reason))
         self._context.remember()
 
     def inherit(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -160,7 +182,7 @@ class MemberTable:
         await asyncio.sleep(FOLLOW_LIMIT)
         for member in list(self.members.table.values()):
             if self.state_of(member) == "lost" and member.since >= began:
-                self._context.event("node_lost", node=member.node, reason="it did not follow to the new head")
+                self._context.event(NodeLost(member.node, "it did not follow to the new head"))
                 await self.blame(member, "it did not follow to the new head", after=0.0)
 
     # -- who is to leave -------------------------------------------------------------------------------
@@ -171,7 +193,7 @@ class MemberTable:
         if node in memory.draining or member is None or member.info.get("state") in OVER:
             return
         memory.draining[node] = Draining(reason, member.info.get("pid"))
-        self._context.event("node_draining", node=node, reason=reason)
+        self._context.event(NodeDraining(node, reason))
         self._context.remember()
         self._context.table_changed.set()
         if not memory.running:

@@ -69,7 +69,7 @@ class NodeDuty:
         context = self._context
         why = await asyncio.to_thread(submitter.may_submit, backend, context.directory, context.cluster, context.config)
         for event in await context.off_loop(loop.cannot_submit, context.cluster, why) if why else ():
-            context.event(**event)
+            context.event(event)
 
     async def _take_turn(self, loop: NodeLoop) -> LoopResult:
         """In a thread, which goes on when the wait for it is cancelled: see `end`."""
@@ -96,7 +96,7 @@ class NodeDuty:
         if self._context.course.ending:
             return
         for event in turn.events:
-            self._context.event(**event)
+            self._context.event(event)
         for node, reason in turn.strikes:
             self._table.strike(node, reason)
         for node, reason in [*turn.drain, *((node, "more nodes than wanted") for node in turn.release_nodes)]:

@@ -14,6 +14,7 @@ from raylaunch.cluster.head.ending import HeadEnding
 from raylaunch.cluster.head.member_table import MemberTable
 from raylaunch.cluster.head.run_queue import RunQueue
 from raylaunch.state import requests
+from raylaunch.state.cluster_events import ClusterScaled, RequestSetAside
 from raylaunch.state.requests import Request
 from raylaunch.timing import SAVE_LIMIT
 
@@ -67,7 +68,7 @@ class RequestLoop:
         except RequestRefused as error:
             taken.remove(request.name)
             del self._taken[request.name]
-            self._context.event("request_refused", request=request.name, error=str(error))
+            self._context.event(RequestSetAside(request.name, str(error)))
             await self._context.off_loop(request.set_aside)
 
     def _finish(self, memory: dict[str, Any], over: list[Request]) -> bool:
@@ -118,7 +119,7 @@ class RequestLoop:
     def _scale(self, nodes: int) -> None:
         memory = self._context.memory
         memory.wanted, memory.scaled = nodes, True
-        self._context.event("scaled", nodes=nodes)
+        self._context.event(ClusterScaled(nodes))
         self._context.table_changed.set()
         self._context.nodes_changed.set()
 

@@ -15,6 +15,7 @@ from raylaunch.cluster.head.ending import HeadEnding
 from raylaunch.cluster.head.member_table import MemberTable
 from raylaunch.host.internal_errors import EXPECTED
 from raylaunch.state import export_files, runs
+from raylaunch.state.cluster_events import DriverCutShort, DriverLost, RunEnded, RunStarted
 from raylaunch.state.runs import Run
 from raylaunch.timing import RUN_TELL_LIMIT, SAVE_LIMIT
 
@@ -99,7 +100,7 @@ class RunQueue:
                 except Replaced:
                     outcome = "fenced"
                 except EXPECTED as error:
-                    self._context.event("run_ended", run=name, state=outcome, error=str(error))
+                    self._context.event(RunEnded(name, outcome, error=str(error)))
                     raise
         finally:
             making_way.cancel()
@@ -138,11 +139,11 @@ class RunQueue:
         if record is None:
             return "failed"  # it was moved away while it waited
         if record.state in runs.FINAL:  # the head before this one went when its driver was about to
-            context.event("run_ended", run=name, state=record.state, status=0)
+            context.event(RunEnded(name, record.state, 0))
             return str(record.state)
         if await context.retry_on_storage_error(runs.stop_continues, run):
             await context.retry_on_storage_error(runs.clear_stop, run)
-        context.event("run_started", run=name)
+        context.event(RunStarted(name))
         status, said = await self._drive(run, record)
         if status == runs.DRIVER_FENCED:
             raise Replaced
@@ -150,7 +151,7 @@ class RunQueue:
         if not said and outcome in runs.FINAL:
             with contextlib.suppress(*EXPECTED):
                 await self._drivers.tell(run, RUN_TELL_LIMIT)
-        context.event("run_ended", run=name, state=outcome, status=status)
+        context.event(RunEnded(name, outcome, status))
         return outcome
 
     async def _drive(self, run: Path, record: Run) -> tuple[int, bool]:
@@ -164,7 +165,7 @@ class RunQueue:
             said = now is None or now.id != record.id or now.state in runs.FINAL
             if said or status in {0, runs.DRIVER_FENCED} or context.course.ending:
                 return status, said
-            context.event("driver_lost", run=run.name, status=status)
+            context.event(DriverLost(run.name, status))
             before, last = last, await context.retry_on_storage_error(runs.last_metrics, run)
             if context.waits == waits:  # else it died of what kept us waiting, too
                 losses = losses.and_one(last != before, time.monotonic() - began)
@@ -192,7 +193,7 @@ class RunQueue:
 
     async def _cut_short(self, run: Path, asked: bool) -> None:
         context = self._context
-        context.event("driver_cut_short", run=run.name, reason="another run waits")
+        context.event(DriverCutShort(run.name, "another run waits"))
         if asked:  # else the file is the next run's of that name
             await context.off_loop(context.tried, runs.request_stop, run, "another run waits")
             await asyncio.sleep(STOP_LIMIT)

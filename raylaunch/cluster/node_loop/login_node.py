@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.node_loop.node_loop import NodeLoop
 from raylaunch.config.schema import Config
 from raylaunch.scheduler.backends import Backend
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 
@@ -18,7 +19,7 @@ ASK_AGAIN = 30.0
 """Seconds within which a head shows that a node drains, when it was asked for that."""
 
 
-def watch(directory: Path, config: Config, backend: Backend, say: Callable[[dict[str, Any]], None]) -> str:
+def watch(directory: Path, config: Config, backend: Backend, say: Callable[[Event], None]) -> str:
     """Turn the loop from the login node until the cluster has ended; why it ended. Events go to the cluster's
     and to `say`. What only the head can do is asked of it."""
     loop = LoginLoop(directory, config, backend, say)
@@ -31,7 +32,7 @@ class LoginLoop:
     """The loop of one life of a cluster."""
 
     def __init__(
-        self, directory: Path, config: Config, backend: Backend, say: Callable[[dict[str, Any]], None],
+        self, directory: Path, config: Config, backend: Backend, say: Callable[[Event], None],
         clock: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
         self._directory, self._say, self._clock = directory, say, clock
@@ -64,10 +65,9 @@ class LoginLoop:
         members = files.read_json(self._directory / records.MEMBERS_FILE) or {}
         return list(members.get("nodes", [])) if members.get("canary") == cluster.canary else []
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _tell(self, event: Event) -> None:
         self._say(event)
-        fields = {key: value for key, value in event.items() if key != "kind"}
-        files.append_event(self._directory, str(event["kind"]), **fields, by="watch")
+        event_log.append(self._directory, event, by="watch")
 
 
 def still_asked(asked: Mapping[str, float], table: Sequence[Mapping[str, Any]], now: float) -> dict[str, float]:

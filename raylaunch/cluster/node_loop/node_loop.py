@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.node_loop import policy, scheduler_view, submitter
 from raylaunch.cluster.node_loop.facts import ALIVE, Joiners, Node, NodeLoopFacts
 from raylaunch.cluster.node_loop.policy import Decision
@@ -29,6 +30,15 @@ from raylaunch.errors import SlurmError, SlurmUnavailable, StateError
 from raylaunch.scheduler.backends import Backend, LocalBackend, SlurmBackend
 from raylaunch.scheduler.slurm import allocation, batch_script
 from raylaunch.state import files, records
+from raylaunch.state.node_events import (
+    JoinerAdopted,
+    JoinerRefused,
+    JoinerSubmitted,
+    NodeDecision,
+    NodeExcluded,
+    SlurmUnreachable,
+    Successor,
+)
 from raylaunch.state.records import Cluster, Head
 from raylaunch.timing import BOOT_LIMIT
 
@@ -44,8 +54,7 @@ NO_NODE = "node configuration is not available"
 class LoopResult:
     """What came of one turn, for the caller to write down and to execute."""
 
-    events: list[dict[str, Any]] = field(default_factory=list)
-    """Each with its `kind`."""
+    events: list[Event] = field(default_factory=list)
     drain: list[tuple[str, str]] = field(default_factory=list)
     """(node, reason): the run must leave these at its next step, then their agents end."""
     release_nodes: list[str] = field(default_factory=list)
@@ -126,7 +135,7 @@ class NodeLoop:
         struck = policy.excluded(strikes, self._config.elastic)
         turn.exclude = sorted(struck - (self._excluded if self._excluded is not None else struck))
         self._excluded = struck
-        turn.events += [{"kind": "excluded", "node": node} for node in turn.exclude]
+        turn.events += [NodeExcluded(node) for node in turn.exclude]
         self._adopt(view, cluster, turn)
         if view.waits_needlessly and isinstance(self._backend, SlurmBackend):
             with contextlib.suppress(SlurmError):  # it starts a little later, then
@@ -242,7 +251,7 @@ class NodeLoop:
         if name not in {"hold", "join"}:
             self._said.pop("hold", None)
         self._said[name] = key
-        turn.events.append({"kind": "node_decision", "decision": name, **asdict(decision)})
+        turn.events.append(NodeDecision(name, **asdict(decision)))
 
     def _do(self, decision: Decision, cluster: Cluster, turn: LoopResult) -> None:
         self._decided(turn, decision)
@@ -270,7 +279,7 @@ class NodeLoop:
                 self._refuse(cluster, turn, error)  # there is no such command here
             else:
                 self._submitted = self._clock()  # it may be queued all the same: its comment will tell
-                turn.events.append({"kind": "slurm_silent", "error": error.message})
+                turn.events.append(SlurmUnreachable(error.message))
         except SlurmError as error:
             self._refuse(cluster, turn, error)
 
@@ -288,7 +297,7 @@ class NodeLoop:
         self._submitted = self._clock()
         self._joiners = self._joiners.with_one(job)
         self._said.pop("join", None)
-        turn.events.append({"kind": "joiner_submitted", "job": job, "nodes": nodes, "exclude": list(exclude)})
+        turn.events.append(JoinerSubmitted(job, nodes, list(exclude)))
         self._tell_refusal(cluster, "")
 
     def _resume(self, cluster: Cluster, turn: LoopResult) -> None:
@@ -300,7 +309,7 @@ class NodeLoop:
                 self._directory, cluster, (self._directory / records.SCRIPT_FILE).read_text(encoding="utf-8")
             )
             append(job)
-        turn.events.append({"kind": "successor", "job": job})
+        turn.events.append(Successor(job))
 
     @contextlib.contextmanager
     def _appending(self, cluster: Cluster, turn: LoopResult) -> Iterator[Callable[[str], None] | None]:
@@ -326,7 +335,7 @@ class NodeLoop:
                 self._said.pop("lock_held", None)
             elif "lock_held" not in self._said:
                 self._said["lock_held"] = "once"
-                turn.events.append({"kind": "lock_held", **allocation.lock_was_held(self._directory)})
+                turn.events.append(allocation.lock_was_held(self._directory))
             yield
 
     def _adopt(self, view: SchedulerView, cluster: Cluster, turn: LoopResult) -> None:
@@ -337,7 +346,7 @@ class NodeLoop:
                 if now is not None and now.canary == cluster.canary and job not in now.jobs:
                     replace(now, jobs=(*now.jobs, job)).write(self._directory / records.CLUSTER_FILE)
             self._joiners = self._joiners.with_one(job)
-            turn.events.append({"kind": "joiner_found", "job": job})
+            turn.events.append(JoinerAdopted(job))
 
     def _refuse(self, cluster: Cluster, turn: LoopResult, error: SlurmError) -> None:
         """Say once that this place cannot submit; it is tried again, seldom."""
@@ -348,7 +357,7 @@ class NodeLoop:
         if self._said.get("refused") != text:
             self._said["refused"] = text
             hint = "`raylaunch watch` on a login node submits in its place."
-            turn.events.append({"kind": "joiner_refused", "error": text, "hint": "" if self._watcher else hint})
+            turn.events.append(JoinerRefused(text, "" if self._watcher else hint))
         self._refused = (text, self._clock() + ASK_AGAIN)
         self._tell_refusal(cluster, text)
 
@@ -357,7 +366,7 @@ class NodeLoop:
         if not self._watcher and submitter.head_refusal(self._directory, cluster) != text:
             files.write_json(self._directory / submitter.FILE, {"canary": cluster.canary, "refused": text})
 
-    def cannot_submit(self, cluster: Cluster, why: str) -> list[dict[str, Any]]:
+    def cannot_submit(self, cluster: Cluster, why: str) -> list[Event]:
         """Found out before the first joiner is needed (`submitter.may_submit`): the events to write."""
         turn = LoopResult()
         self._refuse(cluster, turn, SlurmError(why))

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.telemetry.load_table import LoadTable
 from raylaunch.errors import StateError
 from raylaunch.state import files
@@ -37,7 +38,7 @@ class Collector:
     """`off_loop` does file work; `event` writes one line of the cluster's events; `nodes`: those alive."""
 
     def __init__(
-        self, directory: Path, canary: str, off_loop: Callable[..., Any], event: Callable[..., None],
+        self, directory: Path, canary: str, off_loop: Callable[..., Any], event: Callable[[Event], None],
         nodes: Callable[[], list[str]],
     ) -> None:  # fmt: skip
         self._directory, self._canary, self._off_loop, self._event = directory, canary, off_loop, event
@@ -46,7 +47,7 @@ class Collector:
     def take(self, node: str, load: dict[str, Any]) -> None:
         """What an agent has measured."""
         for news in self._table.take(node, load, time.time()):
-            self._event(**news)
+            self._event(news)
 
     async def run(self) -> None:
         """Write, as long as this head reigns."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from raylaunch.checkpoint.events import Event
+from raylaunch.state.node_events import GpuTrouble, OomKill
 from raylaunch.timing import GONE_AFTER
 
 POINTS = 64
@@ -49,15 +51,13 @@ class LoadTable:
         """Node → its figures, flat, with "time"."""
         self._series: dict[str, LoadSeries] = {}
 
-    def take(self, node: str, load: dict[str, Any], now: float) -> list[dict[str, Any]]:
+    def take(self, node: str, load: dict[str, Any], now: float) -> list[Event]:
         """A node's new load; what of it is news, as events: by the kernel's word where there is one, else by counts."""
         before, figures = self.latest.get(node), flat(load)
         self.latest[node] = {"time": round(now, 1), **figures}
         self._series.setdefault(node, LoadSeries(now)).add(now, [figures.get(name) for name in MEASURES])
-        kernel = [{**row, "node": node} for row in load.get("kernel", ())]
-        return kernel + [
-            e for e in _news(node, before or {}, figures) if e["kind"] not in {row["kind"] for row in kernel}
-        ]
+        kernel = [_of_kernel(node, row) for row in load.get("kernel", ())]
+        return kernel + [e for e in _news(node, before or {}, figures) if type(e) not in {type(k) for k in kernel}]
 
     def keep(self, nodes: Iterable[str]) -> None:
         """Forget all others."""
@@ -110,14 +110,21 @@ def flat(load: dict[str, Any]) -> dict[str, Any]:
     return {**found, "throttled": "; ".join(throttled)} if throttled else found
 
 
-def _news(node: str, before: dict[str, Any], now: dict[str, Any]) -> Iterable[dict[str, Any]]:
+def _of_kernel(node: str, row: dict[str, Any]) -> Event:
+    """What the node's agent found in the kernel's log (see `kernel`)."""
+    if row["kind"] == OomKill.kind:
+        return OomKill(node, row["pid"], row["task"])
+    return GpuTrouble(node, row["what"])
+
+
+def _news(node: str, before: dict[str, Any], now: dict[str, Any]) -> Iterable[Event]:
     """Trouble that was not there a sample ago. (Counts of a node's first sample are not news.)"""
     if before and now.get("oom_kills", 0) > before.get("oom_kills", 0):
-        yield {"kind": "oom_kill", "node": node, "count": now["oom_kills"] - before.get("oom_kills", 0)}
+        yield OomKill(node, count=now["oom_kills"] - before.get("oom_kills", 0))
     if before and now.get("ecc_errors", 0) > before.get("ecc_errors", 0):
-        yield {"kind": "gpu_trouble", "node": node, "what": f"{now['ecc_errors']} uncorrected ECC errors"}
+        yield GpuTrouble(node, f"{now['ecc_errors']} uncorrected ECC errors")
     if now.get("throttled", "") != before.get("throttled", "") and "throttled" in now:
-        yield {"kind": "gpu_trouble", "node": node, "what": f"throttled: {now['throttled']}"}
+        yield GpuTrouble(node, f"throttled: {now['throttled']}")
 
 
 def _means(rows: list[list[float | None]]) -> list[float | None]:

@@ -124,7 +124,7 @@ class Rules:
         match row["kind"]:
             case "attempt_started":
                 self._started(row, now)
-            case "connected" if self._config.trainer.script is not None:  # its steps are not ours to see
+            case "workers_connected" if self._config.trainer.script is not None:  # its steps are not ours to see
                 self._recovered(moment, f"its script runs again on {m.workers} workers")
             case "attempt_ended":
                 m.running = m.stalled = False
@@ -161,7 +161,7 @@ class Rules:
                     "checkpoint_failed", f"the save of step {step} failed: {_words(row.get('error'))}; training goes on",
                     moment, facts=facts,
                 )  # fmt: skip
-            case "checkpoint_bad":
+            case "checkpoint_invalid":
                 text = f"the checkpoint of step {step} does not verify: {_words(row.get('file'))}: {_words(row.get('why'))}"
                 self._add("checkpoint_failed", text, moment, facts=facts)
             case "export_failed":
@@ -285,7 +285,7 @@ class Rules:
                     node = str(row.get("node"))
                     text = f"GPU trouble on {node}: {_words(row.get('what'))}"
                     self._add("gpu", text, row["time"], node, {"node": node, "what": row.get("what"), "step": m.step})
-                case "notice" if row.get("why") == "preempted" or not m.end_told:
+                case "termination_notice" if row.get("why") == "preempted" or not m.end_told:
                     m.end_told = True
                     left = baselines.number(row.get("seconds_left"))
                     time_left = f"in {lasting(left)}" if left is not None else "soon"

@@ -31,7 +31,9 @@ from raylaunch.observe.alerts.alert import Alert, message
 from raylaunch.observe.alerts.alert_rules import Rules, RuleState
 from raylaunch.observe.alerts.outbox import Outbox, PendingAlert
 from raylaunch.observe.alerts.rate_limit import Limiter
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
+from raylaunch.state.event_log import EventReader
+from raylaunch.state.run_events import AlertSent
 from raylaunch.state.runs import Run
 from raylaunch.timing import LAST_LIMIT
 from raylaunch.training.cluster_view import ClusterView
@@ -56,9 +58,9 @@ class AlertSender:
         incarnation = os.environ.get("RAYLAUNCH_INCARNATION")
         self._roster = ClusterView(self._cluster_dir, int(incarnation)) if incarnation else None
         self._sinks = config.alerts.sinks
-        self._events = files.LineReader(run_dir / files.EVENTS_FILE, at_end=True)
+        self._events = EventReader(run_dir, at_end=True)
         self._metrics = files.LineReader(run_dir / files.METRICS_FILE, at_end=True)
-        self._cluster = files.LineReader(self._cluster_dir / files.EVENTS_FILE, at_end=True)
+        self._cluster = EventReader(self._cluster_dir, at_end=True)
         self._outbox, self._limiter = Outbox(), Limiter(config.alerts.min_interval, config.alerts.max_per_hour)
         self._rules = Rules(config, self._recall(), time.monotonic())
         self._known = self._snapshot()
@@ -217,10 +219,9 @@ class AlertSender:
         """Of an alert that no sink has still to get, the run's events tell; only then it is gone."""
         if not parcel.due:
             sent = parcel.message
-            fields = {"alert": sent["kind"], "at": sent["time"], "text": sent["text"], "id": sent["id"],
-                      "count": sent["count"]}  # fmt: skip
+            told = AlertSent(sent["kind"], sent["time"], sent["text"], sent["id"], sent["count"], parcel.done)
             try:
-                await asyncio.to_thread(files.append_event, self._run_dir, "alert", **fields, sinks=parcel.done)
+                await asyncio.to_thread(event_log.append, self._run_dir, told)
             except StateError as error:
                 _say(error.message)
             self._outbox.parcels.remove(parcel)

@@ -22,14 +22,14 @@ from raylaunch.observe.history import node_hours, safe_read
 from raylaunch.observe.history.node_hours import Interval, NodeUse
 from raylaunch.observe.history.timeline import FINAL, Attempt, Row, is_number, read, settled
 from raylaunch.scheduler import backends
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 from raylaunch.state.records import Cluster
 
-_OF_RUN = re.compile(rb'"kind": ?"(?:queued|attempt_started|attempt_ended|finished|failed|stopped)"')
-_OF_CLUSTER = re.compile(
-    rb'"kind": ?"(?:submitted|successor|joiner_submitted|joiner_found|node_joined|node_lost|node_ended|node_failed|'
-    rb'requeued|ended|down)"'
-)
+_OF_RUN = ("queued", "attempt_started", "attempt_ended", "finished", "failed", "stopped")
+_OF_CLUSTER = (
+    "submitted", "successor", "joiner_submitted", "joiner_adopted", "node_joined", "node_lost", "node_ended",
+    "node_failed", "requeued", "ended", "cluster_down",
+)  # fmt: skip
 _ACCOUNT = re.compile(r"^slurm:\n(?:[ \t]+.*\n)*?[ \t]+account: *(.*)$", re.MULTILINE)
 
 
@@ -283,13 +283,14 @@ def _lives(one: _Cluster, now: float) -> list[LifeRow]:
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def _telling(path: Path, kinds: re.Pattern[bytes]) -> list[Row]:
+def _telling(path: Path, kinds: Sequence[str]) -> list[Row]:
     """The lines of these kinds, and the last one, which says when there was a last one."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError:
         return []
-    wanted = [line for line in lines if kinds.search(line)]
+    pattern = event_log.pattern(kinds)
+    wanted = [line for line in lines if pattern.search(line)]
     if lines and (not wanted or wanted[-1] is not lines[-1]):
         wanted.append(lines[-1])
     found: list[Row] = []

@@ -24,7 +24,7 @@ from typing import Any
 
 from raylaunch.observe.history.recoveries import Recovery, recoveries
 from raylaunch.observe.history.timeline import FINAL, Attempt, History, Row, Step, is_step, latest, read
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 from raylaunch.state.runs import Run
 
 PARTS = ("queue", "bring_up", "connect", "build", "restore", "first_step", "productive", "redone", "checkpoint",
@@ -35,7 +35,7 @@ PIECE, LOOK = 16 << 10, 2 << 10
 """Bytes that are read around a moment, and to find it."""
 TURNS, LAST_TURNS = frozenset({"attempt_started", "attempt_ended", "first_step", "fault"}), 100
 """Around these the metrics matter; of a large file, around the last so many."""
-OF_CLUSTER = ("head", "driver_lost", "election")
+OF_CLUSTER = ("head_started", "driver_lost", "election")
 """The cluster's events that bear on a run's time."""
 
 
@@ -177,7 +177,7 @@ class _Timeline:
                     label = {"hold": "holding", "start": "decide", "finish": "decide"}.get(str(row.get("decision")))
                     if label:
                         yield _Mark(row["time"], 3, label)
-                case "injected":
+                case "fault_injected":
                     if self._hits(row["time"]):
                         yield _Mark(row["time"], _INJECTED, "detect")
                 case kind if kind in FINAL:
@@ -205,7 +205,7 @@ class _Timeline:
     def _of_cluster(self) -> Iterable[_Mark]:
         """A head's coming counts while no attempt is at work: before the first, or after the head was lost."""
         for row in self._history.cluster:
-            if row["kind"] in {"head", "driver_lost"} and self._nothing_runs(row["time"]):
+            if row["kind"] in {"head_started", "driver_lost"} and self._nothing_runs(row["time"]):
                 yield _Mark(row["time"], 2, "bring_up")
 
     def _nothing_runs(self, moment: float) -> bool:
@@ -286,10 +286,10 @@ def _step_seconds(groups: Sequence[Sequence[Step]]) -> float:
 def of_run(run_dir: Path, whole: bool = True, window: tuple[float, float] | None = None) -> Ledger:
     """The ledger of a run directory; `whole`: read all its metrics, however long."""
     record = Run.read(run_dir)
-    events = files.read_lines(run_dir / files.EVENTS_FILE)
+    events = event_log.read_all(run_dir)
     cluster = run_dir.parent.parent / "clusters" / (record.cluster if record else "")
     begun = min((float(r["time"]) for r in events if isinstance(r.get("time"), (int, float))), default=math.inf)
-    of_cluster = [r for r in files.read_events(cluster, *OF_CLUSTER) if float(r.get("time", 0)) >= begun]
+    of_cluster = [r for r in event_log.read(cluster, *OF_CLUSTER) if float(r.get("time", 0)) >= begun]
     path = run_dir / files.METRICS_FILE
     metrics = files.read_lines(path) if whole or not _is_large(path) else _in_pieces(path, events)
     live = record is not None and record.state not in FINAL

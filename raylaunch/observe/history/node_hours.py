@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from raylaunch.observe.history.timeline import FINAL, Attempt, Row
 
 Interval = tuple[float, float]
-_OVER = {"ended", "down", "requeued", "successor"}
+_OVER = {"ended", "cluster_down", "requeued", "successor"}
 """Events of a cluster behind which nothing is held any more, until nodes join again."""
 _GONE = {"node_lost", "node_ended", "node_failed"}
 
@@ -83,7 +83,7 @@ def lives(events: Iterable[Row], until: float) -> tuple[list[Life], list[NodeUse
                 close(name, max(last, min(until, now)))
             found.append(Life(now))
         life = found[-1]
-        if kind in {"submitted", "successor", "joiner_submitted", "joiner_found"} and row.get("job"):
+        if kind in {"submitted", "successor", "joiner_submitted", "joiner_adopted"} and row.get("job"):
             life.jobs.append(str(row["job"]))
         if kind == "node_joined":
             held.setdefault(node, now)
@@ -93,7 +93,7 @@ def lives(events: Iterable[Row], until: float) -> tuple[list[Life], list[NodeUse
         elif kind in _OVER:
             for name in list(held):
                 close(name, now)
-        if kind in {"ended", "down"} and life.ended is None:
+        if kind in {"ended", "cluster_down"} and life.ended is None:
             life.ended, life.reason = now, str(row.get("reason") or "")
         life.last = last = now
     for name in list(held):

@@ -12,7 +12,7 @@ from raylaunch.errors import UsageError
 from raylaunch.observe.history import goodput
 from raylaunch.observe.history.recoveries import Recovery
 from raylaunch.observe.history.timeline import is_step
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 
 _WORDS = {"node_lost": "node lost", "worker_lost": "worker lost", "head_lost": "head lost", "driver_lost": "driver lost",
           "raylet_lost": "raylet lost", "drain": "drained", "grow": "grows"}  # fmt: skip
@@ -54,8 +54,8 @@ def run(run_dir: Path, out: Path, title: str = "") -> None:
     if not rows:
         raise UsageError(f"{run_dir} has no steps to draw", "Name a run directory that has a metrics.jsonl.")
     book = goodput.of_run(run_dir)
-    events = files.read_lines(run_dir / files.EVENTS_FILE)
-    injected = {int(e["seq"]): str(e["fault"]) for e in events if e["kind"] == "injected" and "seq" in e}
+    events = event_log.read_all(run_dir)
+    injected = {int(e["seq"]): str(e["fault"]) for e in events if e["kind"] == "fault_injected" and "seq" in e}
     start = min(float(e["time"]) for e in [*events[:1], *rows[:1]])
     figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
     workers = axis.twinx()

@@ -58,9 +58,9 @@ class _Marks:
 
     def __init__(self, history: History) -> None:
         self.elections = [row["time"] for row in history.cluster if row["kind"] == "election"]
-        self.heads = [row["time"] for row in history.cluster if row["kind"] == "head"]
+        self.heads = [row["time"] for row in history.cluster if row["kind"] == "head_started"]
         self.starts = [r["time"] for r in history.events if r["kind"] == "decision" and r.get("decision") == "start"]
-        self.injected = [row for row in history.events if row["kind"] == "injected"]
+        self.injected = [row for row in history.events if row["kind"] == "fault_injected"]
         self.claimed: set[int] = set()
         """Indexes of the injections that a recovery answers already."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from raylaunch.errors import RaylaunchError, first_line
 from raylaunch.observe.history.timeline import is_number
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, files, records, runs
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
 
@@ -30,6 +30,7 @@ _LARGEST, _LATEST = 1 << 53, 1e10
 
 def sound(row: object) -> dict[str, Any] | None:
     """A line of events without fields of a wrong type; None for what is no event."""
+    row = event_log.current(row)
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not is_number(row.get("time")):
         return None
     if not 0 <= row["time"] < _LATEST:

@@ -45,7 +45,7 @@ def verify_steps(metrics: Iterable[Row], events: Iterable[Row], every: int = 1) 
     repeated: set[int] = set()
     twice: set[int] = set()
     committed = 0
-    bad = {(r["step"], r["time"]) for r in history.events if r["kind"] == "checkpoint_bad" and "step" in r}
+    bad = {(r["step"], r["time"]) for r in history.events if r["kind"] == "checkpoint_invalid" and "step" in r}
     gone_back = {a for r in history.events if r["kind"] == "nonfinite" for a in [r.get("attempt")]}
     good: set[int] = set()
     for attempt in history.attempts:

@@ -154,9 +154,9 @@ def read(events: Iterable[Row], metrics: Iterable[Row], cluster: Iterable[Row] =
 def _note(attempt: Attempt, row: Row) -> None:
     """What an event says of its attempt."""
     match row["kind"]:
-        case "connected":
+        case "workers_connected":
             attempt.connected = attempt.connected or row["time"]
-        case "built":
+        case "model_built":
             attempt.built = attempt.built or row["time"]
         case "resumed":
             attempt.resumed = attempt.resumed or row["time"]
@@ -167,7 +167,7 @@ def _note(attempt: Attempt, row: Row) -> None:
             attempt.commits.append(row)
         case "fault" | "hang":
             attempt.faults.append(row)
-        case "resize_asked":
+        case "resize_requested":
             attempt.resize, attempt.asked = str(row.get("why") or "resize"), row["time"]
         case "attempt_ended":
             attempt.ended, attempt.how = row["time"], str(row.get("how") or "")

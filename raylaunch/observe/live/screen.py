@@ -33,7 +33,7 @@ _COLOURS = {
     "draining": "yellow",
 }
 _LOUD = {"fault": "red", "node_lost": "red", "failed": "red", "hang": "red", "oom_kill": "red", "gpu_trouble": "red",
-         "driver_lost": "red", "strike": "yellow", "election": "yellow", "notice": "yellow", "commit": "green",
+         "driver_lost": "red", "node_strike": "yellow", "election": "yellow", "termination_notice": "yellow", "commit": "green",
          "finished": "green", "first_step": "green"}  # fmt: skip
 Line = Text
 

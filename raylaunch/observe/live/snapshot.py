@@ -29,6 +29,7 @@ from raylaunch.observe.history.timeline import is_step
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import files, records, runs
+from raylaunch.state.event_log import EventReader
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
@@ -115,7 +116,7 @@ class SnapshotReader:
         self._picture = Picture(0.0, cluster_dir.name)
         self._of_run = _RunReader(run_dir) if run_dir is not None else None
         self._events = _Events(cluster_dir)
-        self._errors = InternalErrors(lambda *_, **__: None)
+        self._errors = InternalErrors(lambda *_: None)
         self._jobs_at, self._is_gone = -JOBS_EVERY, False
 
     def look(self) -> Picture:
@@ -227,7 +228,7 @@ class _Events:
     """The last events of a directory, as words."""
 
     def __init__(self, directory: Path) -> None:
-        self._reader = files.LineReader(directory / files.EVENTS_FILE, last=EVENTS_BYTES)
+        self._reader = EventReader(directory, last=EVENTS_BYTES)
         self._rows: deque[tuple[float, str, str]] = deque(maxlen=EVENTS)
 
     def read(self) -> Iterator[tuple[float, str, str]]:

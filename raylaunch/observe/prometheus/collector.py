@@ -6,7 +6,6 @@ out of that scrape.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,9 @@ from raylaunch.cluster.telemetry import collect
 from raylaunch.config import loader
 from raylaunch.host.internal_errors import InternalErrors
 from raylaunch.observe.history import goodput
-from raylaunch.state import files, records, runs
+from raylaunch.state import event_log, records, runs
+from raylaunch.state.cluster_events import InternalError
+from raylaunch.state.event_log import EventReader
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
@@ -54,7 +55,7 @@ class _Events:
     """How often each kind came, and the last commit."""
 
     def __init__(self, directory: Path) -> None:
-        self._reader = files.LineReader(directory / files.EVENTS_FILE)
+        self._reader = EventReader(directory)
         self.counts: Counter[str] = Counter()
         self.commit: dict[str, Any] = {}
 
@@ -71,7 +72,7 @@ class ClusterCollector:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._errors = InternalErrors(functools.partial(files.append_event, directory))
+        self._errors = InternalErrors(lambda work, error: event_log.append(directory, InternalError(work, error)))
         self._events = _Events(directory)
         self._run = ""
         self._run_events = _Events(directory)

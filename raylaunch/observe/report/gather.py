@@ -160,8 +160,8 @@ def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) 
     }
     node_rows = [r for one, spans in where.items() for r in of_cluster.get(one, []) if _inside(r["time"], spans)]
     seconds = node_hours.node_seconds([h for holds, _ in held for h in holds], axis.intervals)
-    built = [e["parameters"] for e in events if e["kind"] == "built" and isinstance(e.get("parameters"), int)]
-    injected = [e for e in events if e["kind"] == "injected" and isinstance(e.get("seq"), int)]
+    built = [e["parameters"] for e in events if e["kind"] == "model_built" and isinstance(e.get("parameters"), int)]
+    injected = [e for e in events if e["kind"] == "fault_injected" and isinstance(e.get("seq"), int)]
     return ReportData(
         name=run_dir.name, state=_state(record, span.live), reason=record.reason if record is not None else "",
         cluster=name, directory=run_dir, began=span.began, until=until, live=span.live, axis=axis, history=history,

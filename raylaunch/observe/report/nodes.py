@@ -62,11 +62,11 @@ def of_events(
             one.lost += kind == "node_lost"
             one.drained += kind == "node_draining"
             one.reason = str(row.get("reason") or row.get("error") or one.reason)
-        elif kind == "strike":
+        elif kind == "node_strike":
             one = of(node)
             one.strikes += 1
             one.reason = str(row.get("reason") or one.reason)
-        elif kind == "excluded":
+        elif kind == "node_excluded":
             of(node).excluded = True
     for attempt in history.attempts:
         for node in attempt.nodes:

@@ -24,7 +24,8 @@ from raylaunch.errors import StateError
 from raylaunch.host import processes
 from raylaunch.observe.trackers import sinks
 from raylaunch.observe.trackers.sinks import Sink
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
+from raylaunch.state.run_events import TrackingFailed
 
 PAUSE = 1.0
 """Seconds between two looks."""
@@ -106,7 +107,7 @@ class MetricsUploader:
         if feed.pause == PAUSE:  # once, until it works again
             with contextlib.suppress(StateError):
                 why = f"{type(error).__name__}: {error}"[:300]
-                files.append_event(self._run_dir, "tracking_failed", tracker=feed.name, error=why)
+                event_log.append(self._run_dir, TrackingFailed(feed.name, why))
         feed.sink, feed.retry_at = None, time.monotonic() + feed.pause
         feed.pause = min(LONGEST_RETRY, 2 * feed.pause)
 

@@ -16,14 +16,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.errors import RaylaunchError, SlurmUnavailable
 from raylaunch.host import locks
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.scheduler.slurm.parse import parse_when
 from raylaunch.scheduler.slurm.rows import JobState
 from raylaunch.state import records
+from raylaunch.state.node_events import LockHeld, Requeued, RequeueRefused, Successor, SuccessorRefused
 from raylaunch.state.records import Cluster
 
 log = logging.getLogger("raylaunch.allocation")
@@ -153,12 +155,12 @@ def _is_fresh(moment: str, since: float) -> bool:
     return when is None or when.timestamp() > since - SKEW
 
 
-def go_on(directory: Path, job: str, why: str, how: Continuation) -> Iterator[tuple[str, dict[str, Any]]]:
+def go_on(directory: Path, job: str, why: str, how: Continuation) -> Iterator[Event]:
     """See to the cluster's next allocation; what was done, as events. The requeue ends this process, so
     its event comes first."""
     slurm = Slurm()
     if how is not Continuation.SUCCESSOR:
-        yield "requeued", {"job": job, "why": why}
+        yield Requeued(job, why)
     if how is Continuation.ITSELF:
         return
     if how is Continuation.REQUEUE:
@@ -168,17 +170,17 @@ def go_on(directory: Path, job: str, why: str, how: Continuation) -> Iterator[tu
             # Slurm was quicker: a successor would be a second allocation of this cluster
             if _IS_REQUEUED in str(error).lower() or _waits(slurm, job):
                 return
-            yield "requeue_refused", {"job": job, "error": str(error)}
+            yield RequeueRefused(job, str(error))
     try:
         script = (directory / records.SCRIPT_FILE).read_text()
         with locked(directory, LOCK_LIMIT_AT_END) as is_ours:
             if not is_ours:
-                yield "lock_held", lock_was_held(directory)
+                yield lock_was_held(directory)
             successor = _twice(lambda: slurm.submit(script), harmless=False)
-            yield "successor", {"job": successor, "why": why}
+            yield Successor(successor, why)
             _record(directory, successor)
     except (RaylaunchError, OSError) as error:
-        yield "successor_refused", {"error": str(error)}
+        yield SuccessorRefused(str(error))
 
 
 def _record(directory: Path, job: str) -> None:
@@ -219,7 +221,7 @@ def locked(directory: Path, patience: float = LOCK_LIMIT) -> Iterator[bool]:
         yield is_ours
 
 
-def lock_was_held(directory: Path) -> dict[str, Any]:
-    """The fields of the event for that."""
+def lock_was_held(directory: Path) -> LockHeld:
+    """The event for that."""
     path = directory / JOBS_LOCK
-    return {"lock": str(path), "hint": f"A frozen `raylaunch watch` may hold it: find it with `fuser {path}`."}
+    return LockHeld(str(path), f"A frozen `raylaunch watch` may hold it: find it with `fuser {path}`.")

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from raylaunch.state import files, runs
+from raylaunch.state import event_log, runs
+from raylaunch.state.run_events import FaultInjected
 from raylaunch.tools.chaos.faults import Aim, Broken, Faults, mended
 from raylaunch.tools.chaos.remote import Miss
 from raylaunch.tools.chaos.schedule import KINDS, Planned
@@ -60,7 +61,9 @@ class Campaign:
         began = time.monotonic()
         due = began
         # Numbers go on where an earlier campaign on this run ended: each names one fault of the run.
-        earlier = max((int(e.get("seq", 0)) for e in self.faults.victim.look() if e["kind"] == "injected"), default=0)
+        earlier = max(
+            (int(e.get("seq", 0)) for e in self.faults.victim.look() if e["kind"] == "fault_injected"), default=0
+        )
         try:
             if not self.faults.victim.is_training:
                 self.say("waits until the run trains: a commit of its newest attempt")
@@ -99,9 +102,7 @@ class Campaign:
         before, attempt = len(victim.look()), victim.attempt
         outcome = FaultOutcome(planned.seq, planned.kind, aim.node, time.time(), why="interrupted")
         self.outcomes.append(outcome)
-        files.append_event(
-            victim.run_dir, "injected", fault=planned.kind, node=aim.node, rank=aim.rank, seq=planned.seq
-        )
+        event_log.append(victim.run_dir, FaultInjected(planned.kind, aim.node, aim.rank, planned.seq))
         try:
             broken = self.faults.strike(aim)
         except Miss as error:  # it ended by itself meanwhile

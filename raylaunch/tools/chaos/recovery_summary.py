@@ -13,7 +13,7 @@ from raylaunch.config import loader
 from raylaunch.errors import RaylaunchError
 from raylaunch.observe.history import goodput, step_audit
 from raylaunch.observe.history.recoveries import PHASES, Recovery
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 from raylaunch.tools.chaos.campaign import FaultOutcome
 
 
@@ -28,7 +28,7 @@ def of(run_dir: Path, outcomes: Sequence[FaultOutcome], began: float, ended: flo
     book = goodput.of_run(run_dir, window=(began, ended))
     answered = {seq: r for r in book.recoveries for seq in r.injected}
     steps = step_audit.verify_steps(
-        files.read_lines(run_dir / files.METRICS_FILE), files.read_lines(run_dir / files.EVENTS_FILE), _every(run_dir)
+        files.read_lines(run_dir / files.METRICS_FILE), event_log.read_all(run_dir), _every(run_dir)
     )
     rows = [_row(kind, [o for o in outcomes if o.kind == kind], answered) for kind in _kinds(outcomes)]
     done = [r for r in book.recoveries if r.total is not None and r.kind != "resize"]

@@ -10,8 +10,8 @@ from typing import Any
 from raylaunch.cluster import up
 from raylaunch.config import loader
 from raylaunch.errors import UsageError
-from raylaunch.state import files, records, runs
-from raylaunch.state.files import LineReader
+from raylaunch.state import event_log, files, records, runs
+from raylaunch.state.event_log import EventReader
 from raylaunch.state.records import Cluster, Head
 
 _FIRST_LINE = re.compile(r"raylaunch worker run=(\S+) attempt=(\d+) rank=(\d+) .*?node=(\S+) .*?pid=(\d+)")
@@ -35,7 +35,7 @@ class Victim:
     cluster: Cluster
     min_nodes: int
     events: list[dict[str, Any]] = field(default_factory=list)
-    _reader: LineReader | None = None
+    _reader: EventReader | None = None
 
     @classmethod
     def of(cls, state_dir: Path, name: str) -> Victim:
@@ -52,7 +52,7 @@ class Victim:
     def look(self) -> list[dict[str, Any]]:
         """All events so far."""
         if self._reader is None:
-            self._reader = LineReader(self.run_dir / files.EVENTS_FILE)
+            self._reader = EventReader(self.run_dir)
         self.events += self._reader.read()
         return self.events
 
@@ -78,13 +78,13 @@ class Victim:
             for e in self.look()
             if e.get("attempt") == self.attempt
         ]
-        asked = [kind for kind in kinds if kind in {"resize_asked", "withdraw"}]
-        leaves = asked[-1:] == ["resize_asked"]
+        asked = [kind for kind in kinds if kind in {"resize_requested", "withdraw"}]
+        leaves = asked[-1:] == ["resize_requested"]
         return "commit" in kinds and not leaves and not {"fault", "attempt_ended"} & set(kinds)
 
     def known(self) -> str:
         """What there is to say about a run that does not go on."""
-        cluster = files.read_lines(self.cluster_dir / files.EVENTS_FILE)
+        cluster = event_log.read_all(self.cluster_dir)
         nodes = ", ".join(f"{n['name']} {n.get('state')}" for n in self.members())
         return f"last of the run: {_shown(self.look())}; of the cluster: {_shown(cluster)}; nodes: {nodes or 'none'}"
 

@@ -21,7 +21,7 @@ from raylaunch.errors import RunError, UsageError
 from raylaunch.observe.history import timeline
 from raylaunch.observe.history.goodput import read_pieces
 from raylaunch.scheduler.slurm import batch_script
-from raylaunch.state import files, records
+from raylaunch.state import event_log, files, records
 from raylaunch.tools.plan import checkpoint_size, model_shape, sharding, throughput
 from raylaunch.tools.plan.model_shape import Shape
 from raylaunch.tools.plan.sharding import PlannedWorld
@@ -62,7 +62,7 @@ def read(run_dir: Path) -> Measured:
         raise RunError(f"--like {name}: no such run in {run_dir.parent}", "See `raylaunch status --all`.")
     config = loader.load_resolved(run_dir / records.CONFIG_FILE)
     rows = _dicts(read_pieces(run_dir / files.METRICS_FILE, []))
-    events = _dicts(files.read_lines(run_dir / files.EVENTS_FILE))
+    events = _dicts(event_log.read_all(run_dir))
     found = [(row["tokens_per_s"], row["world_size"]) for row in rows if _is_pace(row)][-MOST_ROWS:]
     if not found:
         raise RunError(

@@ -19,6 +19,7 @@ from typing import Any
 from raylaunch.config import loader, user_code
 from raylaunch.errors import RunError, StateError
 from raylaunch.state import files, records, runs, thread_deaths
+from raylaunch.state.run_events import WorkersConnected
 from raylaunch.training.worker.heartbeat import DriverAddress, HeartbeatClient
 from raylaunch.training.worker.session import Session
 
@@ -87,7 +88,7 @@ def work(spec: WorkerSpec, seat: Seat) -> None:
         pulse=HeartbeatClient(spec.pulse, rank, seat.node, stacks),
     )  # fmt: skip
     session.start()
-    session.event("connected", workers=session.world_size)  # all are there, and know each other
+    session.record(WorkersConnected(session.world_size))  # all are there, and know each other
     try:
         user_code.function(config.trainer)(config, session)
         session.returned()

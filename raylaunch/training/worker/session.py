@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raylaunch.checkpoint.events import Event
 from raylaunch.errors import StateError
-from raylaunch.state import files
+from raylaunch.state import event_log, files
 from raylaunch.state.lines import Lines
 from raylaunch.training.stop_request import AT_COMMIT, NOW
 from raylaunch.training.worker.heartbeat import HeartbeatClient
@@ -99,12 +100,17 @@ class Session:
             self._lines.put(json.dumps({key: _plain(value) for key, value in row.items()}))
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one line to the run's events.jsonl (rank 0 only); a full disk does not end training."""
+        """Append one line to the run's events.jsonl (rank 0 only): an event of your own, with a kind that docs/events.md
+        does not have. A full disk does not end training."""
         if self.rank == 0:
             try:
-                files.append_event(self.run_dir, kind, attempt=self.attempt, **fields)
+                event_log.write(self.run_dir, kind, attempt=self.attempt, **fields)
             except StateError as error:
-                print(f"session: event {kind} {fields} is lost: {error}", file=sys.stderr, flush=True)
+                print(f"session: event {kind} {fields} was not written: {error}", file=sys.stderr, flush=True)
+
+    def record(self, event: Event) -> None:
+        """As `event`, for a kind of raylaunch's."""
+        self.event(event.kind, **event.values())
 
     def stop_requested(self) -> int:
         """0: go on. AT_COMMIT: end after the next regular save (the run resizes). NOW: save at this step
