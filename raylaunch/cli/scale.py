@@ -15,7 +15,7 @@ from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, SlurmUnavailable, UsageError
 from raylaunch.scheduler import backends
-from raylaunch.state import audit, event_log, records
+from raylaunch.state import audit, event_log, members, records
 from raylaunch.state.records import Cluster
 
 _EVERY, _JOBS_EVERY = 0.2, 3.0
@@ -72,7 +72,7 @@ def _check(name: str, config: Config, nodes: int) -> None:
 
 
 def _ready(directory: Path, record: Cluster) -> int:
-    return sum(n["state"] == "ready" for n in up.living_nodes(directory, record))
+    return sum(node.state == "ready" for node in members.living(directory, record).nodes)
 
 
 def _wait(directory: Path, record: Cluster, nodes: int, timeout: float, line: LiveLine) -> None:
@@ -99,8 +99,9 @@ def _waits_for(directory: Path, record: Cluster, nodes: int) -> str:
     now = Cluster.read(directory) or record
     if now.canary != record.canary:
         raise RaylaunchError(f"cluster {record.name} was restarted in the meantime", "Scale it again.")
-    leaving = [n["name"] for n in up.living_nodes(directory, record) if n["state"] == "draining"]
-    starting = [n["name"] for n in up.living_nodes(directory, record) if n["state"] == "starting"]
+    rows = members.living(directory, record).nodes
+    leaving = [node.name for node in rows if node.state == "draining"]
+    starting = [node.name for node in rows if node.state == "starting"]
     if starting:
         return f"{', '.join(starting)} starts"
     if leaving:

@@ -18,7 +18,7 @@ from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Backend
-from raylaunch.state import audit, files, records
+from raylaunch.state import audit, files, members, records
 from raylaunch.state.records import Cluster
 
 _config = click.option("-c", "--config", "path", type=click.Path(path_type=Path), help="Configuration file (YAML).")
@@ -110,19 +110,19 @@ def given_back(directory: Path, record: Cluster, backend: Backend) -> Iterator[N
 
 
 def _print_ready(directory: Path, record: Cluster) -> None:
-    nodes = [n for n in cluster.living_nodes(directory, record) if n["state"] == "ready"]
-    cpus, gpus = (sum(n["resources"]["cpus"] for n in nodes), sum(len(n["resources"]["gpus"]) for n in nodes))
-    names = ", ".join(sorted(n["name"] for n in nodes)[:8]) + (", …" if len(nodes) > 8 else "")
+    nodes = [node for node in members.living(directory, record).nodes if node.state == "ready"]
+    cpus, gpus = (sum(node.resources["cpus"] for node in nodes), sum(len(node.resources["gpus"]) for node in nodes))
+    names = ", ".join(sorted(node.name for node in nodes)[:8]) + (", …" if len(nodes) > 8 else "")
     click.echo(
         f"cluster {record.name} is ready: {len(nodes)} nodes ({names}), {cpus} CPUs"
         + (f", {gpus} GPUs" if gpus else "") + f", job {record.jobs[0]}"
     )  # fmt: skip
     for name, error in sorted(cluster.node_failures(directory, record).items()):
-        if name not in {n["name"] for n in nodes}:
+        if name not in {node.name for node in nodes}:
             click.echo(f"  left out   {name}: {error}")
     for node in nodes:
-        if node.get("warning"):
-            click.echo(f"  note       {node['name']}: {node['warning']}")
+        if node.warning:
+            click.echo(f"  note       {node.name}: {node.warning}")
     way = cluster.tunnel(directory, record)
     if way is not None:
         click.echo(f"  dashboard  {way[0]} on {way[1]}")

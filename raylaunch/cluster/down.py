@@ -22,6 +22,7 @@ from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Backend, Job
 from raylaunch.state import event_log, files, records
 from raylaunch.state.cluster_events import ClusterDown
+from raylaunch.state.members import NOBODY, Members
 from raylaunch.state.records import Cluster, Head
 from raylaunch.timing import DOWN_LIMIT, GONE_LIMIT, SAVE_LIMIT, TAKEN_LIMIT
 
@@ -151,11 +152,11 @@ def _verify(directory: Path, cluster: Cluster, ended: Ended) -> None:
             f"{node}: " + (f"{left} processes or directories remain" if left > 0 else "it did not report its end")
         )
     if cluster.backend == "local":
-        table = files.read_json(directory / records.MEMBERS_FILE) or {"nodes": []}
-        for node in table["nodes"]:
-            if Path(node["temp_dir"]).exists():
+        table = Members.read(directory) or NOBODY
+        for node in table.nodes:
+            if node.temp_dir and Path(node.temp_dir).exists():
                 ended.clean = False
-                ended.notes.append(f"{node['name']}: {node['temp_dir']} is left")
+                ended.notes.append(f"{node.name}: {node.temp_dir} is left")
 
 
 def forget_secrets(directory: Path) -> None:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from raylaunch.cluster import down
 from raylaunch.config import loader
@@ -24,8 +23,9 @@ from raylaunch.host import locks
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Backend, Job
 from raylaunch.scheduler.slurm import batch_script, mail
-from raylaunch.state import event_log, files, records
+from raylaunch.state import event_log, files, members, records
 from raylaunch.state.cluster_events import ClusterSubmitted
+from raylaunch.state.members import MemberRow
 from raylaunch.state.records import Cluster, Head
 from raylaunch.text import user
 
@@ -170,7 +170,7 @@ def _refuse_blocked(job: Job, hint: str) -> None:
 
 def wait_ready(
     directory: Path, cluster: Cluster, backend: Backend, timeout: float, show: Callable[[BringUpProgress], None]
-) -> list[dict[str, Any]]:
+) -> list[MemberRow]:
     """Wait until the minimum of nodes is ready; the nodes then. `timeout` counts from the job's start.
 
     Raises BringUpError with each failed node's own error. The caller gives the job back then.
@@ -192,8 +192,7 @@ def wait_ready(
                 show(BringUpProgress("pending", "Slurm does not answer; retrying"))
             pause = min(JOBS_EVERY[1], pause * 1.3)
             ask_again = now + pause
-        nodes = living_nodes(directory, cluster)
-        ready = [node for node in nodes if node["state"] == "ready"]
+        ready = [node for node in members.living(directory, cluster).nodes if node.state == "ready"]
         failures = node_failures(directory, cluster)
         if len(ready) >= cluster.min_nodes:
             show(BringUpProgress("ready", f"{len(ready)} nodes are ready", len(ready), cluster.max_nodes))
@@ -212,7 +211,7 @@ def wait_ready(
         if not job.pending and deadline is None:
             deadline = now + timeout
         if deadline is not None and now > deadline:
-            silent = sorted(set(job.nodes) - {n["name"] for n in ready})
+            silent = sorted(set(job.nodes) - {node.name for node in ready})
             raise BringUpError(
                 f"only {len(ready)} of at least {cluster.min_nodes} nodes within {timeout:g} s; "
                 f"not ready: {', '.join(silent)}{_listed(failures)}",
@@ -232,18 +231,6 @@ def _progress(directory: Path, cluster: Cluster, job: Job, ready: int, total: in
     if ready == 0:
         return BringUpProgress("head", f"the head starts on {head.node} ({head.address})", 0, total)
     return BringUpProgress("nodes", f"nodes {ready} of {total}", ready, total)
-
-
-def living_nodes(directory: Path, cluster: Cluster) -> list[dict[str, Any]]:
-    """The nodes of this life of the cluster, as its head wrote them; [] before that."""
-    table = files.read_json(directory / records.MEMBERS_FILE)
-    return list(table["nodes"]) if table and table["canary"] == cluster.canary else []
-
-
-def internal_errors(directory: Path, cluster: Cluster) -> dict[str, str]:
-    """What fails in its head by a mistake of ours: work → error."""
-    table = files.read_json(directory / records.MEMBERS_FILE)
-    return dict(table.get("internal_errors", {})) if table and table["canary"] == cluster.canary else {}
 
 
 def node_failures(directory: Path, cluster: Cluster) -> dict[str, str]:

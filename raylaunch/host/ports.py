@@ -21,6 +21,11 @@ class Ports:
     base: int
 
     @property
+    def block(self) -> tuple[int, int]:
+        """The first and the last of its ports."""
+        return self.base, self.base + PORT_BLOCK - 1
+
+    @property
     def control(self) -> int:
         return self.base + 1
 

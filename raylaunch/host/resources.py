@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -18,9 +18,6 @@ class Resources:
     memory: int
     object_store: int
     gpus: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def count_cpus(env: Mapping[str, str]) -> int:

@@ -10,8 +10,23 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+M = TypeVar("M", bound="Message")
+
+
+class Message(BaseModel):
+    """One line. Fields of another version are ignored; what was not given is not sent."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Greeting(Message):
+    """What the listening side sends first."""
+
+    nonce: str
 
 
 def nonce() -> str:
@@ -29,16 +44,13 @@ def proves(given: object, expected: str) -> bool:
     return isinstance(given, str) and hmac.compare_digest(given.encode(errors="surrogatepass"), expected.encode())
 
 
-def encoded(message: Mapping[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+def encoded(message: Message) -> bytes:
+    return json.dumps(message.model_dump(exclude_unset=True)).encode() + b"\n"
 
 
-def decoded(line: bytes) -> dict[str, Any]:
-    """ValueError for what is no JSON object."""
+def decoded(line: bytes, kind: type[M]) -> M:
+    """ValueError for what is not such a message."""
     try:
-        message = json.loads(line)
+        return kind.model_validate(json.loads(line))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(message, dict):
-        raise ValueError("not an object")
-    return message

@@ -12,7 +12,7 @@ from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.observe.history import goodput
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
-from raylaunch.state import event_log, files, records, runs
+from raylaunch.state import event_log, files, members, records, runs
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
@@ -54,23 +54,24 @@ def _cluster(
     directory: Path, record: Cluster, jobs: dict[str, Job], trouble: str | None, every_run: list[dict[str, Any]]
 ) -> dict[str, Any]:
     own = [jobs[j] for j in record.jobs if j in jobs]
-    nodes = up.living_nodes(directory, record)
+    table = members.living(directory, record)
+    nodes = table.nodes
     head = Head.read(directory)
     alive = any(job.alive for job in own)
     bases = {row.get("job") for row in event_log.read(directory, "submitted", "successor")}
     joiners = {j.id for j in own} - bases
     if (directory / records.ENDED_FILE).exists() or (trouble is None and not alive):
         now = "down"
-        nodes = []
+        nodes = ()
     elif trouble is not None:
         now = "unknown"
     elif all(job.pending for job in own if job.alive):
         begun = head is not None and head.canary == record.canary
         now = "resuming" if begun else "pending"
-        nodes = []
+        nodes = ()
     else:
-        now = "ready" if sum(n["state"] == "ready" for n in nodes) >= record.min_nodes else "starting"
-        if now == "starting" and any(n["state"] == "lost" for n in nodes):
+        now = "ready" if sum(node.state == "ready" for node in nodes) >= record.min_nodes else "starting"
+        if now == "starting" and any(node.state == "lost" for node in nodes):
             now = "degraded"
     way = up.tunnel(directory, record) if now not in {"down", "pending", "resuming"} and head is not None else None
     mine = [dict(run) for run in every_run if run["cluster"] == record.name]
@@ -82,7 +83,7 @@ def _cluster(
         "backend": record.backend,
         "state": now,
         "error": trouble,
-        "internal_errors": up.internal_errors(directory, record) if now != "down" else {},
+        "internal_errors": table.internal_errors if now != "down" else {},
         "incarnation": head.incarnation if head is not None and head.canary == record.canary else record.incarnation,
         "jobs": [
             {"id": j.id, "state": j.state, "reason": j.reason, "nodes": list(j.nodes), "joiner": j.id in joiners}
@@ -91,15 +92,8 @@ def _cluster(
         ],
         **_wanted(directory, record),
         "nodes": [
-            {
-                "name": n["name"],
-                "address": n["address"],
-                "role": n["role"],
-                "state": n["state"],
-                "job": n.get("job") or "",
-                "error": n.get("error"),
-            }
-            for n in sorted(nodes, key=lambda n: str(n["name"]))
+            node.model_dump(include={"name", "address", "role", "state", "job", "error"})
+            for node in sorted(nodes, key=lambda node: node.name)
         ],
         "dashboard": {"url": way[0], "node": way[1], "tunnel": way[2]} if way else None,
         "runs": mine,

@@ -9,30 +9,34 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from raylaunch.host.ports import Ports
 from raylaunch.state import files, records
+from raylaunch.state.members import Members
 from raylaunch.state.records import Head
 from raylaunch.training.policy import TrainingNode
 
+T = TypeVar("T")
 
-class _Cached:
-    """A JSON file that is replaced now and then."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+class _Cached(Generic[T]):
+    """A JSON file that is replaced now and then; None while it is not there."""
+
+    def __init__(self, path: Path, read: Callable[[], T | None]) -> None:
+        self._path, self._read = path, read
         self._stamp: tuple[int, ...] | None = None
-        self._value: Any = None
+        self._value: T | None = None
 
-    def read(self) -> Any:
+    def read(self) -> T | None:
         try:
             stamp = _stamp(self._path)
         except FileNotFoundError:
             return self._value
         if stamp != self._stamp:
-            self._value, self._stamp = files.read_json(self._path), stamp
+            self._value, self._stamp = self._read(), stamp
         return self._value
 
 
@@ -51,17 +55,19 @@ class ClusterView:
 
     def __init__(self, directory: Path, incarnation: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.incarnation, self._clock = incarnation, clock
-        self._members, self._head = _Cached(directory / records.MEMBERS_FILE), _Cached(directory / records.HEAD_FILE)
-        self._duties = _Cached(directory / records.DUTIES_FILE)
+        self._members = _Cached(directory / records.MEMBERS_FILE, partial(Members.read, directory))
+        self._head = _Cached(directory / records.HEAD_FILE, partial(Head.read, directory))
+        duties = directory / records.DUTIES_FILE
+        self._duties: _Cached[dict[str, Any]] = _Cached(duties, partial(files.read_json, duties))
         self._ready_since: dict[str, float] = {}
 
     def look(self) -> dict[str, TrainingNode]:
         """Every node, by name; {} while the table is an older head's."""
-        table = self._members.read() or {}
-        if int(table.get("incarnation", self.incarnation)) < self.incarnation:
+        table = self._ours()
+        if table is None:
             return {}
         now = self._clock()
-        states = {str(row["name"]): str(row["state"]) for row in table.get("nodes", ())}
+        states = {row.name: row.state for row in table.nodes}
         for name in [n for n in self._ready_since if states.get(n) != "ready"]:
             del self._ready_since[name]
         found = {}
@@ -77,18 +83,21 @@ class ClusterView:
     def fenced(self) -> bool:
         """Another head has been elected since: this driver is nobody's any more."""
         head = self._head.read()
-        return head is not None and int(head["incarnation"]) > self.incarnation
+        return head is not None and head.incarnation > self.incarnation
 
     def end(self) -> float | None:
         """When the allocation ends (Unix), as far as the head knows."""
-        table = self._members.read() or {}
-        ours = int(table.get("incarnation", self.incarnation)) >= self.incarnation
-        return table.get("ends") if ours else None
+        table = self._ours()
+        return table.ends if table is not None else None
+
+    def _ours(self) -> Members | None:
+        table = self._members.read()
+        older = table is not None and table.incarnation is not None and table.incarnation < self.incarnation
+        return None if older else table
 
     def pulse_place(self) -> tuple[str, tuple[int, ...]]:
         """The head's address, and the ports of its block that are free for us to try."""
-        value = self._head.read()
-        if value is None:
+        head = self._head.read()
+        if head is None:
             return "127.0.0.1", ()
-        head = Head.parse(value)
         return head.address, tuple(Ports(head.control_port - 1).spare)

@@ -15,11 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from raylaunch.host import wire
 from raylaunch.training.hang_detector import Heartbeat
-from raylaunch.training.worker.heartbeat import HANDSHAKE_LIMIT, LINE_LIMIT, DriverAddress
+from raylaunch.training.worker.heartbeat import (
+    HANDSHAKE_LIMIT,
+    LINE_LIMIT,
+    DriverAddress,
+    DriverOrder,
+    Progress,
+    Welcome,
+    WorkerHello,
+)
 
 log = logging.getLogger("raylaunch.pulse")
 
@@ -48,7 +55,7 @@ class HeartbeatServer:
         self._socket = _listen(address, ports)
         self.port = int(self._socket.getsockname()[1])
         self._seen: dict[int, _Seen] = {}
-        self._standing: dict[str, Any] | None = None
+        self._standing: DriverOrder | None = None
         self._loop, self._end = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
         self._thread.start()
@@ -72,12 +79,12 @@ class HeartbeatServer:
 
     def stop(self, when: int, reason: str) -> None:
         """Ask for an end (0: withdrawn). Rank 0 decides for all; it hears it again when it connects again."""
-        self._standing = {"stop": when, "reason": reason}
+        self._standing = DriverOrder(stop=when, reason=reason)
         self._send(self._standing, 0)
 
     def dump(self) -> None:
         """Let every worker write its stacks."""
-        self._send({"dump": True})
+        self._send(DriverOrder(dump=True))
 
     def dumped(self) -> dict[int, str]:
         """Rank → the file with its stacks, of those that have written one."""
@@ -97,7 +104,7 @@ class HeartbeatServer:
         self._call(self._end.set)
         self._thread.join()
 
-    def _send(self, message: dict[str, Any], rank: int | None = None) -> None:
+    def _send(self, message: DriverOrder, rank: int | None = None) -> None:
         def write() -> None:
             for seen in self._seen.values():
                 if seen.connected and rank in (None, seen.rank):
@@ -126,8 +133,8 @@ class HeartbeatServer:
             async with asyncio.timeout(HANDSHAKE_LIMIT):
                 seen = await self._admit(reader, writer)
             while line := await reader.readline():
-                self._take(seen, wire.decoded(line))
-        except (OSError, ValueError, KeyError, TypeError, TimeoutError) as error:
+                self._take(seen, wire.decoded(line, Progress))
+        except (OSError, ValueError, TimeoutError) as error:
             if seen is None:
                 log.warning(
                     "heartbeat connection refused peer=%s reason=%r", writer.get_extra_info("peername"), str(error)
@@ -141,15 +148,14 @@ class HeartbeatServer:
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> _Seen:
         nonce = wire.nonce()
-        writer.write(wire.encoded({"nonce": nonce}))
-        hello = wire.decoded(await reader.readline())
-        rank, node, pid = int(hello["rank"]), str(hello["node"]), int(hello["pid"])
-        if not wire.proves(hello["proof"], wire.proof(self.secret, "worker", nonce, rank, node, pid)):
+        writer.write(wire.encoded(wire.Greeting(nonce=nonce)))
+        hello = wire.decoded(await reader.readline(), WorkerHello)
+        rank, node, pid = hello.rank, hello.node, hello.pid
+        if not wire.proves(hello.proof, wire.proof(self.secret, "worker", nonce, rank, node, pid)):
             raise ValueError("wrong secret (a worker of another attempt?)")
         if not 0 <= rank < self._world:
             raise ValueError(f"rank {rank} of {self._world}")
-        answer = {"proof": wire.proof(self.secret, "driver", hello["nonce"])}
-        writer.write(wire.encoded(answer))
+        writer.write(wire.encoded(Welcome(proof=wire.proof(self.secret, "driver", hello.nonce))))
         now = self._clock()
         seen = _Seen(rank, node, pid, writer, since=now, heard=now)
         if (old := self._seen.get(rank)) is not None:
@@ -160,13 +166,13 @@ class HeartbeatServer:
             writer.write(wire.encoded(self._standing))
         return seen
 
-    def _take(self, seen: _Seen, message: dict[str, Any]) -> None:
+    def _take(self, seen: _Seen, message: Progress) -> None:
         seen.heard = self._clock()
-        if "phase" in message:
-            seen.step, seen.phase = int(message["step"]), str(message["phase"])
-            seen.since = seen.heard - max(0.0, float(message["age"]))
-        if "dumped" in message:
-            seen.dumped = str(message["dumped"])
+        if message.step is not None and message.phase is not None:
+            seen.step, seen.phase = message.step, message.phase
+            seen.since = seen.heard - max(0.0, message.age)
+        if message.dumped is not None:
+            seen.dumped = message.dumped
 
 
 def _listen(address: str, ports: Iterable[int]) -> socket.socket:

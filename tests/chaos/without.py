@@ -52,7 +52,7 @@ SWITCHES = (
         ),
     ),
     Switch(
-        "restarts of Ray", "raylaunch/cluster/agent/ray_keeper.py", '            self._agent.tell("restarting", error=words)\n            await',
+        "restarts of Ray", "raylaunch/cluster/agent/ray_keeper.py", '            self._agent.report("restarting", words)\n            await',
         '            raise BringUpError("off")\n            await', ("processes::test_the_raylet_is_killed",),
     ),
     Switch(
@@ -85,7 +85,7 @@ SWITCHES = (
         "other ports", "raylaunch/cluster/agent/ray_keeper.py", "if not same_ports:", "if False:", ("processes::test_the_raylet_is_killed",),
     ),
     Switch(
-        "silence", "raylaunch/cluster/membership/control_channel.py", "await _receive(reader, PING_LIMIT)", "await _receive(reader, 3e3)",
+        "silence", "raylaunch/cluster/membership/control_channel.py", "await _receive(reader, PING_LIMIT, FromAgent)", "await _receive(reader, 3e3, FromAgent)",
         ("nodes::test_a_node_falls_silent_and_comes_back[freeze]", "nodes::test_a_node_falls_silent_and_comes_back[cut]"),
     ),
     Switch(

@@ -12,6 +12,7 @@ from raylaunch.cluster.head import HeadController
 from raylaunch.cluster.membership.control_channel import ControlServer, Member
 from raylaunch.config.schema import Config
 from raylaunch.state import event_log, files, records, runs
+from raylaunch.state.members import NodeInfo
 from raylaunch.state.records import Cluster, Head
 
 
@@ -63,7 +64,13 @@ def run(work: Callable[[], Awaitable[None]]) -> None:
 def joined(head: HeadController, *nodes: str, job: str = "1") -> None:
     """These nodes are here and ready, without anything being told of it."""
     for index, node in enumerate(nodes):
-        head.table.members.table[node] = Member(node, {"state": "ready", "pid": index, "job": job})
+        head.table.members.table[node] = Member(node, NodeInfo(state="ready", pid=index, job=job))
+
+
+def heard(head: HeadController, node: str, **info: Any) -> None:
+    """The head knows this of a node, without anything being told of it."""
+    member = head.table.members.table[node]
+    member.info = member.info.model_copy(update=info)
 
 
 def lost(head: HeadController, *nodes: str, ago: float = 0.0) -> None:

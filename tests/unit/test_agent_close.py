@@ -19,7 +19,7 @@ class Broken:
     def write_end(self, reason, left): print("told", reason, self.exit_code, left)
 
 agent = Agent.__new__(Agent)
-agent.duties, agent.link, agent.again, agent.reason = Broken(), None, False, "down"
+agent.duties, agent.link, agent.again, agent.reason, agent.error = Broken(), None, False, "down", None
 agent.temp, agent.lease = TempDir(sys.argv[1], "here", None), lease_ports()
 agent.members = ControlServer("token", lambda: "sees")
 agent.temp.claim()

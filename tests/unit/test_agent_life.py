@@ -26,6 +26,7 @@ from raylaunch.host.ports import PortLease, Ports
 from raylaunch.host.resources import Resources
 from raylaunch.host.temp_dir import TempDir
 from raylaunch.state import event_log, files, records
+from raylaunch.state.members import NodeInfo
 from raylaunch.state.records import Head
 
 HERE = NodeIdentity(Path("/nowhere"), "c", "n2", 1, ("n1", "n2"), local=False, job="7", life="7:0")
@@ -67,7 +68,7 @@ class FakeLink:
 
     def __init__(self, *orders: str, error: Exception | None = None) -> None:
         self.left, self.error = list(orders), error
-        self.told: list[dict[str, Any]] = []
+        self.told: list[NodeInfo] = []
         self.closed = False
 
     async def orders(self) -> str:
@@ -78,7 +79,7 @@ class FakeLink:
         await asyncio.Event().wait()
         raise AssertionError
 
-    def tell(self, **info: Any) -> None:
+    def report(self, info: NodeInfo) -> None:
         self.told.append(info)
 
     def close(self) -> None:
@@ -123,7 +124,7 @@ def live(
 
 
 def states(link: FakeLink) -> list[str]:
-    return [told["state"] for told in link.told]
+    return [told.state for told in link.told]
 
 
 def test_ray_that_ends_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,7 @@ def test_ray_that_ends_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None
         keeping = asyncio.create_task(made(link).keeper.keep(Ray(lives=10.0), HEAD))
         await asyncio.sleep(30.0)
         assert states(link) == ["ready", "restarting", "restarting", "ready"]
-        assert link.told[1]["error"] == "port in use" and not second.dashboard
+        assert link.told[1].error == "port in use" and not second.dashboard
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
 

@@ -20,6 +20,7 @@ from raylaunch.cluster.membership.control_channel import (
     Refused,
 )
 from raylaunch.host.wire import proof
+from raylaunch.state.members import NodeInfo
 
 TOKEN = "correct horse"
 
@@ -48,9 +49,9 @@ def run(scenario: Callable[[ControlServer, int, list[tuple[str, str]]], Awaitabl
 
 def test_joins_tells_and_leaves() -> None:
     async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
-        link = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting"})
-        link.tell(state="ready")
-        await until(lambda: "node1" in members.table and members.table["node1"].info["state"] == "ready")
+        link = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", NodeInfo(state="starting"))
+        link.report(NodeInfo(state="ready"))
+        await until(lambda: "node1" in members.table and members.table["node1"].info.state == "ready")
         members.order("end")
         assert await link.orders() == "end"
         link.close()
@@ -65,7 +66,7 @@ def test_refuses_at_once(token: str, incarnation: int, why: str) -> None:
     async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
         async with asyncio.timeout(60):
             with pytest.raises(Refused, match=why):
-                await ControlClient.connect("127.0.0.1", port, token, incarnation, "node1", {})
+                await ControlClient.connect("127.0.0.1", port, token, incarnation, "node1", NodeInfo(state="starting"))
         assert not members.table and not seen
 
     run(scenario)
@@ -75,13 +76,13 @@ def test_another_job_s_agent_does_not_get_a_node_that_is_taken() -> None:
     """The same job's does: it was killed and came back."""
 
     async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
-        first = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready", "job": "1"})
+        first = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", NodeInfo(state="ready", job="1"))
         with pytest.raises(AlreadyHere, match="by job 1"):
-            await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "2"})
-        second = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting", "job": "1"})
+            await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", NodeInfo(state="starting", job="2"))
+        second = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", NodeInfo(state="starting", job="1"))
         first.close()
         await until(lambda: len(seen) >= 2)
-        assert members.table["node1"].alive and members.table["node1"].info["state"] == "starting"
+        assert members.table["node1"].alive and members.table["node1"].info.state == "starting"
         second.close()
 
     run(scenario)
@@ -97,7 +98,9 @@ def test_an_impostor_head_is_refused() -> None:
 
         server = await asyncio.start_server(impostor, "127.0.0.1", 0)
         with pytest.raises(Refused, match="does not know"):
-            await ControlClient.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+            await ControlClient.connect(
+                "127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", NodeInfo(state="starting")
+            )
         server.close()
 
     asyncio.run(main())
@@ -105,9 +108,9 @@ def test_an_impostor_head_is_refused() -> None:
 
 def test_a_returning_node_replaces_itself_and_is_not_lost_by_its_old_connection() -> None:
     async def scenario(members: ControlServer, port: int, seen: list[tuple[str, str]]) -> None:
-        first = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "starting"})
-        second = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready"})
-        await until(lambda: members.table["node1"].info["state"] == "ready")
+        first = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", NodeInfo(state="starting"))
+        second = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", NodeInfo(state="ready"))
+        await until(lambda: members.table["node1"].info.state == "ready")
         first.close()
         await asyncio.sleep(0)
         assert members.table["node1"].alive
@@ -123,7 +126,7 @@ def test_garbage_does_no_harm() -> None:
             writer.write(garbage)
             writer.write_eof()
             writer.close()
-        link = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", {"state": "ready"})
+        link = await ControlClient.connect("127.0.0.1", port, TOKEN, 7, "node1", NodeInfo(state="ready"))
         await until(lambda: "node1" in members.table)
         assert set(members.table) == {"node1"}
         link.close()
@@ -188,13 +191,18 @@ def test_an_impostor_that_says_nonsense_is_no_head(nonce: str, answer: str) -> N
 
         async with asyncio.timeout(60), await asyncio.start_server(impostor, "127.0.0.1", 0) as server:
             with pytest.raises((Refused, OSError)):
-                await ControlClient.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+                await ControlClient.connect(
+                    "127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", NodeInfo(state="starting")
+                )
 
     asyncio.run(main())
 
 
 def test_member_states_are_per_node() -> None:
-    assert Member("a", {}).info is not Member("b", {}).info
+    """What is heard of one changes nothing of another, nor what it was before."""
+    first, second = (Member(node, NodeInfo(state="starting", job="1")) for node in "ab")
+    first.info = first.info.changed(NodeInfo(state="ready"))
+    assert (first.info.state, first.info.job, second.info.state) == ("ready", "1", "starting")
 
 
 def test_pings_are_answered_while_the_agent_does_something_else() -> None:
@@ -213,7 +221,9 @@ def test_pings_are_answered_while_the_agent_does_something_else() -> None:
             writer.close()
 
         async with asyncio.timeout(60), await asyncio.start_server(head, "127.0.0.1", 0) as server:
-            link = await ControlClient.connect("127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", {})
+            link = await ControlClient.connect(
+                "127.0.0.1", server.sockets[0].getsockname()[1], TOKEN, 7, "node1", NodeInfo(state="starting")
+            )
             assert [json.loads(await answers.get()) for _ in range(2)] == [{"pong": 1}, {"pong": 2}]
             assert await link.orders() == "join"
             for _ in range(2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from raylaunch.cluster.membership import election
 from raylaunch.cluster.membership.election import PATIENCE, TURN, VERDICT, Answer, Claim, ElectionFacts, Leave, Wait
 from raylaunch.state import records
+from raylaunch.state.members import MemberRow
 
 
 def facts(
@@ -56,8 +58,8 @@ def test_slurm_s_word_frees_the_last_one() -> None:
         assert isinstance(election.decide(certain), Claim)
 
 
-def row(name: str, state: str = "ready", since: float = 0.0, **more: object) -> dict[str, object]:
-    return {"name": name, "state": state, "since": since, **more}
+def row(name: str, state: str = "ready", since: float = 0.0, **more: Any) -> MemberRow:
+    return MemberRow(name=name, state=state, since=since, **more)
 
 
 def test_candidates() -> None:

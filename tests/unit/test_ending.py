@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_heads import Place, joined, run
+from made_heads import Place, heard, joined, run
 from test_run_queue import FakeDrivers
 
 from raylaunch.cluster.head import HeadController, ending
@@ -70,7 +70,7 @@ def lead(place: Place, running: str = "r", requeues: int = 3, nodes: tuple[str, 
     head.ending._drivers = FakeDrivers()  # type: ignore[assignment]
     head.context.memory.running = running
     joined(head, *nodes, job="7")
-    head.table.members.table["n1"].info["index"] = 0  # the batch host's
+    heard(head, "n1", index=0)  # the batch host's
     return head
 
 
@@ -78,7 +78,7 @@ async def end(head: HeadController) -> None:
     """As the agent does it, once it was told to stop."""
     for member in head.table.members.table.values():
         member.alive = member.node == "n1"  # the others' agents have ended
-        member.info |= {"state": "ended", "left": 0}
+        heard(head, member.node, state="ended", left=0)
     await head.close("signal SIGTERM")
     await asyncio.to_thread(head.write_end, "signal SIGTERM", 0)
 
@@ -371,7 +371,7 @@ def test_a_joiner_that_leads_is_left_where_others_can_go_on(
 
     async def story() -> None:
         head = lead(place)
-        head.table.members.table["n1"].info["job"] = "9"
+        heard(head, "n1", job="9")
         await signalled(head)
         assert list(head.context.memory.draining) == ["n1"] and place.resigned == ["its job was told to end"]
 
@@ -384,7 +384,7 @@ def test_the_base_job_is_lost_and_the_joiners_go_on(place: Place, slurm: FakeSlu
 
     async def story() -> None:
         head = lead(place)
-        head.table.members.table["n2"].info["job"] = "9"
+        heard(head, "n2", job="9")
         await signalled(head)
         assert len(place.resigned) == 1 and not place.stopped and not head.context.course.ending
 
@@ -398,7 +398,7 @@ def test_the_end_of_a_joiner_s_job(place: Place, slurm: FakeSlurm, own: bool) ->
 
     async def story() -> None:
         head = lead(place, nodes=("n1",) if own else ("n1", "n2"))
-        head.table.members.table["n1" if own else "n2"].info["job"] = "9"
+        heard(head, "n1" if own else "n2", job="9")
         head.ending.joiner_ends("9", "time")
         await head.context.all_done()
         assert list(head.context.memory.draining) == ([] if own else ["n2"])
@@ -440,7 +440,7 @@ def test_the_last_word(place: Place, slurm: FakeSlurm) -> None:
         await asyncio.sleep(0)
         for node, left in (("n2", 0), ("n3", 2)):
             table[node].alive = False
-            table[node].info |= {"state": "ended", "left": left}
+            heard(head, node, state="ended", left=left)
         await closing
         await asyncio.to_thread(head.write_end, "down", 0)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from made_heads import Place, joined, lost, run
+from made_heads import Place, heard, joined, lost, run
 
 from raylaunch.cli import cli
 from raylaunch.cluster import down
@@ -28,6 +28,7 @@ from raylaunch.config.schema import Config
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import files, records, requests, runs
 from raylaunch.state.head_state import Draining
+from raylaunch.state.members import MemberRow, NodeInfo
 from raylaunch.state.records import Cluster
 from raylaunch.training.cluster_view import ClusterView
 
@@ -112,7 +113,7 @@ def test_the_last_words_of_an_older_head_are_replaced(place: Place, name: str) -
 
     async def story() -> None:
         old, new = place.lead(1), place.lead(2)
-        new.table.members.table["n1"] = Member("n1", {"state": "ready"})
+        new.table.members.table["n1"] = Member("n1", NodeInfo(state="ready"))
         new.context.memory.queue = ["wanted"]
         new.context.duties_file.write(asdict(new.context.memory))
         new.table.write(new.table.rows())
@@ -454,7 +455,7 @@ def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
     """Unless another agent has come in place of the one that was to go."""
 
     def connect(head: HeadController, pid: int) -> None:
-        head.table.members.table["n2"] = Member("n2", {"state": "ready", "pid": pid})
+        head.table.members.table["n2"] = Member("n2", NodeInfo(state="ready", pid=pid))
         head.table.changed(head.table.members.table["n2"], "joined")
 
     async def story() -> None:
@@ -478,7 +479,7 @@ def test_a_drained_node_that_does_not_hear_its_end_is_told_again(place: Place, m
     ended: list[HeadController] = []
 
     def connect(head: HeadController) -> None:
-        head.table.members.table["n2"] = Member("n2", {"state": "ready", "pid": 22})
+        head.table.members.table["n2"] = Member("n2", NodeInfo(state="ready", pid=22))
         monkeypatch.setattr(head.table.members, "order", lambda *_, only: only.alive and ended.append(head))
         head.table.changed(head.table.members.table["n2"], "joined")
 
@@ -521,7 +522,7 @@ def test_whoever_is_gone_does_not_count_when_most_are_lost(place: Place, before:
         joined(head, *old, "n1", "n2", "n3", "n4")
         lost(head, *old, ago=3600.0)
         for node in old:
-            head.table.members.table[node].info["state"] = "ended" if before == "ended" else "ready"
+            heard(head, node, state="ended" if before == "ended" else "ready")
         lost(head, "n2", "n3", "n4")
         for node in ("n2", "n3", "n4"):
             await head.table.blame(head.table.members.table[node], "silent", after=0.0)
@@ -548,15 +549,15 @@ def test_who_was_lost_before_an_election_is_not_struck_by_it(place: Place, monke
 
     async def story() -> None:
         head = place.lead(2)
-        rows = [{"name": f"n{i}", "state": "ready", "since": 5.0, "role": "worker", "job": "1"} for i in range(1, 6)]
-        rows[3]["state"] = rows[4]["state"] = "lost"
+        states = ("ready", "ready", "ready", "lost", "lost")
+        rows = [MemberRow(name=f"n{i}", state=state, since=5.0, job="1") for i, state in enumerate(states, 1)]
         head.table.inherit(rows)
         joined(head, "n1", "n2")
         await head.context.all_done()
         await head.context.off_loop(lambda: None)
         assert head.context.memory.strikes == {"n3": 1}
         assert [row["node"] for row in place.events("node_lost")] == ["n3"]
-        assert next(row for row in head.table.rows() if row["name"] == "n4")["since"] == 5.0
+        assert next(row for row in head.table.rows() if row.name == "n4").since == 5.0
 
     run(story)
 
@@ -570,7 +571,7 @@ def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatc
         for i in range(8):
             lost(head, f"n{i}", ago=100.0 - i)
         head.table.forget_the_longest_gone()
-        assert [row["name"] for row in head.table.rows()] == ["n5", "n6", "n7", "n8", "n9"]
+        assert [row.name for row in head.table.rows()] == ["n5", "n6", "n7", "n8", "n9"]
 
     run(story)
 
@@ -747,7 +748,7 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
         head = place.lead(2)
         _watched["directory"] = str(place.directory.parents[1])
         await head.open("an election")
-        head.table.members.table["n1"] = Member("n1", {"state": "ready", "pid": 1, "job": "1"})
+        head.table.members.table["n1"] = Member("n1", NodeInfo(state="ready", pid=1, job="1"))
         for what in ("joined", "changed"):
             head.table.changed(head.table.members.table["n1"], what)
         await until(lambda: bool(made))

@@ -14,6 +14,7 @@ import pytest
 from waiting import until
 
 from raylaunch.config.schema import ElasticConfig
+from raylaunch.host import wire
 from raylaunch.training.hang_detector import LONG_LIMIT, START_FACTOR, Heartbeat, ProgressTracker, judge
 from raylaunch.training.heartbeat_server import HeartbeatServer
 from raylaunch.training.stack_dump import where_it_stands
@@ -136,13 +137,29 @@ def test_a_server_can_be_closed_at_once_and_twice() -> None:
         socket.create_connection((made.address, made.port), 5)
 
 
-def test_a_pulse_outlives_what_no_driver_says(
-    server: HeartbeatServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+class OddOrder(wire.Message):
+    stop: str = "never"
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_pulse_outlives_what_no_driver_says_and_a_mistake_of_ours(
+    server: HeartbeatServer,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ours: bool,
 ) -> None:
     one = pulse(server, 0, tmp_path)
     until(lambda: server.beats())
-    server._send({"stop": None})
-    until(lambda: "TypeError" in capfd.readouterr().err)
+    first = server._seen[0]
+    if ours:
+        monkeypatch.setattr(one, "_obey", None)
+        server.dump()
+        until(lambda: "TypeError" in capfd.readouterr().err)
+        monkeypatch.undo()
+    else:
+        server._send(OddOrder(stop="never"))  # type: ignore[arg-type]
+    until(lambda: server._seen[0] is not first)  # it connects again
     server.stop(NOW, "drain")
     until(lambda: one.wish == NOW)
     one.close()

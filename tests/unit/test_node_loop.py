@@ -22,6 +22,7 @@ from raylaunch.scheduler.slurm import allocation
 from raylaunch.scheduler.slurm.client import Completed, Slurm
 from raylaunch.scheduler.slurm.parse import SEPARATOR
 from raylaunch.state import files, records
+from raylaunch.state.members import MemberRow
 from raylaunch.state.node_events import JoinerRefused, NodeExcluded
 from raylaunch.state.records import Cluster
 
@@ -93,7 +94,7 @@ class Place:
 
     def turn(self, loop: NodeLoop | None = None, strikes: dict[str, int] | None = None, wanted: int = 2) -> LoopResult:
         self.now += 2.0
-        return (loop or self.loop).turn(self.rows, wanted, strikes or {})
+        return (loop or self.loop).turn([MemberRow(**row) for row in self.rows], wanted, strikes or {})
 
     def jobs(self) -> tuple[str, ...]:
         found = Cluster.read(self.directory)

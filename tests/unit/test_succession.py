@@ -14,6 +14,7 @@ from raylaunch.cluster.membership import election, head_search
 from raylaunch.cluster.membership.head_search import HeadSearch
 from raylaunch.config.schema import Config
 from raylaunch.state import files, records, runs
+from raylaunch.state.members import MemberRow
 from raylaunch.state.records import Head
 
 
@@ -90,7 +91,7 @@ def test_a_search_keeps_one_connection(tmp_path: Path) -> None:
 
 def test_a_claim_on_a_full_disk_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, tries = seeker(tmp_path), []
-    made._rows = [{"name": "n2", "state": "ready", "since": 0}]
+    made._rows = (MemberRow(name="n2", state="ready"),)
     made.gone, made._began = True, time.monotonic() - 5
 
     def full(*_: object) -> bool:

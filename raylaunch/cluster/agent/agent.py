@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import time
+from dataclasses import asdict
 
 from raylaunch.cluster.agent import ray_process, self_check
 from raylaunch.cluster.agent.cluster_files import claim, wait_for_head
@@ -31,9 +32,9 @@ from raylaunch.cluster.telemetry import sample
 from raylaunch.config.schema import Config
 from raylaunch.errors import BringUpError, RaylaunchError
 from raylaunch.host import processes
-from raylaunch.host.ports import PORT_BLOCK
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.state import records
+from raylaunch.state.members import NodeInfo
 from raylaunch.state.records import Cluster, Head
 from raylaunch.timing import ALREADY_LIMIT, COMPANY_PATIENCE, CONNECT_PATIENCE
 
@@ -63,6 +64,7 @@ class Agent:
         self.state = "starting"
         self.error: str | None = None
         self.warning = ""
+        self.left: int | None = None
         self.orphaned = self.again = False
         self.reason = ""
         self.link: ControlClient | None = None
@@ -91,13 +93,13 @@ class Agent:
         await asyncio.to_thread(self.temp.claim)
         await self.members.serve(self.address, self.control_port)
         loop = asyncio.get_running_loop()
-        sample.start(self.resources, self.here.job, lambda load: loop.call_soon_threadsafe(self.tell_load, load))
+        sample.start(self.resources, self.here.job, lambda load: loop.call_soon_threadsafe(self.report_load, load))
         ray = await RayProcess.prepare(self.env, self.ray_log)
         self.link, head = await self._first_head()
         if self.link.ahead is not None and (warning := self_check.clock(self.link.ahead)):
             log.warning("%s", warning)
             self.warning = warning
-            self.tell(self.state, warning=warning)
+            self.report(self.state)
         while True:
             keeping = asyncio.create_task(self.keeper.keep(ray, head))
             try:
@@ -110,7 +112,7 @@ class Agent:
             head = newer
             log.info("a new head node=%s incarnation=%d", head.node, head.incarnation)
             self.may_join.clear()
-            self.tell("starting")
+            self.report("starting")
             ray = await RayProcess.prepare(self.env, self.ray_log)  # imports while the old one ends
             await asyncio.to_thread(processes.end_tree, os.getpid(), True, spare=ray.pid)
             await asyncio.to_thread(self.temp.claim)
@@ -203,15 +205,14 @@ class Agent:
             gcs=f"{self.address}:{ports.gcs}", dashboard_port=ports.dashboard, time=time.time(), life=life,
         )  # fmt: skip
 
-    def info(self) -> dict[str, object]:
+    def info(self) -> NodeInfo:
         """What the head should know of this node."""
-        base = self.lease.ports.base
-        return {
-            "state": self.state, "address": self.address, "hostname": socket.gethostname(), "pid": os.getpid(),
-            "control_port": self.control_port, "index": self.here.index, "joiner": self.here.joiner,
-            "job": self.here.job, "ports": [base, base + PORT_BLOCK - 1], "temp_dir": str(self.temp.path),
-            "resources": self.resources.as_dict(), "error": self.error, "warning": self.warning,
-        }  # fmt: skip
+        return NodeInfo(
+            state=self.state, address=self.address, hostname=socket.gethostname(), pid=os.getpid(),
+            control_port=self.control_port, index=self.here.index, joiner=self.here.joiner, job=self.here.job,
+            ports=self.lease.ports.block, temp_dir=str(self.temp.path), resources=asdict(self.resources),
+            error=self.error, warning=self.warning, left=self.left,
+        )  # fmt: skip
 
     async def _connect(self, head: Head) -> ControlClient:
         """Connect to the head; its refusal is final, its silence is not at once."""
@@ -274,7 +275,7 @@ class Agent:
                     self.resign(f"incarnation {found.incarnation} has begun")
                     return None
                 return found
-            self.link.tell(state=self.state, error=self.error)  # a hiccup of the network is no end
+            self.link.report(self.info())  # a hiccup of the network is no end
 
     async def _orders(self, link: ControlClient) -> None:
         """Take orders until the one to end."""
@@ -282,16 +283,15 @@ class Agent:
             if order == "join":
                 self.may_join.set()
 
-    def tell(self, now: str, **info: object) -> None:
-        """Tell the head how this node stands."""
-        self.state = now
-        self.error = str(info["error"]) if info.get("error") else None
+    def report(self, now: str, error: str | None = None) -> None:
+        """Report to the head how this node stands."""
+        self.state, self.error = now, error or None
         if self.link is not None:
-            self.link.tell(state=now, **info)
+            self.link.report(self.info())
 
-    def tell_load(self, load: sample.Load) -> None:
+    def report_load(self, load: sample.Load) -> None:
         if self.link is not None:
-            self.link.tell_load(load)
+            self.link.report_load(load)
 
     async def close(self) -> None:
         """End everything of ours on this node, and tell the head whether that worked."""
@@ -305,8 +305,9 @@ class Agent:
                 self.duties.exit_code = 1
         left = await asyncio.to_thread(processes.end_tree, os.getpid(), True)
         left += await asyncio.to_thread(self.temp.remove)
+        self.left = left
+        self.report("ended", self.error)
         if self.link is not None:
-            self.link.tell(state="ended", left=left)
             self.link.close()
         self.members.close()
         if self.duties is not None and not self.again:

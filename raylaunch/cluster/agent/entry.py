@@ -94,8 +94,7 @@ async def _report(here: NodeIdentity, agent: Agent | None, failure: Exception) -
     log.error("failed error=%r", text, exc_info=None if isinstance(failure, RaylaunchError) else failure)
     if agent is not None:
         agent.stop(text)
-        if agent.link is not None:
-            agent.link.tell(state="failed", error=text)
+        agent.report("failed", text)
     await asyncio.to_thread(print, f"{records.FAILED_LINE} {here.node}: {text}", flush=True)
     leads = agent is not None and agent.duties is not None
     # Without an agent, the directory may not be shared at all: only the line above tells then.

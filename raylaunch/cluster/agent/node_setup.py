@@ -15,17 +15,17 @@ from raylaunch.host.ports import PortLease, Ports, lease_ports
 from raylaunch.host.resources import Resources, find_resources
 from raylaunch.host.temp_dir import TempDir
 from raylaunch.scheduler.slurm import batch_script
-from raylaunch.state import files, records
+from raylaunch.state.members import Members
 from raylaunch.state.records import Cluster
 
 
 def ports_before(here: NodeIdentity) -> Ports | None:
     """The block of the agent that was here before, as the head has it (see `lease_ports` for why not again)."""
     with contextlib.suppress(RaylaunchError, OSError):
-        table = files.read_json(here.directory / records.MEMBERS_FILE) or {"nodes": []}
-        for row in table["nodes"]:
-            if row["name"] == here.node and row.get("ports"):
-                return Ports(int(row["ports"][0]))
+        table = Members.read(here.directory)
+        row = table.node(here.node) if table is not None else None
+        if row is not None and row.ports is not None:
+            return Ports(row.ports[0])
     return None
 
 

@@ -7,13 +7,12 @@ import contextlib
 import functools
 import logging
 from collections.abc import Mapping
-from typing import Any
 
 from raylaunch.cluster.agent.identity import NodeIdentity
 from raylaunch.cluster.agent.retry import READ_LIMIT, retry_within
 from raylaunch.errors import RaylaunchError
 from raylaunch.scheduler.slurm.client import Slurm
-from raylaunch.state import files, records
+from raylaunch.state.members import Members
 
 log = logging.getLogger("raylaunch.agent")
 CANCEL_LIMIT = 120.0
@@ -26,10 +25,9 @@ async def give_back_orphaned(here: NodeIdentity, terminated: asyncio.Event, env:
     that has written that we are lost has outlived us: then it is we who are cut off.
     """
     try:
-        table = await retry_within(
-            functools.partial(files.read_json, here.directory / records.MEMBERS_FILE), READ_LIMIT
-        )
-        disowned = _is_disowned(table, here.node)
+        table = await retry_within(functools.partial(Members.read, here.directory), READ_LIMIT)
+        row = table.node(here.node) if table is not None else None
+        disowned = row is not None and row.state == "lost"  # the head's last word on us
     except Exception as error:  # noqa: BLE001  whatever is wrong with it: the job would keep its nodes
         log.warning("members.json cannot be read error=%r", str(error))
         disowned = False
@@ -43,8 +41,3 @@ async def give_back_orphaned(here: NodeIdentity, terminated: asyncio.Event, env:
         await retry_within(functools.partial(Slurm().cancel, [env["SLURM_JOB_ID"]]), CANCEL_LIMIT)
     except (RaylaunchError, OSError) as error:
         log.error("the job could not be cancelled error=%r", str(error))
-
-
-def _is_disowned(table: Mapping[str, Any] | None, node: str) -> bool:
-    """Whether the head has written, last of all, that it holds this node for lost."""
-    return any(row["name"] == node and row["state"] == "lost" for row in (table or {"nodes": []})["nodes"])

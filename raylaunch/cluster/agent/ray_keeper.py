@@ -48,8 +48,10 @@ class RayKeeper:
             await ray.begin(node)
             began = time.monotonic()
             if await self._has_started(ray):
-                log.info("ray started seconds=%.2f ports=%d-%d", time.monotonic() - began, *self._agent.info()["ports"])  # type: ignore[misc]
-                self._agent.tell("ready", error=None)
+                log.info(
+                    "ray started seconds=%.2f ports=%d-%d", time.monotonic() - began, *self._agent.lease.ports.block
+                )
+                self._agent.report("ready")
                 has_run = True
                 if self._agent.duties is not None:
                     with contextlib.suppress(TimeoutError):
@@ -69,10 +71,10 @@ class RayKeeper:
                 return
             if not has_run and failures >= RAY_TRIES:
                 raise BringUpError(f"Ray on {self._agent.here.node} ended ({ray_process.described(status)}): {words}")
-            self._agent.tell("restarting", error=words)
+            self._agent.report("restarting", words)
             await asyncio.sleep(min(RESTART_BACKOFF, 0.5 * 2 ** (failures - 1)))
             await asyncio.to_thread(self._fresh_ground, is_head)
-            self._agent.tell("restarting", ports=self._agent.info()["ports"])
+            self._agent.report("restarting", words)  # with its new ports
             ray = await RayProcess.prepare(self._agent.env, self._agent.ray_log)
 
     async def _until_it_ends(self, ray: RayProcess) -> int:

@@ -29,12 +29,14 @@ from raylaunch.cluster.head.allocation_policy import (
 )
 from raylaunch.cluster.head.context import HeadContext
 from raylaunch.cluster.head.drivers import Drivers
-from raylaunch.cluster.head.member_table import OVER, MemberTable
+from raylaunch.cluster.head.member_table import MemberTable
+from raylaunch.cluster.membership.control_channel import Member
 from raylaunch.host.threads import within
 from raylaunch.scheduler.slurm import allocation
 from raylaunch.scheduler.slurm.allocation import Continuation, Word
 from raylaunch.state import event_log, records, runs
 from raylaunch.state.cluster_events import ClusterEnded, ClusterEnding, SaveTimedOut, TerminationNotice
+from raylaunch.state.members import OVER
 from raylaunch.state.node_events import BaseJobLost, MaxRequeuesReached
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
@@ -73,13 +75,13 @@ class HeadEnding:
         course = self._context.course
         if self._context.cluster.backend != "slurm" or self._closing or (course.ending and not course.goes_on):
             return False
-        self._context.spawn(self._act(AllocationEvent.SIGTERM, str(self._table.own("job") or self._context.head.job)))
+        self._context.spawn(self._act(AllocationEvent.SIGTERM, self._table.own_job() or self._context.head.job))
         return True
 
     def joiner_ends(self, job: str, why: str) -> None:
         """A joiner's job ends: its nodes are left. With that of the head's own, the last nodes may go."""
-        own = job == self._table.own("job")
-        others = bool(self._table.ready(beside=str(self._table.own("job"))))
+        own = job == self._table.own_job()
+        others = bool(self._table.ready(beside=self._table.own_job()))
         facts = AllocationFacts(AllocationEvent.JOINER_ENDS, own=own, others=others, why=why)
         self._carry_out(allocation_policy.decide(facts), facts, job)
 
@@ -103,7 +105,7 @@ class HeadEnding:
     async def _facts(self, event: AllocationEvent, job: str) -> AllocationFacts:
         """What is asked of Slurm costs time: only what the decision depends on."""
         context = self._context
-        others = not context.course.ending and bool(self._table.ready(beside=str(self._table.own("job"))))
+        others = not context.course.ending and bool(self._table.ready(beside=self._table.own_job()))
         facts = AllocationFacts(
             event, await self._asked(False, context.is_fenced), in_base=job == context.head.job, others=others,
             notice=context.notice,
@@ -237,14 +239,15 @@ class HeadEnding:
             await asyncio.sleep(0.02)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(told, STORAGE_LIMIT)
-        self._unclean = {m.node: m.info.get("left", -1) for m in others if m.info.get("left") != 0}
+        left = {m.node: m.info.left for m in others if m.info.left != 0}
+        self._unclean = {node: -1 if count is None else count for node, count in left.items()}
         await self._asked(None, self._table.write, self._table.rows())
         self._table.members.close()
 
-    def _others(self) -> list[Any]:
+    def _others(self) -> list[Member]:
         """The other nodes that are here. Of one that was lost before, nothing is ours to end any more."""
         everyone = [m for m in self._table.members.table.values() if m.node != self._context.head.node]
-        self._lost = [m.node for m in everyone if not m.alive and m.info["state"] not in OVER]
+        self._lost = [m.node for m in everyone if not m.alive and m.info.state not in OVER]
         return [m for m in everyone if m.alive]
 
     async def _tell_end(self, reason: str) -> None:
@@ -314,7 +317,7 @@ class HeadEnding:
 
     def _batch_host_lives(self) -> bool:
         return any(
-            m.info.get("index") == 0 and not m.info.get("joiner") and m.node not in self._lost
+            m.info.index == 0 and not m.info.joiner and m.node not in self._lost
             for m in self._table.members.table.values()
         )
 

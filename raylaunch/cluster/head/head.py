@@ -26,8 +26,9 @@ from raylaunch.cluster.membership.control_channel import ControlServer
 from raylaunch.cluster.telemetry.collect import Collector
 from raylaunch.config.schema import Config
 from raylaunch.host.ports import Ports
-from raylaunch.state import files, records
+from raylaunch.state import records
 from raylaunch.state.cluster_events import Election, FileRestored, HeadFenced, HeadStarted
+from raylaunch.state.members import Members
 from raylaunch.state.published import Published
 from raylaunch.state.records import Cluster, Head
 
@@ -86,8 +87,8 @@ class HeadController:
         await context.off_loop(context.recall, self._nodes)
         context.elected = bool(why)
         if why:
-            table = await context.off_loop(files.read_json, context.directory / records.MEMBERS_FILE)
-            self.table.inherit((table or {}).get("nodes", []))
+            table = await context.off_loop(Members.read, context.directory)
+            self.table.inherit(table.nodes if table is not None else ())
         self._members.lead(head.incarnation, self.table.changed, self._collector.take)
         await context.still_leads()
         await context.off_loop(self._file.write, asdict(head))

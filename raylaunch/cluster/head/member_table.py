@@ -7,13 +7,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from raylaunch.cluster.head.context import HeadContext
 from raylaunch.cluster.membership.control_channel import ControlServer, Member
 from raylaunch.cluster.node_loop import policy
 from raylaunch.state import records
 from raylaunch.state.head_state import Draining
+from raylaunch.state.members import OVER, MemberRow, Members
 from raylaunch.state.node_events import (
     NodeDraining,
     NodeEnded,
@@ -35,8 +35,6 @@ AT_ONCE = 10.0
 KEEP_GONE = 500
 """Rows of nodes that are gone, in the table: accounts and reports ask what they had."""
 WRITE_AGAIN = 1.0
-OVER = frozenset({"ended", "failed"})
-"""What an agent says last."""
 
 
 def most_were_lost(when: float, losses: Sequence[float], here: int) -> bool:
@@ -58,21 +56,16 @@ class MemberTable:
 
     # -- who is here -----------------------------------------------------------------------------------
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> tuple[MemberRow, ...]:
         """The nodes as members.json has them."""
-        return [
-            {
-                "name": m.node,
-                "role": "head" if m.node == self._context.head.node else "worker",
-                **m.info,
-                "state": self.state_of(m),
-                "since": m.since,
-            }
-            for m in self.members.table.values()
-        ]
+        return tuple(self._row(m) for m in self.members.table.values())
+
+    def _row(self, m: Member) -> MemberRow:
+        role = "head" if m.node == self._context.head.node else "worker"
+        return MemberRow(**{**dict(m.info), "state": self.state_of(m)}, name=m.node, role=role, since=m.since)
 
     def state_of(self, member: Member) -> str:
-        now = str(member.info["state"])
+        now = member.info.state
         if now in OVER:
             return now
         if not member.alive:
@@ -84,16 +77,16 @@ class MemberTable:
 
     def ready(self, beside: str | None = None) -> int:
         """Nodes that are ready; with `beside`, those of other jobs than this."""
-        ready = [m for m in self.members.table.values() if m.alive and m.info["state"] == "ready"]
-        return sum(beside is None or m.info.get("job") != beside for m in ready)
+        ready = [m for m in self.members.table.values() if m.alive and m.info.state == "ready"]
+        return sum(beside is None or m.info.job != beside for m in ready)
 
-    def own(self, key: str) -> Any:
-        """What the agent of the head's own node says of it."""
+    def own_job(self) -> str:
+        """The job of the head's own node; "" while its agent has not reported it."""
         member = self.members.table.get(self._context.head.node)
-        return member.info.get(key) if member is not None else None
+        return member.info.job if member is not None else ""
 
     def of_job(self, job: str) -> list[str]:
-        return [m.node for m in self.members.table.values() if m.info.get("job") == job]
+        return [m.node for m in self.members.table.values() if m.info.job == job]
 
     # -- what is heard of them -------------------------------------------------------------------------
 
@@ -101,25 +94,25 @@ class MemberTable:
         """A node joined, said something, or is gone (`what`: why)."""
         if self.closed:
             return  # our own node's farewell, after the last word
-        log.info("member node=%s alive=%s state=%s what=%r", member.node, member.alive, member.info.get("state"), what)
+        log.info("member node=%s alive=%s state=%s what=%r", member.node, member.alive, member.info.state, what)
         self._context.table_changed.set()
         self._context.nodes_changed.set()
         if what == "joined":
             self._joined(member)
         elif what == "changed":
             self._told(member)
-        elif not self._context.course.ending and member.info.get("state") not in OVER:
+        elif not self._context.course.ending and member.info.state not in OVER:
             self._context.event(NodeLost(member.node, what))
             self._context.spawn(self.blame(member, what))
 
     def _joined(self, member: Member) -> None:
-        self._context.event(NodeJoined(member.node, member.info.get("address")))
+        self._context.event(NodeJoined(member.node, member.info.address))
         if self._context.ready.is_set():
             self.members.order("join", only=member)
         self._drain_again(member)
 
     def _told(self, member: Member) -> None:
-        now = member.info["state"]
+        now = member.info.state
         if member.node == self._context.head.node and now == "ready":
             self._context.ready.set()
             self.members.order("join")
@@ -127,7 +120,7 @@ class MemberTable:
             self._forget_draining(member.node)
         if self.ready() >= self._context.cluster.min_nodes:
             self._context.enough.set()
-        error = member.info.get("error")
+        error = member.info.error
         match now:
             case "starting":
                 self._context.event(NodeStarting(member.node))
@@ -145,10 +138,10 @@ class MemberTable:
     async def blame(self, member: Member, reason: str, after: float | None = None) -> None:
         """A strike for a lost node; none when most are lost at once, nor when the same agent is back: the network had
         a hiccup. Nor where the storage does not say whether this head was replaced."""
-        node, pid = member.node, member.info.get("pid")
+        node, pid = member.node, member.info.pid
         await asyncio.sleep(BLAME_AFTER if after is None else after)
         now = self.members.table.get(node)
-        if now is not None and now.alive and now.info.get("pid") == pid:
+        if now is not None and now.alive and now.info.pid == pid:
             return
         losses = [m.since for m in self.members.table.values() if self.state_of(m) == "lost"]
         if most_were_lost(member.since, losses, len(self.alive())):
@@ -165,16 +158,14 @@ class MemberTable:
         self._context.event(NodeStrike(node, count, reason))
         self._context.remember()
 
-    def inherit(self, rows: Sequence[dict[str, Any]]) -> None:
+    def inherit(self, rows: Sequence[MemberRow]) -> None:
         """The nodes that the head before this one knew: lost, until they come by themselves."""
         now = time.time()
         for row in rows:
-            known = {k: v for k, v in row.items() if k not in {"name", "role", "since"}}
-            gone = row["state"] in {*OVER, "lost"}
-            if row["state"] not in OVER:
-                known["state"] = "starting"  # its own state matters once it is connected
-            since = float(row["since"]) if gone else now
-            self.members.table[row["name"]] = Member(row["name"], known, alive=False, since=since)
+            # Its own state matters once it is connected.
+            known = row if row.state in OVER else row.model_copy(update={"state": "starting"})
+            since = row.since if row.state in {*OVER, "lost"} else now
+            self.members.table[row.name] = Member(row.name, known.info(), alive=False, since=since)
         self._context.spawn(self._mark_unreturned_lost(now))
 
     async def _mark_unreturned_lost(self, began: float) -> None:
@@ -190,9 +181,9 @@ class MemberTable:
     def drain(self, node: str, reason: str) -> None:
         """Have the run leave this node at its next step, then end its agent."""
         memory, member = self._context.memory, self.members.table.get(node)
-        if node in memory.draining or member is None or member.info.get("state") in OVER:
+        if node in memory.draining or member is None or member.info.state in OVER:
             return
-        memory.draining[node] = Draining(reason, member.info.get("pid"))
+        memory.draining[node] = Draining(reason, member.info.pid)
         self._context.event(NodeDraining(node, reason))
         self._context.remember()
         self._context.table_changed.set()
@@ -223,7 +214,7 @@ class MemberTable:
     def _drain_again(self, member: Member) -> None:
         """A node that drains is connected anew, to this head or to another: it drains on, if it is the same agent."""
         draining = self._context.memory.draining.get(member.node)
-        if draining is not None and draining.agent != member.info.get("pid"):
+        if draining is not None and draining.agent != member.info.pid:
             self._forget_draining(member.node)
         elif draining is not None and (draining.left or not self._context.memory.running):
             self.drained(member.node)
@@ -255,15 +246,16 @@ class MemberTable:
             del self.members.table[member.node]
             self._forget_draining(member.node)
 
-    def write(self, rows: list[dict[str, Any]]) -> None:
+    def write(self, rows: tuple[MemberRow, ...]) -> None:
         """In the files' thread."""
         context = self._context
         if context.is_fenced():
             return
-        self._file.write({
-            "canary": context.cluster.canary, "incarnation": context.head.incarnation, "wanted": context.memory.wanted,
-            "internal_errors": dict(context.errors.present), "ends": self.ends, "nodes": rows,
-        })  # fmt: skip
+        table = Members(
+            canary=context.cluster.canary, incarnation=context.head.incarnation, wanted=context.memory.wanted,
+            internal_errors=dict(context.errors.present), ends=self.ends, nodes=rows,
+        )  # fmt: skip
+        self._file.write(table.model_dump())
 
     def restore(self) -> bool:
         """See `Published`."""

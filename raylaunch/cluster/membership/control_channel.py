@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raylaunch.host import wire
+from raylaunch.state.members import NodeInfo
 from raylaunch.timing import ASK_LIMIT, HANDSHAKE_LIMIT, PING_EVERY, PING_LIMIT
 
 _LINE_LIMIT = 1 << 16
@@ -40,38 +41,74 @@ class Closed(ConnectionError):
     """The other side's process, or its kernel for it, has closed the connection: it is gone for sure."""
 
 
-def _text(message: dict[str, Any], key: str) -> str:
-    """A field that has to be a string: the other side may be anybody."""
-    value = message.get(key)
-    if not isinstance(value, str):
-        raise ConnectionError(f"no usable message: {key} is missing or not a string")
-    return value
+class AgentHello(wire.Message):
+    """What the side that connects sends then: to join, or to `ask`."""
+
+    node: str
+    nonce: str
+    proof: str
+    ask: str | None = None
+    incarnation: int | None = None
+    """Of the head that it looks for."""
+    info: NodeInfo | None = None
 
 
-async def _receive(reader: asyncio.StreamReader, limit: float) -> dict[str, Any]:
-    """One message; ConnectionError when the other side is gone or silent for `limit` seconds."""
+class Answer(wire.Message):
+    """To a hello."""
+
+    proof: str | None = None
+    time: float | None = None
+    """The head's clock: welcome."""
+    refused: str | None = None
+    """Why not."""
+    already: bool = False
+    """It is refused because another job's agent has this node."""
+    head_of: int | None = None
+    """It is not the head of that incarnation, but of this (0: no head)."""
+    answer: str | None = None
+    """To the question whether it sees the head: sees or lost."""
+
+
+class FromAgent(wire.Message):
+    """From an agent to the head, one of these."""
+
+    info: NodeInfo | None = None
+    load: dict[str, Any] | None = None
+    """See `telemetry/sample`."""
+    pong: float | None = None
+
+
+class FromHead(wire.Message):
+    """From the head to an agent, one of these."""
+
+    order: str | None = None
+    """join or end."""
+    ping: float | None = None
+
+
+async def _receive(reader: asyncio.StreamReader, limit: float, kind: type[wire.M]) -> wire.M:
+    """One message; ConnectionError when the other side is gone, silent for `limit` seconds, or says anything else."""
     try:
         line = await asyncio.wait_for(reader.readline(), limit)
         if not line:
             raise Closed("the connection was closed")
-        return wire.decoded(line)
+        return wire.decoded(line, kind)
     except ConnectionResetError as error:
         raise Closed("the connection was reset") from error
     except (TimeoutError, ValueError) as error:
         raise ConnectionError(f"no usable message in {limit:g} s") from error
 
 
-def _send(writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
+def _send(writer: asyncio.StreamWriter, message: wire.Message) -> None:
     writer.write(wire.encoded(message))
 
 
 @dataclass
 class Member:
-    """One node as the head sees it. `info` is what its agent says: state, address, ports, resources.
-    `since`: when it came into this state."""
+    """One node as the head sees it. `info` is what its agent has reported. `since`: when it came into this state."""
 
     node: str
-    info: dict[str, Any]
+    info: NodeInfo
     alive: bool = True
     since: float = field(default_factory=time.time)
     writer: asyncio.StreamWriter | None = None
@@ -112,7 +149,7 @@ class ControlServer:
         """Send an order to every living member, or to one."""
         for member in self.table.values() if only is None else [only]:
             if member.alive and member.writer is not None:
-                _send(member.writer, {"order": command})
+                _send(member.writer, FromHead(order=command))
 
     async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -128,13 +165,13 @@ class ControlServer:
         reason = "connection closed"
         try:
             while True:
-                message = await _receive(reader, PING_LIMIT)
-                if "load" in message:
-                    self._loaded(member.node, message["load"])
-                elif isinstance(message.get("info"), dict):
-                    if message["info"].get("state") != member.info.get("state"):
+                message = await _receive(reader, PING_LIMIT, FromAgent)
+                if message.load is not None:
+                    self._loaded(member.node, message.load)
+                elif message.info is not None:
+                    if message.info.state != member.info.state:
                         member.since = time.time()
-                    member.info |= message["info"]
+                    member.info = member.info.changed(message.info)
                     self._changed(member, "changed")
         except (ConnectionError, OSError) as error:
             reason = str(error) or reason
@@ -149,28 +186,27 @@ class ControlServer:
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Member:
         nonce = wire.nonce()
-        _send(writer, {"nonce": nonce})
-        hello = await _receive(reader, HANDSHAKE_LIMIT)
-        node, theirs = _text(hello, "node"), _text(hello, "nonce")
-        if not wire.proves(hello.get("proof"), wire.proof(self._token, "agent", nonce, node)):
-            _send(writer, {"refused": "wrong token: this is another cluster's head"})
+        _send(writer, wire.Greeting(nonce=nonce))
+        hello = await _receive(reader, HANDSHAKE_LIMIT, AgentHello)
+        node, info = hello.node, hello.info
+        if not wire.proves(hello.proof, wire.proof(self._token, "agent", nonce, node)):
+            _send(writer, Answer(refused="wrong token: this is another cluster's head"))
             raise ConnectionError("wrong token")
-        proof = wire.proof(self._token, "head", theirs)
-        if hello.get("ask"):
-            _send(writer, {"proof": proof, "answer": "sees" if self._incarnation else self._witness()})
+        proof = wire.proof(self._token, "head", hello.nonce)
+        if hello.ask:
+            _send(writer, Answer(proof=proof, answer="sees" if self._incarnation else self._witness()))
             raise ConnectionError("answered")
-        if not self._incarnation or hello.get("incarnation") != self._incarnation:
-            _send(writer, {"proof": proof, "head_of": self._incarnation})
+        if not self._incarnation or hello.incarnation != self._incarnation:
+            _send(writer, Answer(proof=proof, head_of=self._incarnation))
             raise ConnectionError("not the head that was asked for")
-        there, info = self.table.get(node), hello.get("info")
-        if not isinstance(info, dict):
-            raise ConnectionError("no usable message: info is not an object")
-        if there is not None and there.alive and there.info.get("job") != info.get("job"):
+        if info is None:
+            raise ConnectionError("no usable message: info is missing")
+        there = self.table.get(node)
+        if there is not None and there.alive and there.info.job != info.job:
             # Two small jobs may land on one shared node; a second agent there would fight over it.
-            why = f"{node} is in the cluster already, by job {there.info.get('job')}"
-            _send(writer, {"refused": why, "already": True})
+            _send(writer, Answer(refused=f"{node} is in the cluster already, by job {there.info.job}", already=True))
             raise ConnectionError("a second agent on this node")
-        _send(writer, {"proof": proof, "time": time.time()})
+        _send(writer, Answer(proof=proof, time=time.time()))
         member = Member(node, info, writer=writer)
         self.table[node] = member
         self._changed(member, "joined")
@@ -179,24 +215,24 @@ class ControlServer:
     @staticmethod
     async def _ping(writer: asyncio.StreamWriter) -> None:
         while True:
-            _send(writer, {"ping": time.time()})
+            _send(writer, FromHead(ping=time.time()))
             await asyncio.sleep(PING_EVERY)
 
 
 async def _greet(
     address: str, port: int, token: str, node: str, limit: float, **more: Any
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, dict[str, Any]]:
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, Answer]:
     """Connect and prove each other: the streams and the other's answer."""
     reader, writer = await asyncio.wait_for(asyncio.open_connection(address, port, limit=_LINE_LIMIT), limit)
     try:
-        greeting = await _receive(reader, limit)
+        greeting = await _receive(reader, limit, wire.Greeting)
         nonce = wire.nonce()
-        proof = wire.proof(token, "agent", _text(greeting, "nonce"), node)
-        _send(writer, {"node": node, "nonce": nonce, "proof": proof, **more})
-        answer = await _receive(reader, limit)
-        if "refused" in answer:
-            raise (AlreadyHere if answer.get("already") else Refused)(_text(answer, "refused"))
-        if not wire.proves(answer.get("proof"), wire.proof(token, "head", nonce)):
+        proof = wire.proof(token, "agent", greeting.nonce, node)
+        _send(writer, AgentHello(node=node, nonce=nonce, proof=proof, **more))
+        answer = await _receive(reader, limit, Answer)
+        if answer.refused is not None:
+            raise (AlreadyHere if answer.already else Refused)(answer.refused)
+        if not wire.proves(answer.proof, wire.proof(token, "head", nonce)):
             raise Refused(f"{address}:{port} does not know this cluster's token")
     except BaseException:
         writer.close()
@@ -208,7 +244,7 @@ async def ask(address: str, port: int, token: str, node: str) -> str:
     """Ask another agent whether it sees the head: "sees" or "lost"; OSError when it cannot be reached."""
     _, writer, answer = await _greet(address, port, token, node, ASK_LIMIT, ask="head")
     writer.close()
-    return str(answer.get("answer"))
+    return str(answer.answer)
 
 
 class ControlClient:
@@ -230,7 +266,7 @@ class ControlClient:
         token: str,
         incarnation: int,
         node: str,
-        info: dict[str, Any],
+        info: NodeInfo,
         limit: float = HANDSHAKE_LIMIT,
     ) -> ControlClient:
         """Connect and prove each other; Refused for a wrong token, NotHead for an agent that is not the head of
@@ -238,21 +274,21 @@ class ControlClient:
         began = time.time()
         reader, writer, answer = await _greet(address, port, token, node, limit, incarnation=incarnation, info=info)
         ended = time.time()
-        if "head_of" in answer:
+        if answer.head_of is not None:
             writer.close()
             raise NotHead(f"{address}:{port} is not the head of incarnation {incarnation}")
-        told = answer.get("time")
+        told = answer.time
         # The head said it in between, whatever took so long.
-        ahead = max(0.0, began - told) + min(0.0, ended - told) if isinstance(told, float) else None
+        ahead = max(0.0, began - told) + min(0.0, ended - told) if told is not None else None
         return cls(reader, writer, ahead)
 
-    def tell(self, **info: Any) -> None:
-        """Tell the head what changed on this node."""
-        _send(self._writer, {"info": info})
+    def report(self, info: NodeInfo) -> None:
+        """Report this node to the head, whenever something about it has changed."""
+        _send(self._writer, FromAgent(info=info))
 
-    def tell_load(self, load: dict[str, Any]) -> None:
-        """Tell the head how busy this node is."""
-        _send(self._writer, {"load": load})
+    def report_load(self, load: dict[str, Any]) -> None:
+        """Report to the head how busy this node is."""
+        _send(self._writer, FromAgent(load=load))
 
     async def orders(self) -> str:
         """The head's next order; ConnectionError when it is gone."""
@@ -266,11 +302,11 @@ class ControlClient:
         """Answer pings and keep orders, until the head is gone."""
         try:
             while True:
-                message = await _receive(self._reader, PING_LIMIT)
-                if "order" in message:
-                    self._orders.put_nowait(str(message["order"]))
+                message = await _receive(self._reader, PING_LIMIT, FromHead)
+                if message.order is not None:
+                    self._orders.put_nowait(message.order)
                 else:
-                    _send(self._writer, {"pong": message.get("ping")})
+                    _send(self._writer, FromAgent(pong=message.ping))
         except OSError as error:
             self._orders.put_nowait(error)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 from raylaunch.timing import LONELY, PATIENCE, PUBLISH_LIMIT, TOGETHER, TURN, VERDICT
 
@@ -62,24 +62,34 @@ class Leave:
     reason: str
 
 
-def candidates(rows: Sequence[Mapping[str, Any]], me: str, head: str) -> tuple[str, ...]:
+class Voter(Protocol):
+    """A row of members.json, as far as elections need it."""
+
+    name: str
+    state: str
+    since: float
+    index: int | None
+    joiner: bool
+
+
+def candidates(rows: Sequence[Voter], me: str, head: str) -> tuple[str, ...]:
     """Who were members, from the lost head's table: base nodes before joiners, in the job's order; the lost
     head's own node only if that is me, and last.
 
     A head that was cut off holds us all for lost: whoever was lost with me counts, whoever was before does not.
     """
-    mine = next((row for row in rows if row["name"] == me), None)
-    since = float(mine["since"]) - TOGETHER if mine is not None and mine["state"] == "lost" else float("inf")
+    mine = next((row for row in rows if row.name == me), None)
+    since = mine.since - TOGETHER if mine is not None and mine.state == "lost" else float("inf")
 
-    def counts(row: Mapping[str, Any]) -> bool:
-        if row["name"] == me:
+    def counts(row: Voter) -> bool:
+        if row.name == me:
             return True
-        lost_before = row["state"] == "lost" and float(row["since"]) < since
-        return row["name"] != head and row["state"] not in {"ended", "failed"} and not lost_before
+        lost_before = row.state == "lost" and row.since < since
+        return row.name != head and row.state not in {"ended", "failed"} and not lost_before
 
     chosen = [row for row in rows if counts(row)]
-    chosen.sort(key=lambda r: (r["name"] == head, bool(r.get("joiner")), int(r.get("index", 0)), r["name"]))
-    return tuple(str(row["name"]) for row in chosen)
+    chosen.sort(key=lambda row: (row.name == head, row.joiner, row.index or 0, row.name))
+    return tuple(row.name for row in chosen)
 
 
 def decide(facts: ElectionFacts) -> Wait | Claim | Leave:

@@ -11,16 +11,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from raylaunch.cluster.membership import control_channel, election
 from raylaunch.cluster.membership.control_channel import AlreadyHere, ControlClient, Refused
 from raylaunch.cluster.membership.election import Claim, Leave
 from raylaunch.errors import BringUpError, RaylaunchError
-from raylaunch.state import files, records
+from raylaunch.state import records
+from raylaunch.state.members import MemberRow, Members, NodeInfo
 from raylaunch.state.records import Head
 from raylaunch.timing import ALREADY_LIMIT, CONNECT_LIMIT, FILES_EVERY, PUBLISH_LIMIT, SLURM_EVERY, TURN
 
@@ -44,7 +44,7 @@ class HeadSearch:
     canary: str
     node: str
     token: str
-    info: Callable[[], dict[str, Any]]
+    info: Callable[[], NodeInfo]
     lead: Callable[[int, str], Awaitable[Head]]
     missing: Callable[[], frozenset[str]]
     lost: Head
@@ -53,7 +53,7 @@ class HeadSearch:
     _answers: dict[str, election.Answer] = field(default_factory=dict)
     _refusing: set[str] = field(default_factory=set)
     _down: frozenset[str] = frozenset()
-    _rows: list[dict[str, Any]] = field(default_factory=list)
+    _rows: tuple[MemberRow, ...] = ()
     _disowned: bool = False
     _newer: Head | None = None
     _found: tuple[ControlClient, Head] | None = None
@@ -145,12 +145,11 @@ class HeadSearch:
                 self._newer, self._began = head, time.monotonic()
                 log.info("a newer head node=%s incarnation=%d", head.node, head.incarnation)
             return
-        table = await asyncio.to_thread(files.read_json, self.directory / records.MEMBERS_FILE)
-        if table and table["canary"] == self.canary:
-            self._rows = list(table["nodes"])
-            mine = next((row for row in self._rows if row["name"] == self.node), None)
-            of_lost = table.get("incarnation") == self.lost.incarnation
-            self._disowned = of_lost and mine is not None and mine["state"] == "lost"
+        table = await asyncio.to_thread(Members.read, self.directory)
+        if table is not None and table.canary == self.canary:
+            self._rows, mine = table.nodes, table.node(self.node)
+            of_lost = table.incarnation == self.lost.incarnation
+            self._disowned = of_lost and mine is not None and mine.state == "lost"
 
     async def _reconnect(self) -> None:
         """Try the head that is: the newer one, else the lost one."""
@@ -181,23 +180,23 @@ class HeadSearch:
         """Ask the other candidates, over and over."""
         while True:
             names = self._candidates()
-            others = [row for row in self._rows if row["name"] in names and row["name"] != self.node]
+            others = [row for row in self._rows if row.name in names and row.name != self.node]
             late = self.node in names and names.index(self.node) >= EAGER
             if not late or time.monotonic() - self._began > 4 * TURN:
                 gate = asyncio.Semaphore(64)
                 await asyncio.gather(*(self._ask_one(row, gate) for row in others))
             await asyncio.sleep(ASK_EVERY)
 
-    async def _ask_one(self, row: Mapping[str, Any], gate: asyncio.Semaphore) -> None:
-        name = str(row["name"])
+    async def _ask_one(self, row: MemberRow, gate: asyncio.Semaphore) -> None:
+        name = row.name
         async with gate:
             try:
-                answer = await control_channel.ask(str(row["address"]), int(row["control_port"]), self.token, self.node)
+                answer = await control_channel.ask(row.address, row.control_port, self.token, self.node)
             except ConnectionRefusedError:
                 self._refusing.add(name)
                 self._answers.pop(name, None)
                 return
-            except (OSError, Refused, KeyError):
+            except (OSError, Refused):
                 self._answers.pop(name, None)
                 return
         self._refusing.discard(name)

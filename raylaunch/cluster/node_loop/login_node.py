@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.node_loop.node_loop import NodeLoop
 from raylaunch.config.schema import Config
 from raylaunch.scheduler.backends import Backend
-from raylaunch.state import event_log, files, records
+from raylaunch.state import event_log, files, members, records
 from raylaunch.state.head_state import HeadState
+from raylaunch.state.members import OVER, MemberRow
 from raylaunch.state.records import Cluster
 
 ASK_AGAIN = 30.0
@@ -50,7 +50,7 @@ class LoginLoop:
             return "it was brought up anew"
         if (ended := files.read_json(self._directory / records.ENDED_FILE)) is not None:
             return str(ended.get("reason"))
-        memory, table = HeadState.read(self._directory, cluster), self._table(cluster)
+        memory, table = HeadState.read(self._directory, cluster), members.living(self._directory, cluster).nodes
         self._asked = still_asked(self._asked, table, self._clock())
         turn = self._nodes.turn(table, memory.wanted, memory.strikes, set(self._asked), memory.scaled, memory.continued)
         for event in turn.events:
@@ -61,24 +61,18 @@ class LoginLoop:
         self.pause = turn.pause
         return turn.give_up
 
-    def _table(self, cluster: Cluster) -> list[dict[str, Any]]:
-        members = files.read_json(self._directory / records.MEMBERS_FILE) or {}
-        return list(members.get("nodes", [])) if members.get("canary") == cluster.canary else []
-
     def _tell(self, event: Event) -> None:
         self._say(event)
         event_log.append(self._directory, event, by="watch")
 
 
-def still_asked(asked: Mapping[str, float], table: Sequence[Mapping[str, Any]], now: float) -> dict[str, float]:
+def still_asked(asked: Mapping[str, float], table: Sequence[MemberRow], now: float) -> dict[str, float]:
     """The drains that the head was asked for and is seeing to. One that it does not show after a while is forgotten, to
     be asked for again: a node that another agent joined with is as good as new to its head."""
-    states = {str(row["name"]): str(row["state"]) for row in table}
+    states = {row.name: row.state for row in table}
 
     def stands(node: str) -> bool:
         condition = states.get(node, "ended")
-        return condition == "draining" or (
-            condition not in {"ended", "failed", "lost"} and now - asked[node] < ASK_AGAIN
-        )
+        return condition == "draining" or (condition not in {*OVER, "lost"} and now - asked[node] < ASK_AGAIN)
 
     return {node: when for node, when in asked.items() if stands(node)}

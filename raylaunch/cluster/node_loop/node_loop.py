@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.node_loop import policy, scheduler_view, submitter
@@ -30,6 +29,7 @@ from raylaunch.errors import SlurmError, SlurmUnavailable, StateError
 from raylaunch.scheduler.backends import Backend, LocalBackend, SlurmBackend
 from raylaunch.scheduler.slurm import allocation, batch_script
 from raylaunch.state import files, records
+from raylaunch.state.members import OVER, MemberRow
 from raylaunch.state.node_events import (
     JoinerAdopted,
     JoinerRefused,
@@ -104,7 +104,7 @@ class NodeLoop:
 
     def turn(
         self,
-        table: Sequence[Mapping[str, Any]],
+        table: Sequence[MemberRow],
         wanted: int,
         strikes: Mapping[str, int],
         draining: set[str] | None = None,
@@ -150,22 +150,21 @@ class NodeLoop:
 
     # -- facts -------------------------------------------------------------------------------------
 
-    def _members(self, table: Sequence[Mapping[str, Any]], view: SchedulerView, draining: set[str]) -> tuple[Node, ...]:
+    def _members(self, table: Sequence[MemberRow], view: SchedulerView, draining: set[str]) -> tuple[Node, ...]:
         now = self._clock()
         held = {(view.base.job, node) for node in view.base.nodes} | {(j.job, n) for j in view.joiners for n in j.nodes}
         found = []
         for row in table:
-            job, condition = str(row.get("job") or ""), str(row["state"])
-            if self._watcher and job and (job, row["name"]) not in held and condition not in {"ended", "failed"}:
+            name, job, condition = row.name, row.job, row.state
+            if self._watcher and job and (job, name) not in held and condition not in OVER:
                 condition = "lost"  # nobody may be left to write that down
-            elif row["name"] in draining and condition in ALIVE:
+            elif name in draining and condition in ALIVE:
                 condition = "draining"
-            name = str(row["name"])
             if self._seen.get(name, ("", 0.0))[0] != condition:
                 # What was so before this loop began is as old as its head says.
-                self._seen[name] = (condition, now if name in self._seen else float(row.get("since", now)))
+                self._seen[name] = (condition, now if name in self._seen else row.since)
             age = max(0.0, now - self._seen[name][1])
-            found.append(Node(name, condition, job, age, row.get("role") == "head"))
+            found.append(Node(name, condition, job, age, row.role == "head"))
         return tuple(found)
 
     @staticmethod

@@ -28,9 +28,10 @@ from raylaunch.observe.history import goodput
 from raylaunch.observe.history.timeline import is_step
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
-from raylaunch.state import files, records, runs
+from raylaunch.state import files, members, records, runs
 from raylaunch.state.event_log import EventReader
 from raylaunch.state.head_state import HeadState
+from raylaunch.state.members import NOBODY
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
 
@@ -144,11 +145,13 @@ class SnapshotReader:
             return {"state": "gone"}
         memory = HeadState.read(self.cluster_dir, record)
         ended = files.read_json(self.cluster_dir / records.ENDED_FILE)
-        nodes = [] if ended or self._is_gone else up.living_nodes(self.cluster_dir, record)
+        table = NOBODY if ended or self._is_gone else members.living(self.cluster_dir, record)
         known = collect.latest(self.cluster_dir, record.canary)
-        for node in nodes:
-            node |= {"load": known.get(node["name"], {}), "strikes": memory.strikes.get(node["name"], 0)}
-        ready = sum(node["state"] == "ready" for node in nodes)
+        nodes = tuple(
+            {**row.model_dump(), "load": known.get(row.name, {}), "strikes": memory.strikes.get(row.name, 0)}
+            for row in table.nodes
+        )
+        ready = sum(row.state == "ready" for row in table.nodes)
         words = f"{ready} of {memory.wanted or len(nodes)} nodes ready"
         if ended or self._is_gone:
             words = f"down: {ended.get('reason', '')}" if ended else "interrupted: its job is gone"
@@ -160,9 +163,9 @@ class SnapshotReader:
             "cluster": record.name,
             "state": words,
             "wanted": memory.wanted,
-            "nodes": tuple(nodes),
+            "nodes": nodes,
             "cannot_submit": refused,
-            "internal_errors": up.internal_errors(self.cluster_dir, record),
+            "internal_errors": table.internal_errors,
         }
 
     def _run(self) -> dict[str, Any]:

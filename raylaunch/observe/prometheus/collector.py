@@ -14,12 +14,11 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from raylaunch.cluster import up
 from raylaunch.cluster.telemetry import collect
 from raylaunch.config import loader
 from raylaunch.host.internal_errors import InternalErrors
 from raylaunch.observe.history import goodput
-from raylaunch.state import event_log, records, runs
+from raylaunch.state import event_log, members, records, runs
 from raylaunch.state.cluster_events import InternalError
 from raylaunch.state.event_log import EventReader
 from raylaunch.state.head_state import HeadState
@@ -95,7 +94,7 @@ class ClusterCollector:
             "raylaunch_cluster_incarnation", "Grows with every election of a head", labels, head and head.incarnation
         )
         yield _one("raylaunch_cluster_nodes_wanted", "Nodes that the cluster should have", labels, memory.wanted)
-        states = Counter(str(row["state"]) for row in up.living_nodes(self._directory, cluster))
+        states = Counter(row.state for row in members.living(self._directory, cluster).nodes)
         family = GaugeMetricFamily("raylaunch_cluster_nodes", "Nodes by state", labels=["cluster", "state"])
         for name in sorted({"ready", "lost", *states}):
             family.add_metric([cluster.name, name], states[name])

@@ -15,7 +15,7 @@ from raylaunch.cluster import up
 from raylaunch.errors import RaylaunchError
 from raylaunch.host.ports import Ports
 from raylaunch.observe.prometheus import exporter
-from raylaunch.state import files, records
+from raylaunch.state import files, members, records
 from raylaunch.state.records import Cluster
 
 TARGETS, RAY_TARGETS, SCRAPE, DASHBOARD, RAY_DASHBOARD = (
@@ -38,8 +38,11 @@ def targets(state_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
                 continue
             labels = {"cluster": record.name}
             own.append({"targets": [f"{served['address']}:{served['port']}"], "labels": labels})
-            nodes = up.living_nodes(directory, record)
-            at = [f"{n['address']}:{Ports(n['ports'][0]).metrics_export}" for n in nodes if n["state"] == "ready"]
+            at = [
+                f"{node.address}:{Ports(node.ports[0]).metrics_export}"
+                for node in members.living(directory, record).nodes
+                if node.state == "ready" and node.ports is not None
+            ]
             rays.append({"targets": sorted(at), "labels": labels})
         except (RaylaunchError, KeyError, TypeError):
             continue  # one that cannot be read does not hide the others

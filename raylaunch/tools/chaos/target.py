@@ -12,6 +12,7 @@ from raylaunch.config import loader
 from raylaunch.errors import UsageError
 from raylaunch.state import event_log, files, records, runs
 from raylaunch.state.event_log import EventReader
+from raylaunch.state.members import NOBODY, MemberRow, Members
 from raylaunch.state.records import Cluster, Head
 
 _FIRST_LINE = re.compile(r"raylaunch worker run=(\S+) attempt=(\d+) rank=(\d+) .*?node=(\S+) .*?pid=(\d+)")
@@ -85,16 +86,15 @@ class Victim:
     def known(self) -> str:
         """What there is to say about a run that does not go on."""
         cluster = event_log.read_all(self.cluster_dir)
-        nodes = ", ".join(f"{n['name']} {n.get('state')}" for n in self.members())
+        nodes = ", ".join(f"{row.name} {row.state}" for row in self.members())
         return f"last of the run: {_shown(self.look())}; of the cluster: {_shown(cluster)}; nodes: {nodes or 'none'}"
 
-    def members(self) -> list[dict[str, Any]]:
-        table = files.read_json(self.cluster_dir / records.MEMBERS_FILE) or {}
-        return list(table.get("nodes", []))
+    def members(self) -> tuple[MemberRow, ...]:
+        return (Members.read(self.cluster_dir) or NOBODY).nodes
 
     def ready(self) -> list[str]:
         """Nodes that may train, by name."""
-        return sorted(str(n["name"]) for n in self.members() if n.get("state") == "ready")
+        return sorted(row.name for row in self.members() if row.state == "ready")
 
     def head(self) -> str:
         found = Head.read(self.cluster_dir)
@@ -102,7 +102,7 @@ class Victim:
 
     def agent(self, node: str) -> int:
         """The pid of a node's agent; 0 when it is not known."""
-        return next((int(n.get("pid") or 0) for n in self.members() if n["name"] == node), 0)
+        return next((row.pid or 0 for row in self.members() if row.name == node), 0)
 
     def workers(self) -> list[Worker]:
         """The newest attempt's workers that have said where they are."""

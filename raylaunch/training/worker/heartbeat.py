@@ -16,7 +16,6 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from raylaunch.host import wire
 from raylaunch.timing import BEAT_EVERY
@@ -36,6 +35,43 @@ class DriverAddress:
     """Ray writes down what a worker is given."""
     stuck: float = 0.0
     """Seconds after which a worker whose interpreter does not go on writes its stacks; 0: never."""
+
+
+class WorkerHello(wire.Message):
+    """What a worker answers to the driver's greeting."""
+
+    rank: int
+    node: str
+    pid: int
+    nonce: str
+    proof: str
+
+
+class Welcome(wire.Message):
+    """The driver's answer to that."""
+
+    proof: str
+
+
+class Progress(wire.Message):
+    """From a worker: where it is, that it wrote its stacks, or only that it lives."""
+
+    step: int | None = None
+    phase: str | None = None
+    age: float = 0.0
+    """Seconds since it began this phase."""
+    dumped: str | None = None
+    """The file with its stacks."""
+
+
+class DriverOrder(wire.Message):
+    """From the driver, one of these."""
+
+    stop: int | None = None
+    """0 (withdrawn), AT_COMMIT or NOW."""
+    reason: str = ""
+    dump: bool = False
+    """Write the stacks of all threads."""
 
 
 Place = DriverAddress
@@ -72,7 +108,7 @@ class HeartbeatClient:
         if (link := self._link) is not None:
             with contextlib.suppress(OSError):  # the driver has gone first
                 if self._where is not None:
-                    _tell(link, {"step": self._where[0], "phase": self._where[1], "age": 0.0})
+                    _send(link, Progress(step=self._where[0], phase=self._where[1], age=0.0))
                 link.shutdown(socket.SHUT_RDWR)
         if self._thread.is_alive():
             self._thread.join(2 * LOOK_EVERY)
@@ -86,7 +122,7 @@ class HeartbeatClient:
                     buffer = self._greet(link)
                     pause, self._link = 0.2, link
                     self._converse(link, buffer)
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError) as error:
                 if pause > 3 and not self._end.is_set():
                     print(f"pulse: no driver hears this worker: {error}", file=sys.stderr, flush=True)
             except Exception:  # noqa: BLE001  a worker without a pulse would count as hung: connect again
@@ -97,12 +133,13 @@ class HeartbeatClient:
 
     def _greet(self, link: socket.socket) -> bytes:
         """Prove each other; what came after the greeting already."""
-        greeting, rest = _line(link, b"")
+        line, rest = _line(link, b"")
+        greeting = wire.decoded(line, wire.Greeting)
         nonce, pid, secret = wire.nonce(), os.getpid(), self._place.secret
-        proof = wire.proof(secret, "worker", greeting["nonce"], self._rank, self._node, pid)
-        _tell(link, {"rank": self._rank, "node": self._node, "pid": pid, "nonce": nonce, "proof": proof})
-        answer, rest = _line(link, rest)
-        if not wire.proves(answer["proof"], wire.proof(secret, "driver", nonce)):
+        proof = wire.proof(secret, "worker", greeting.nonce, self._rank, self._node, pid)
+        _send(link, WorkerHello(rank=self._rank, node=self._node, pid=pid, nonce=nonce, proof=proof))
+        line, rest = _line(link, rest)
+        if not wire.proves(wire.decoded(line, Welcome).proof, wire.proof(secret, "driver", nonce)):
             raise ValueError("the process at that address is not this attempt's driver")
         return rest
 
@@ -117,10 +154,10 @@ class HeartbeatClient:
                 armed = now
             where = self._where
             if where is not None and (where != told or now - told_at >= BEAT_EVERY):
-                _tell(link, {"step": where[0], "phase": where[1], "age": round(now - where[2], 3)})
+                _send(link, Progress(step=where[0], phase=where[1], age=round(now - where[2], 3)))
                 told, told_at = where, now
             elif now - told_at >= BEAT_EVERY:
-                _tell(link, {})
+                _send(link, Progress())
                 told_at = now
             if self._end.is_set():
                 return
@@ -130,28 +167,29 @@ class HeartbeatClient:
                     raise ConnectionError("the driver closed the connection")
                 *lines, buffer = (buffer + chunk).split(b"\n")
                 for line in lines:
-                    self._obey(link, wire.decoded(line))
+                    self._obey(link, wire.decoded(line, DriverOrder))
 
-    def _obey(self, link: socket.socket, order: dict[str, Any]) -> None:
-        if "stop" in order:
-            self.wish = int(order["stop"])
-        if "dump" in order:
+    def _obey(self, link: socket.socket, order: DriverOrder) -> None:
+        if order.stop is not None:
+            self.wish = order.stop
+        if order.dump:
             with self._stack_file.open("a", encoding="utf-8") as out:
                 out.write(f"rank {self._rank} on {self._node}, pid {os.getpid()}: {self._where}\n")
                 out.flush()
                 faulthandler.dump_traceback(out, all_threads=True)
-            _tell(link, {"dumped": str(self._stack_file)})
+            _send(link, Progress(dumped=str(self._stack_file)))
 
 
-def _tell(link: socket.socket, message: dict[str, Any]) -> None:
+def _send(link: socket.socket, message: wire.Message) -> None:
     link.sendall(wire.encoded(message))
 
 
-def _line(link: socket.socket, buffer: bytes) -> tuple[dict[str, Any], bytes]:
+def _line(link: socket.socket, buffer: bytes) -> tuple[bytes, bytes]:
+    """The next line, and what came after it."""
     while b"\n" not in buffer:
         chunk = link.recv(1 << 12)
         if not chunk or len(buffer) > LINE_LIMIT:
             raise ConnectionError("the driver closed the connection")
         buffer += chunk
     line, _, rest = buffer.partition(b"\n")
-    return wire.decoded(line), rest
+    return line, rest
