@@ -33,7 +33,7 @@ class SaveRequest:
     attempt: int
     run: str
     facts: dict[str, Any]
-    incarnation: int
+    run_incarnation: int
 
 
 class _Written(list[WriteResult]):
@@ -68,7 +68,7 @@ class CheckpointWriter(FileSystemWriter):
             files |= written.files
         store.commit(
             order.path, step=order.step, world_size=order.world_size, attempt=order.attempt, run=order.run,
-            facts=order.facts, incarnation=order.incarnation, files=files,
+            facts=order.facts, run_incarnation=order.run_incarnation, files=files,
         )  # fmt: skip
 
 

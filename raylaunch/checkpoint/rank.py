@@ -9,11 +9,11 @@ from raylaunch.checkpoint.events import Event
 
 
 class Rank(Protocol):
-    """`incarnation` and `attempt` say who may commit (see `store`); `device` is "cpu" or "cuda:N"."""
+    """`run_incarnation` and `attempt` say who may commit (see `store`); `device` is "cpu" or "cuda:N"."""
 
     run: str
     checkpoint_dir: Path
-    incarnation: int
+    run_incarnation: int
     attempt: int
     rank: int
     world_size: int

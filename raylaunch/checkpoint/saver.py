@@ -94,7 +94,7 @@ class Saver:
         self._session, self._group, self._keep = session, group, keep
         self._beside: SaveThread | SaveProcess | None = None
         if background == "process":
-            self._beside = SaveProcess(session.device, group, f"{session.incarnation}-{session.attempt}", timeout)
+            self._beside = SaveProcess(session.device, group, f"{session.run_incarnation}-{session.attempt}", timeout)
         elif background == "thread":
             self._beside = SaveThread(session.device, group)
         self._in_flight: tuple[int, Future[StateError | None]] | None = None
@@ -196,11 +196,11 @@ class Saver:
 
     def _order(self, step: int, facts: dict[str, Any]) -> SaveRequest:
         s = self._session
-        return SaveRequest(self._pending(step), step, s.world_size, s.attempt, s.run, facts, s.incarnation)
+        return SaveRequest(self._pending(step), step, s.world_size, s.attempt, s.run, facts, s.run_incarnation)
 
     def _pending(self, step: int) -> Path:
         session = self._session
-        return store.pending(session.checkpoint_dir, step, session.incarnation, session.attempt)
+        return store.pending(session.checkpoint_dir, step, session.run_incarnation, session.attempt)
 
     def _settle(self, step: int, started: float, error: BaseException | None) -> StateError | None:
         """After a save, the same on all ranks: tell it and tidy up; the failure if training can go on, else it is raised."""
@@ -212,7 +212,7 @@ class Saver:
                 if store.unusually_slow(seconds, self._seconds):
                     _tell(session, CheckpointSlow(step, seconds))
                 self._seconds.append(seconds)
-                _try(lambda: store.retain(session.checkpoint_dir, self._keep, session.incarnation, session.attempt))
+                _try(lambda: store.retain(session.checkpoint_dir, self._keep, session.run_incarnation, session.attempt))
             return None
         if not isinstance(error, CheckpointException):
             raise error  # a rank or a connection is gone: no agreement with the others
@@ -231,7 +231,7 @@ class Saver:
         """Before the first save: what older attempts left behind may take the space that we need."""
         session = self._session
         if session.rank == 0 and not self._collected:
-            _try(lambda: store.collect(session.checkpoint_dir, session.incarnation, session.attempt))
+            _try(lambda: store.collect(session.checkpoint_dir, session.run_incarnation, session.attempt))
         self._collected = True
 
 

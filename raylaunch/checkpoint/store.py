@@ -1,10 +1,10 @@
 """Checkpoints as directories on shared storage: what counts, what is newest, who may commit, what may go.
 
     CHECKPOINTS/step-00000100/            committed: data files and commit.json
-    CHECKPOINTS/step-00000100.tmp-2-3     being written by attempt 3 under incarnation 2, or left by its crash
+    CHECKPOINTS/step-00000100.tmp-2-3     being written by attempt 3 under incarnation 2 of the run, or left by its crash
     CHECKPOINTS/step-00000100.del-…       being deleted, or left by a crash meanwhile
     CHECKPOINTS/step-00000100.bad-…       was committed and does not verify: for people, never touched again
-    CHECKPOINTS/fence-00000002-0003       nobody below (incarnation 2, attempt 3) may commit any more
+    CHECKPOINTS/fence-00000002-0003       nobody below (incarnation 2 of the run, attempt 3) may commit any more
 
 All ranks write into the pending directory; when they are done, one of them writes commit.json and
 renames: the rename is the commit. A step that is committed already stays as it is. Whatever is not
@@ -61,6 +61,7 @@ class Commit:
     time: float
     facts: dict[str, Any]
     incarnation: int = 1
+    """The run's."""
     files: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
@@ -80,20 +81,20 @@ def final(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def pending(directory: Path, step: int, incarnation: int, attempt: int) -> Path:
+def pending(directory: Path, step: int, run_incarnation: int, attempt: int) -> Path:
     """The directory that all ranks of this attempt write this step into."""
-    return directory / f"{final(directory, step).name}.tmp-{incarnation}-{attempt}"
+    return directory / f"{final(directory, step).name}.tmp-{run_incarnation}-{attempt}"
 
 
-def fence(directory: Path, incarnation: int, attempt: int) -> None:
-    """From now on only (incarnation, attempt) or a higher one may commit; makes the directory if need be.
+def fence(directory: Path, run_incarnation: int, attempt: int) -> None:
+    """From now on only (run_incarnation, attempt) or a higher one may commit; makes the directory if need be.
 
     Call it before reading `latest` for a new attempt. Fenced when a higher one has been here.
     """
-    me = incarnation, attempt
+    me = run_incarnation, attempt
     with explained(directory, "fence"):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        refuse_fenced(directory, incarnation, attempt)
+        refuse_fenced(directory, run_incarnation, attempt)
         (directory / _fence_name(me)).touch(mode=0o600)
         _sync(directory)
         # Ours is there before theirs go: the highest one that ever was can always be seen.
@@ -104,19 +105,19 @@ def fence(directory: Path, incarnation: int, attempt: int) -> None:
             if ".tmp-" in entry.name:
                 with contextlib.suppress(FileNotFoundError):  # committed or given up at this moment
                     entry.rename(_beside(entry, "del"))  # `collect` removes it
-        refuse_fenced(directory, incarnation, attempt)
+        refuse_fenced(directory, run_incarnation, attempt)
 
 
-def refuse_fenced(directory: Path, incarnation: int, attempt: int) -> None:
-    """Raise Fenced when a fence above (incarnation, attempt) exists."""
-    me = incarnation, attempt
+def refuse_fenced(directory: Path, run_incarnation: int, attempt: int) -> None:
+    """Raise Fenced when a fence above (run_incarnation, attempt) exists."""
+    me = run_incarnation, attempt
     fences = _fences(directory)
     higher = max((one for one in fences if one > me), default=None)
     if higher is None and me in fences and not is_there(directory / _fence_name(me)):  # the listing was old
         higher = me
     if higher is not None:
         raise Fenced(
-            f"incarnation {incarnation}, attempt {attempt} may no longer commit to {directory}: "
+            f"incarnation {run_incarnation}, attempt {attempt} may no longer commit to {directory}: "
             f"incarnation {higher[0]}, attempt {higher[1]} has taken over",
             "Nothing to do: the newer attempt goes on from the last commit.",
         )
@@ -130,7 +131,7 @@ def commit(
     attempt: int,
     run: str,
     facts: dict[str, Any] | None = None,
-    incarnation: int = 1,
+    run_incarnation: int = 1,
     files: Mapping[str, tuple[int, str]] | None = None,
 ) -> Commit:
     """Make a completely written pending directory count; one rank calls this.
@@ -142,7 +143,7 @@ def commit(
     target = final(directory, step)
     with explained(target, "commit"):
         try:
-            refuse_fenced(directory, incarnation, attempt)
+            refuse_fenced(directory, run_incarnation, attempt)
             there = inspect(target)
             if isinstance(there, Commit):
                 delete(pending_path)
@@ -157,7 +158,7 @@ def commit(
                 run,
                 round(time.time(), 3),
                 facts or {},
-                incarnation,
+                run_incarnation,
                 dict(files or {}),
             )
             record = {key: value for key, value in vars(made).items() if key != "path"}
@@ -166,11 +167,11 @@ def commit(
                 out.flush()
                 os.fsync(out.fileno())
             _sync(pending_path)
-            refuse_fenced(directory, incarnation, attempt)
+            refuse_fenced(directory, run_incarnation, attempt)
             pending_path.rename(target)
             _sync(directory)
         except FileNotFoundError:  # renamed away by a fence
-            refuse_fenced(directory, incarnation, attempt)
+            refuse_fenced(directory, run_incarnation, attempt)
             raise
         except (OSError, Fenced):
             shutil.rmtree(pending_path, ignore_errors=True)  # gives its space back; gone if renamed
@@ -191,7 +192,7 @@ def iter_checkpoints(directory: Path) -> Iterator[Commit | InvalidCheckpoint]:
 
 
 def owner(directory: Path) -> tuple[int, int]:
-    """(incarnation, attempt) of the newest writer there was; what older ones left half-written is nobody's."""
+    """(run_incarnation, attempt) of the newest writer there was; what older ones left half-written is nobody's."""
     return max(_fences(directory), default=(0, 0)) if directory.exists() else (0, 0)
 
 
@@ -275,18 +276,18 @@ class RetentionPolicy:
         ]  # fmt: skip
 
 
-def retain(directory: Path, keep: RetentionPolicy, incarnation: int, attempt: int) -> list[Commit]:
+def retain(directory: Path, keep: RetentionPolicy, run_incarnation: int, attempt: int) -> list[Commit]:
     """Delete the usable commits that need not stay; the deleted ones, the newest first."""
     gone = keep.surplus([one for one in iter_checkpoints(directory) if isinstance(one, Commit)])
     for one in gone:
-        refuse_fenced(directory, incarnation, attempt)  # the newer one may need what we would delete
+        refuse_fenced(directory, run_incarnation, attempt)  # the newer one may need what we would delete
         delete(one.path)
     return gone
 
 
-def collect(directory: Path, incarnation: int, attempt: int) -> list[str]:
+def collect(directory: Path, run_incarnation: int, attempt: int) -> list[str]:
     """Remove what older writers than the caller left half-written, and whatever is half-deleted."""
-    leftovers = _leftovers(directory, (incarnation, attempt))
+    leftovers = _leftovers(directory, (run_incarnation, attempt))
     for path in leftovers:
         delete(path)
     return [path.name for path in leftovers]

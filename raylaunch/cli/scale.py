@@ -15,8 +15,9 @@ from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, SlurmUnavailable, UsageError
 from raylaunch.scheduler import backends
-from raylaunch.state import audit, event_log, members, records
+from raylaunch.state import audit, event_log, members, records, requests
 from raylaunch.state.records import Cluster
+from raylaunch.state.requests import ScaleAsk
 
 _EVERY, _JOBS_EVERY = 0.2, 3.0
 
@@ -47,7 +48,7 @@ def scale(name: str, nodes: int, no_wait: bool, timeout: float, state_dir: Path 
             f"Run `raylaunch watch {name}` on a login node: it submits jobs for them. Then scale again.",
         )
     audit.add(options.state_dir(state_dir), "scale", note, cluster=name, nodes=nodes)
-    records.request(directory, "scale", nodes=nodes)
+    requests.ask(directory, ScaleAsk(nodes=nodes))
     if no_wait:
         note(f"cluster {name} scales to {nodes} nodes; see `raylaunch status`")
         return

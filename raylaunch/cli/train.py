@@ -20,7 +20,8 @@ from raylaunch.config.schema import check_name, default_run_name
 from raylaunch.errors import RaylaunchError, UsageError
 from raylaunch.observe import follow_run, status
 from raylaunch.scheduler import backends
-from raylaunch.state import audit, files, records, runs
+from raylaunch.state import audit, files, records, requests, runs
+from raylaunch.state.requests import RunAsk
 from raylaunch.state.runs import FINAL
 from raylaunch.training import precheck
 
@@ -77,7 +78,7 @@ def train(
         _refuse_living(where, run_dir)
         audit.add(where, "train", note, cluster=record.name, run=name, config=asked, fresh=fresh or None)
         with runs.prepared(run_dir, config, record.name, fresh):
-            records.request(directory, "run", run=name)
+            requests.ask(directory, RunAsk(run=name))
     if detach:
         note(f"run {name} is submitted to cluster {record.name}; `raylaunch attach {name}` follows it")
         return 0

@@ -20,10 +20,11 @@ from raylaunch.config import loader
 from raylaunch.errors import ConfigError
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Backend, Job
-from raylaunch.state import event_log, files, records
+from raylaunch.state import event_log, files, records, requests
 from raylaunch.state.cluster_events import ClusterDown
 from raylaunch.state.members import NOBODY, Members
 from raylaunch.state.records import Cluster, Head
+from raylaunch.state.requests import DownAsk
 from raylaunch.timing import DOWN_LIMIT, GONE_LIMIT, SAVE_LIMIT, TAKEN_LIMIT
 
 
@@ -117,7 +118,7 @@ def _ask_head(
     directory: Path, cluster: Cluster, backend: Backend, save_limit: float, show: Callable[[str], None], ended: Ended
 ) -> None:
     """Let the head save and end; give up on it when it does not take the request or does not end."""
-    request = records.request(directory, "down", save_limit=save_limit)
+    request = requests.ask(directory, DownAsk(save_limit=save_limit))
     show("saving the run and stopping")
     taken_by = time.monotonic() + TAKEN_LIMIT
     ended_by = time.monotonic() + save_limit + DOWN_LIMIT

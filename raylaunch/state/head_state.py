@@ -38,7 +38,7 @@ class HeadState(Record):
     """Nodes that have struck out."""
     continued: int = 0
     """How often the cluster went on in another allocation."""
-    life: str = ""
+    allocation: str = ""
     """The allocation that this was written in."""
     draining: dict[str, Draining] = field(default_factory=dict)
     """Nodes that the run is to leave; then their agents end."""

@@ -39,13 +39,18 @@ FAILED_LINE = "RAYLAUNCH_FAILED"
 """Begins a line in a job's output that names a node which could not use the cluster directory."""
 
 
+FORMER_KEYS = {"life": "allocation", "base": "incarnation_offset"}
+"""Of a record's file → the present key. Clusters and runs of an earlier version have them."""
+
+
 class Record:
     """A dataclass that is one JSON file; unknown keys of a newer version are passed over."""
 
     @classmethod
     def parse(cls, value: dict[str, Any]) -> Self:
         known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
-        return cls(**{k: v for k, v in value.items() if k in known})
+        current = {FORMER_KEYS.get(k, k): v for k, v in value.items()}
+        return cls(**{k: v for k, v in current.items() if k in known})
 
     def write(self, path: Path) -> None:
         files.write_json(path, asdict(self))  # type: ignore[call-overload]
@@ -86,22 +91,44 @@ class Head(Record):
     gcs: str
     dashboard_port: int
     time: float
-    life: str = ""
-    """Of the allocation: job and restart count. A requeued job finds a head.json that is over."""
+    allocation: str = ""
+    """The base job and its restart count, as JOB:COUNT. A requeued job finds a head.json that is over."""
 
     @property
     def job(self) -> str:
         """The base job of this allocation."""
-        return self.life.partition(":")[0]
+        return self.allocation.partition(":")[0]
 
     @property
     def restarts(self) -> int:
         """How often Slurm had requeued it by then."""
-        return int(self.life.partition(":")[2] or 0)
+        return int(self.allocation.partition(":")[2] or 0)
+
+    def values(self) -> dict[str, Any]:
+        """As head.json has it. `life`: for agents that were started before December 2026 and know no `allocation`."""
+        return {**asdict(self), "life": self.allocation}
+
+    def write(self, path: Path) -> None:
+        files.write_json(path, self.values())
 
     @classmethod
     def read(cls, directory: Path) -> Head | None:
         value = files.read_json(directory / HEAD_FILE)
+        return None if value is None else cls.parse(value)
+
+
+@dataclass(frozen=True)
+class IncarnationClaim(Record):
+    """incarnations/NNNNNNNN: which node has claimed to be the head."""
+
+    node: str
+    time: float
+    allocation: str = ""
+    """The one that begins with it; "" for an election in one that has begun."""
+
+    @classmethod
+    def read(cls, cluster: Path, incarnation: int) -> IncarnationClaim | None:
+        value = files.read_json(cluster / INCARNATIONS / f"{incarnation:08d}")
         return None if value is None else cls.parse(value)
 
 
@@ -133,20 +160,20 @@ def is_fenced(cluster: Path, incarnation: int) -> bool:
     return head is not None and head.incarnation > incarnation
 
 
-def began(cluster: Path, life: str) -> int | None:
+def began(cluster: Path, allocation: str) -> int | None:
     """The incarnation with which this allocation began as the cluster's, None when it has not."""
     made = (
-        n for n in claims(cluster) if (files.read_json(cluster / INCARNATIONS / f"{n:08d}") or {}).get("life") == life
+        n for n in claims(cluster) if (claim := IncarnationClaim.read(cluster, n)) and claim.allocation == allocation
     )
     return max(made, default=None)
 
 
-def claim(cluster: Path, incarnation: int, node: str, life: str = "") -> bool:
-    """Claim to be the head of this incarnation; False when somebody else has. Exclusive on NFS, too. `life`: of an
-    allocation that begins."""
+def claim(cluster: Path, incarnation: int, node: str, allocation: str = "") -> bool:
+    """Claim to be the head of this incarnation; False when somebody else has. Exclusive on NFS, too. `allocation`: one
+    that begins with it."""
     folder = files.make_dir(cluster / INCARNATIONS)
     mine = folder / f".{node}-{uuid.uuid4().hex[:8]}"
-    files.write_json(mine, {"node": node, "time": time.time(), "life": life})
+    IncarnationClaim(node, time.time(), allocation).write(mine)
     try:
         # link(2) is atomic on every file system that nodes share; O_EXCL is not on old NFS.
         (folder / f"{incarnation:08d}").hardlink_to(mine)
@@ -155,14 +182,6 @@ def claim(cluster: Path, incarnation: int, node: str, life: str = "") -> bool:
     finally:
         mine.unlink(missing_ok=True)
     return True
-
-
-def request(cluster: Path, kind: str, **values: Any) -> Path:
-    """Ask something of the head's agent; requests are taken in the order of their names, and go then."""
-    name = f"{time.time():.6f}-{kind}-{uuid.uuid4().hex[:6]}.json"
-    path = cluster / REQUESTS / name
-    files.write_json(path, {"kind": kind, **values})
-    return path
 
 
 def write_end(

@@ -1,4 +1,4 @@
-"""Requests: what the command line, a driver or the batch script asks of the head, as files.
+"""Requests: what the command line, a driver or a batch script asks of the head, as files. Each kind is a class.
 
     requests/NAME.json            asked: written beside and renamed, so it is whole
     requests/NAME.taken-00000007  taken by the head of incarnation 7; renamed, so one head has it
@@ -30,13 +30,18 @@ import logging
 import os
 import re
 import stat
+import time
+import uuid
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
 
 from raylaunch.checkpoint import fence
-from raylaunch.state import records
+from raylaunch.state import files, records
+from raylaunch.timing import SAVE_LIMIT
 
 log = logging.getLogger("raylaunch.requests")
 
@@ -44,14 +49,97 @@ SIZE_LIMIT = 1 << 16
 _TAKEN = re.compile(r"\.taken-([0-9]+)")
 
 
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+
+
+class _Ask(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+class RunAsk(_Ask):
+    """`train`: queue this run."""
+
+    kind: Literal["run"] = "run"
+    run: str
+
+
+class ScaleAsk(_Ask):
+    """`scale`: keep this many nodes."""
+
+    kind: Literal["scale"] = "scale"
+    nodes: int = Field(ge=0, le=1_000_000)
+
+
+class DownAsk(_Ask):
+    """`down`: end the cluster."""
+
+    kind: Literal["down"] = "down"
+    save_limit: Seconds = SAVE_LIMIT
+    """In which the run has to save."""
+
+
+class StrikeAsk(_Ask):
+    """A driver: this node broke an attempt."""
+
+    kind: Literal["strike"] = "strike"
+    node: str
+    reason: str
+
+
+class DrainAsk(_Ask):
+    """`watch`: the run must leave this node, which ends then."""
+
+    kind: Literal["drain"] = "drain"
+    node: str
+    reason: str
+
+
+class DrainedAsk(_Ask):
+    """A driver: no attempt uses this node any more."""
+
+    kind: Literal["drained"] = "drained"
+    node: str
+
+
+class WalltimeAsk(_Ask):
+    """The base job's script: Slurm announced the end of the time, or preemption."""
+
+    kind: Literal["walltime"] = "walltime"
+    allocation: str | None = Field(None, validation_alias=AliasChoices("allocation", "life"))
+    """Which one (see `records.Head`). Scripts of an earlier version call it `life`."""
+
+
+class NoticeAsk(_Ask):
+    """A joiner's script: the same for its job."""
+
+    kind: Literal["notice"] = "notice"
+    job: str
+
+
+Ask = RunAsk | ScaleAsk | DownAsk | StrikeAsk | DrainAsk | DrainedAsk | WalltimeAsk | NoticeAsk
+_ASK: TypeAdapter[Ask] = TypeAdapter(Annotated[Ask, Field(discriminator="kind")])
+
+
+def ask(cluster: Path, what: Ask) -> Path:
+    """Ask something of the cluster's head; the file, which is renamed when a head takes it. Raises StateError."""
+    name = f"{time.time():.6f}-{what.kind}-{uuid.uuid4().hex[:6]}.json"
+    path = cluster / records.REQUESTS / name
+    files.write_json(path, what.model_dump())
+    return path
+
+
 @dataclass(frozen=True)
 class Request:
-    """One that a head has taken."""
+    """One that a head has taken. `values` may be anything: see `what`."""
 
     name: str
-    kind: str
     values: dict[str, Any]
     path: Path
+
+    @property
+    def what(self) -> Ask:
+        """What it asks for; ValueError for what no head understands."""
+        return _ASK.validate_python(self.values)
 
     def done(self) -> None:
         """What it asks for is remembered."""
@@ -104,13 +192,15 @@ def _take(name: str, path: Path, incarnation: int) -> Request | None:
         if path != mine:
             path.rename(mine)
         values = json.loads(_read(mine))
-        return Request(name, str(values["kind"]), values, mine)
+        if "kind" not in values:
+            raise ValueError("it has no kind")
+        return Request(name, values, mine)
     except FileNotFoundError:  # another head was quicker, or the listing is old
         return None
     except OSError as error:
         _say_once("a request cannot be read, and is tried again", mine, str(error))
         return None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         _say_once("not a request", mine, str(error))
         _set_aside(mine, name)
         return None

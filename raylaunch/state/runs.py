@@ -48,8 +48,8 @@ class Run(Record):
     id: str = ""
     """Of one handing over: the same name may be handed over again while the last driver still goes home."""
     attempt: int = 0
-    base: int = 0
-    """Of its incarnations: an attempt's own is this and its head's. Another cluster counts from one again, and the
+    incarnation_offset: int = 0
+    """A run's incarnation is this and its head's incarnation. Another cluster counts from one again, and the
     fences of the hand-overs before this one would keep it out."""
     world_size: int = 0
     nodes: int = 0

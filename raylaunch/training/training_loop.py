@@ -24,9 +24,10 @@ from raylaunch.checkpoint.events import Event
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import StateError
-from raylaunch.state import event_log, files, records, runs
+from raylaunch.state import event_log, files, records, requests, runs
 from raylaunch.state.cluster_events import ThreadDied
 from raylaunch.state.records import Cluster
+from raylaunch.state.requests import Ask, DrainedAsk, StrikeAsk
 from raylaunch.state.run_events import (
     AttemptEnded,
     AttemptFault,
@@ -92,7 +93,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self.checkpoints = runs.checkpoint_dir(self.run_dir, self.config)
-        self.run_incarnation = self.run.base + self.incarnation
+        self.run_incarnation = self.run.incarnation_offset + self.incarnation
         """The incarnation as the run's checkpoints and events know it."""
         self.roster = ClusterView(self.cluster_dir, self.incarnation, self.clock)
         script = self.config.trainer.script is not None
@@ -197,7 +198,7 @@ class TrainingLoop:
             )
         )
         if strike is not None:
-            self._request("strike", node=strike, reason=ending.text)
+            self._ask(StrikeAsk(node=strike, reason=ending.text))
 
     def _fit(self, number: int, chosen: list[RayNode], from_step: int) -> tuple[AttemptOutcome, int]:
         """Run it; how it ended, and the last step that is known."""
@@ -327,11 +328,11 @@ class TrainingLoop:
         """Tell the head which draining nodes no attempt uses (any more), once each."""
         draining = {name for name, node in table.items() if node.state == "draining"}
         for name in sorted(draining - on - self.left):
-            self._request("drained", node=name)
+            self._ask(DrainedAsk(node=name))
         self.left = draining - on
 
-    def _request(self, kind: str, **values: Any) -> None:
-        self._retry_on_storage_error(lambda: records.request(self.cluster_dir, kind, **values))
+    def _ask(self, what: Ask) -> None:
+        self._retry_on_storage_error(lambda: requests.ask(self.cluster_dir, what))
 
     def _pin_global_batch(self, workers: int) -> None:
         """The global batch is a constant of the run: fix it at the first attempt, in the resolved config."""

@@ -113,7 +113,7 @@ class Drill:
 
     def life(self) -> str:
         """Of the base job: its id, and how often it began again."""
-        return str(files.read_json(self.site.cluster(self.cluster) / "head.json")["life"])
+        return str(files.read_json(self.site.cluster(self.cluster) / "head.json")["allocation"])
 
     def worker(self, run: str, rank: int, attempt: int = 1) -> tuple[str, str]:
         """(node, pid there) of a rank, from the first line of its log."""

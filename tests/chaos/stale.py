@@ -25,7 +25,7 @@ def main(mine: Path, incarnation: int, attempt: int) -> None:
         time.sleep(0.02)
     try:
         mine.mkdir()
-        store.commit(mine, step=STEP, world_size=1, attempt=attempt, run="stale", incarnation=incarnation)
+        store.commit(mine, step=STEP, world_size=1, attempt=attempt, run="stale", run_incarnation=incarnation)
     except StateError as error:
         print(type(error).__name__)
     else:

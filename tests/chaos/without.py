@@ -89,7 +89,7 @@ SWITCHES = (
         ("nodes::test_a_node_falls_silent_and_comes_back[freeze]", "nodes::test_a_node_falls_silent_and_comes_back[cut]"),
     ),
     Switch(
-        "fence", "raylaunch/checkpoint/store.py", "    me = incarnation, attempt\n    fences =", "    return\n    fences =",
+        "fence", "raylaunch/checkpoint/store.py", "    me = run_incarnation, attempt\n    fences =", "    return\n    fences =",
         (
             "nodes::test_a_node_falls_silent_and_comes_back[freeze]",
             "nodes::test_a_node_falls_silent_and_comes_back[cut]",

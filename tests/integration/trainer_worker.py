@@ -101,7 +101,7 @@ def arrange_saves(case: dict[str, Any], session: Session) -> None:
         if number in case.get("commit_fails", ()):
             raise store.explanation(path, "commit", OSError(errno.EROFS, os.strerror(errno.EROFS)))
         if number == case.get("fence_in_commit"):
-            store.fence(path.parent, session.incarnation + 1, 1)
+            store.fence(path.parent, session.run_incarnation + 1, 1)
         return commit(path, **kwargs)
 
     progress = session.progress
@@ -112,7 +112,7 @@ def arrange_saves(case: dict[str, Any], session: Session) -> None:
             savers = [p for p in living if "raylaunch.checkpoint.save_process" in p.cmdline()]
             max(savers, key=psutil.Process.create_time).kill()
         if phase == "step" and session.rank == 0 and step == case.get("fence_at"):
-            store.fence(session.checkpoint_dir, session.incarnation + 1, 1)
+            store.fence(session.checkpoint_dir, session.run_incarnation + 1, 1)
         progress(step, phase)
 
     if {"kill_saver_at", "fence_at"} & case.keys():
@@ -165,7 +165,7 @@ def run_case(case: dict[str, Any], rank: int) -> None:
         run_dir=run_dir,
         checkpoint_dir=run_dir / "checkpoints",
         attempt=case["attempt"],
-        incarnation=case.get("incarnation", 1),
+        run_incarnation=case.get("incarnation", 1),
         rank=rank,
         world_size=world_size,
         local_rank=rank,

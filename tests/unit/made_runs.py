@@ -82,7 +82,7 @@ class Made:
             until = breaks[0] if breaks else end
             self.event(t, "decision", decision="start", attempt=number - 1)
             self.event(t + 0.1, "attempt_started", attempt=number, workers=workers, on=list(there), from_step=committed,
-                       incarnation=incarnation)  # fmt: skip
+                       run_incarnation=incarnation)  # fmt: skip
             self.event(t + 4, "workers_connected", attempt=number)
             self.event(t + 9, "model_built", attempt=number, parameters=8_030_261_248)
             if committed:

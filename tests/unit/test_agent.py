@@ -25,9 +25,9 @@ from raylaunch.scheduler.slurm.rows import JobState
 from raylaunch.state import files, records
 from raylaunch.state.records import Head
 
-HERE = NodeIdentity(Path("/nowhere"), "c1", "n2", 1, ("n1", "n2", "n3"), local=False, job="7", life="7:0")
+HERE = NodeIdentity(Path("/nowhere"), "c1", "n2", 1, ("n1", "n2", "n3"), local=False, job="7", allocation="7:0")
 HEAD = Head(canary="c1", incarnation=3, node="n1", hostname="n1", address="10.0.0.1", control_port=1, gcs="",
-            dashboard_port=1, time=0.0, life="7:0")  # fmt: skip
+            dashboard_port=1, time=0.0, allocation="7:0")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +40,8 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (HERE, HEAD, False),
         (HERE, replace(HEAD, canary="c0"), True),  # of another life of the cluster
-        (HERE, replace(HEAD, life="7:1"), True),  # the job was requeued
-        (replace(HERE, joiner=True, job="8", life="8:0"), HEAD, False),  # a joiner follows the base job's
+        (HERE, replace(HEAD, allocation="7:1"), True),  # the job was requeued
+        (replace(HERE, joiner=True, job="8", allocation="8:0"), HEAD, False),  # a joiner follows the base job's
         (replace(HERE, joiner=True), replace(HEAD, canary="c0"), True),
     ],
 )
@@ -59,7 +59,7 @@ def test_where_an_agent_is() -> None:
     base = {**common, "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_NODEID": "1", "SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n2"}
     assert NodeIdentity.from_environment(base) == replace(HERE, directory=Path("/c"))
     requeued = NodeIdentity.from_environment({**base, "SLURM_RESTART_COUNT": "2", "RAYLAUNCH_JOINER": "1"})
-    assert requeued.life == "7:2" and requeued.joiner
+    assert requeued.allocation == "7:2" and requeued.joiner
     local = NodeIdentity.from_environment({**common, "RAYLAUNCH_LOCAL_INDEX": "2", "RAYLAUNCH_LOCAL_COUNT": "2"})
     assert (local.node, local.peers, local.joiner, local.local) == ("local3", ("local1", "local2"), True, True)
 
@@ -221,7 +221,7 @@ def test_a_first_node_that_fails_ends_no_other_allocation(
     rows = {} if now is None else {"8": type("Row", (), {"state": now})}
     monkeypatch.setattr(entry, "Slurm", lambda: type("Fake", (), {"jobs": lambda self, ids: rows})())
     (tmp_path / records.NODES).mkdir()
-    replace(HEAD, life="8:0").write(tmp_path / records.HEAD_FILE)
+    replace(HEAD, allocation="8:0").write(tmp_path / records.HEAD_FILE)
     report(replace(HERE, directory=tmp_path, index=0), None)
     assert (tmp_path / records.ENDED_FILE).exists() == over
 

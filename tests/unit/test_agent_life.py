@@ -29,9 +29,9 @@ from raylaunch.state import event_log, files, records
 from raylaunch.state.members import NodeInfo
 from raylaunch.state.records import Head
 
-HERE = NodeIdentity(Path("/nowhere"), "c", "n2", 1, ("n1", "n2"), local=False, job="7", life="7:0")
+HERE = NodeIdentity(Path("/nowhere"), "c", "n2", 1, ("n1", "n2"), local=False, job="7", allocation="7:0")
 HEAD = Head(canary="c", incarnation=1, node="n1", hostname="n1", address="a1", control_port=1, gcs="a1:2",
-            dashboard_port=1, time=0.0, life="7:0")  # fmt: skip
+            dashboard_port=1, time=0.0, allocation="7:0")  # fmt: skip
 NEWER = replace(HEAD, incarnation=2, node="n3")
 
 
@@ -334,7 +334,7 @@ def first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The first node of a requeued job: a head.json of the allocation before it is there."""
     assert records.claim(tmp_path, 1, "n1", "7:0")
     HEAD.write(tmp_path / records.HEAD_FILE)
-    node = made(FakeLink(), replace(HERE, directory=tmp_path, node="n1", index=0, life="7:1"))
+    node = made(FakeLink(), replace(HERE, directory=tmp_path, node="n1", index=0, allocation="7:1"))
 
     async def connect(head: Head) -> Any:
         return node.link
@@ -355,7 +355,7 @@ def test_a_storage_that_hiccups_ends_no_cluster_that_begins(monkeypatch: pytest.
     hiccup(monkeypatch, records, "claim", storage_error(errno.EIO))
     Duties.failures += [storage_error(errno.EIO), stale]
     _, head = virtual.run(monkeypatch, first._first_head)
-    assert (head.incarnation, head.life) == (2, "7:1") and Duties.begun == [(2, "")] * 3
+    assert (head.incarnation, head.allocation) == (2, "7:1") and Duties.begun == [(2, "")] * 3
 
 
 def test_a_claim_that_was_made_though_it_failed_is_ours(monkeypatch: pytest.MonkeyPatch, first: Any) -> None:

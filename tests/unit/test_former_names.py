@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ from raylaunch.config import former_names, loader
 from raylaunch.config.schema import TrainerConfig
 from raylaunch.config.user_code import _full_name
 from raylaunch.errors import ConfigError
+from raylaunch.state import files, records
+from raylaunch.state.runs import Run
+from raylaunch.training.worker.main import WorkerSpec
 
 LIGHT = [name for name in former_names.NAMES if ".trainers." not in name and not name.endswith((".loop", ".raystart"))]
 """Without those that import torch or Ray."""
@@ -98,6 +102,26 @@ def test_a_former_key_is_read_and_its_new_name_told(tmp_path: Path, former: str,
     path.write_text(f"{section}: {{{key}: 7}}\n")
     newer = loader.load(path, [f"{section}.{now}=8"], user_file=None)
     assert getattr(getattr(newer, section), now) == 8, "layers still win by their order"
+
+
+def test_records_of_before_are_read(tmp_path: Path) -> None:
+    """Of clusters and runs that live over the upgrade."""
+    head = {"canary": "c", "incarnation": 2, "node": "n1", "hostname": "n1", "address": "a", "control_port": 1, "gcs": "",
+            "dashboard_port": 1, "time": 0.0, "life": "7:1"}  # fmt: skip
+    files.write_json(tmp_path / records.HEAD_FILE, head)
+    now = records.Head.read(tmp_path)
+    assert now is not None and (now.job, now.restarts) == ("7", 1)
+    assert now.values()["life"] == "7:1", "agents of before the upgrade follow a head of after it"
+    run = {"name": "r", "state": "running", "cluster": "c", "created": 0.0, "base": 12}
+    files.write_json(tmp_path / records.RUN_FILE, run)
+    found = Run.read(tmp_path)
+    assert found is not None and found.incarnation_offset == 12
+
+
+def test_a_driver_of_before_starts_workers_of_after() -> None:
+    spec = WorkerSpec.__new__(WorkerSpec)
+    spec.__setstate__({"run_dir": Path("r"), "attempt": 3, "incarnation": 5, "global_batch_size": 8, "pulse": None})
+    assert (spec.attempt, spec.run_incarnation) == (3, 5) and pickle.loads(pickle.dumps(spec)) == spec
 
 
 def test_both_names_of_a_key_are_an_error(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from raylaunch.state import files, records, requests, runs
 from raylaunch.state.head_state import Draining
 from raylaunch.state.members import MemberRow, NodeInfo
 from raylaunch.state.records import Cluster
+from raylaunch.state.requests import Ask, DownAsk, DrainAsk, DrainedAsk, RunAsk, ScaleAsk, StrikeAsk
 from raylaunch.training.cluster_view import ClusterView
 
 
@@ -163,15 +164,15 @@ def left_over(place: Place) -> list[str]:
     return sorted(path.name.partition("-")[2] for path in (place.directory / records.REQUESTS).iterdir())
 
 
-def asked(place: Place, kind: str, **values: Any) -> Path:
-    return records.request(place.directory, kind, **values)
+def asked(place: Place, what: Ask) -> Path:
+    return requests.ask(place.directory, what)
 
 
 def test_a_request_is_deleted_when_it_is_remembered(place: Place) -> None:
     async def story() -> None:
         head = place.lead(1)
-        asked(place, "run", run="one")
-        asked(place, "scale", nodes=3)
+        asked(place, RunAsk(run="one"))
+        asked(place, ScaleAsk(nodes=3))
         await head.requests.turn()
         assert left_over(place) == []
         assert (place.read("duties.json")["queue"], place.read("duties.json")["wanted"]) == (["one"], 3)
@@ -184,7 +185,7 @@ def test_a_head_that_was_replaced_takes_nothing(place: Place, monkeypatch: pytes
 
     async def story() -> None:
         old, new = place.lead(1), place.lead(2)
-        path = asked(place, "run", run="mine")
+        path = asked(place, RunAsk(run="mine"))
         with monkeypatch.context() as patch:
             patch.setattr(records, "claims", lambda _: [1])
             await old.requests.turn()
@@ -209,8 +210,8 @@ def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pyte
 
     async def story() -> None:
         old = place.lead(1)
-        for kind, values in (("run", {"run": "mine"}), ("strike", {"node": "n3", "reason": "broken"})):
-            asked(place, kind, **values)
+        asked(place, RunAsk(run="mine"))
+        asked(place, StrikeAsk(node="n3", reason="broken"))
         with monkeypatch.context() as patch, pytest.raises(Killed):
             if moment == "taken":
                 patch.setattr(old.context.duties_file, "write", die)
@@ -238,7 +239,7 @@ def test_a_head_dies_with_a_request_in_its_hands(place: Place, monkeypatch: pyte
 def test_what_was_done_is_remembered_though_no_listing_shows_it(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         old = place.lead(1)
-        asked(place, "strike", node="n3", reason="broken")
+        asked(place, StrikeAsk(node="n3", reason="broken"))
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr("raylaunch.state.requests.Request.done", die)
             await old.requests.turn()
@@ -256,7 +257,7 @@ def test_a_request_that_cannot_be_read_is_said_once(
 ) -> None:
     """It is looked for three times a second, and may stay like that."""
     assert records.claim(place.directory, 1, "n1")
-    path, answers = asked(place, "run", run="one"), ["stale", "stale", "denied"]
+    path, answers = asked(place, RunAsk(run="one")), ["stale", "stale", "denied"]
 
     def refuse(_: Path) -> bytes:
         raise OSError(answers.pop(0))
@@ -270,7 +271,7 @@ def test_a_request_that_cannot_be_read_is_said_once(
 def test_the_next_life_removes_whatever_lies_among_the_requests(place: Place) -> None:
     """A directory, say, that was set aside as no request."""
     (place.directory / records.REQUESTS / "a.json" / "deep").mkdir(parents=True)
-    asked(place, "run", run="one")
+    asked(place, RunAsk(run="one"))
     down.clear_life(place.directory)
     assert left_over(place) == []
 
@@ -288,7 +289,7 @@ def test_a_head_is_replaced_while_it_writes_what_it_took(place: Place, monkeypat
             write(value)
 
         monkeypatch.setattr(old.context.duties_file, "write", thaw)
-        asked(place, "run", run="mine")
+        asked(place, RunAsk(run="mine"))
         await old.requests.turn()
         assert len(left_over(place)) == 1
         (new,) = newer
@@ -302,7 +303,7 @@ def test_a_head_is_replaced_while_it_writes_what_it_took(place: Place, monkeypat
 def test_a_disk_that_is_full_keeps_the_request(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         head = place.lead(1)
-        asked(place, "strike", node="n3", reason="broken")
+        asked(place, StrikeAsk(node="n3", reason="broken"))
         with monkeypatch.context() as patch, pytest.raises(OSError):
             patch.setattr(head.context.duties_file, "write", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
             await head.requests.turn()
@@ -316,8 +317,8 @@ def test_a_disk_that_is_full_keeps_the_request(place: Place, monkeypatch: pytest
 def test_a_run_that_is_queued_twice_runs_once(place: Place) -> None:
     async def story() -> None:
         head = place.lead(1)
-        asked(place, "run", run="mine")
-        asked(place, "run", run="mine")
+        asked(place, RunAsk(run="mine"))
+        asked(place, RunAsk(run="mine"))
         await head.requests.turn()
         assert place.read("duties.json")["queue"] == ["mine"]
 
@@ -327,18 +328,19 @@ def test_a_run_that_is_queued_twice_runs_once(place: Place) -> None:
 def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) -> None:
     async def story() -> None:
         head = place.lead(1)
-        asked(place, "scale", nodes="many")
-        asked(place, "scale", nodes=float("inf"))
-        asked(place, "dance")
+        wrong = ({"kind": "scale", "nodes": "many"}, {"kind": "scale", "nodes": float("inf")}, {"kind": "scale", "nodes": -1},
+                 {"kind": "down", "save_limit": True}, {"kind": "strike", "node": "n1"}, {"kind": "dance"})  # fmt: skip
+        for number, values in enumerate(wrong):
+            files.write_json(place.directory / records.REQUESTS / f"0-{number}.json", values)
         (place.directory / records.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
         (place.directory / records.REQUESTS / ".2-half.json").write_text('{"kind": "ru')
-        asked(place, "run", run="good")
+        asked(place, RunAsk(run="good"))
         await head.requests.turn()
         assert place.read("duties.json")["queue"] == ["good"]
         await head.requests.turn()
-        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == ["bad", "bad", "bad", "bad", "json"]
+        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == [*["bad"] * 7, "json"]
         await head.context.off_loop(lambda: None)
-        assert len(place.events("request_refused")) == 3
+        assert len(place.events("request_refused")) == len(wrong)
 
     run(story)
 
@@ -346,7 +348,7 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
 def test_a_request_that_cannot_be_read_is_tried_again(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         head = place.lead(1)
-        asked(place, "run", run="mine")
+        asked(place, RunAsk(run="mine"))
         with monkeypatch.context() as patch:
             patch.setattr("raylaunch.state.requests._read", stale)
             patch.setattr(records, "is_fenced", lambda *_: False)
@@ -381,7 +383,7 @@ async def good_is_done_beside(place: Place, kind: str) -> None:
     """A request is taken though an odd file lies there."""
     head = place.lead(1)
     odd(place.directory / records.REQUESTS, kind)
-    asked(place, "run", run="good")
+    asked(place, RunAsk(run="good"))
     await head.requests.turn()
     assert head.context.memory.queue == ["good"]
 
@@ -407,7 +409,7 @@ def test_a_file_of_somebody_s_own_is_left_alone(place: Place, name: str) -> None
 def test_down_is_heard_by_the_next_head_too(place: Place) -> None:
     async def story() -> None:
         old = place.lead(1)
-        asked(place, "down", save_limit=5)
+        asked(place, DownAsk(save_limit=5))
         await old.requests.turn()
         await old.requests.turn()
         assert old.context.course.ending and len(left_over(place)) == 1
@@ -426,7 +428,7 @@ def test_the_end_of_another_allocation_s_time_is_over(place: Place) -> None:
         await head.requests.turn()
         assert not head.ending._noticed and left_over(place) == []
         for _ in range(2):  # the batch script's has always the same name
-            files.write_json(path, {"kind": "walltime", "life": head.head.life})
+            files.write_json(path, {"kind": "walltime", "allocation": head.head.allocation})
             await head.requests.turn()
         assert head.ending._noticed
         head.context.cancel_all()
@@ -443,7 +445,7 @@ def test_the_end_of_this_allocation_s_time_is_heard_though_a_head_died_behind_th
         await place.lead(1).requests.turn()
         assert place.read("duties.json")["taken"] == ["walltime"] and left_over(place) == []
         head = place.lead(2)
-        files.write_json(path, {"kind": "walltime", "life": head.head.life})
+        files.write_json(path, {"kind": "walltime", "life": head.head.allocation})
         await head.requests.turn()
         assert head.ending._noticed
         head.context.cancel_all()
@@ -462,7 +464,7 @@ def test_a_node_that_drains_does_so_under_the_next_head(place: Place) -> None:
         old = place.lead(1)
         connect(old, 22)
         old.context.memory.running = "r"
-        asked(place, "drain", node="n2", reason="too many")
+        asked(place, DrainAsk(node="n2", reason="too many"))
         await old.requests.turn()
         new = place.lead(2)
         new.context.memory.running = "r"
@@ -491,7 +493,7 @@ def test_a_drained_node_that_does_not_hear_its_end_is_told_again(place: Place, m
         connect(old)
         assert not ended  # the run is there
         lost(old, "n2")
-        asked(place, "drained", node="n2")
+        asked(place, DrainedAsk(node="n2"))
         await old.requests.turn()
         assert not ended and place.read("duties.json")["draining"]["n2"]["left"]
         connect(old)
@@ -766,8 +768,8 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
     config = Config.model_validate({"alerts": {"command": ["true"]}})
     files.make_dir(place.directory.parents[1] / "runs")
     with runs.prepared(files.run_dir(place.directory.parents[1], "r"), config, "main"):
-        records.request(place.directory, "run", run="r")
-        records.request(place.directory, "strike", node="n9", reason="x")
+        requests.ask(place.directory, RunAsk(run="r"))
+        requests.ask(place.directory, StrikeAsk(node="n9", reason="x"))
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
     monkeypatch.setattr("raylaunch.cluster.head.request_loop.LOOK_EVERY", 0.01)
     monkeypatch.setattr("raylaunch.cluster.head.run_queue.BROKEN_PAUSE", 0.0)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from made_heads import Place
 
 from raylaunch.cluster.head import HeadController
-from raylaunch.state import records
+from raylaunch.state import records, requests
+from raylaunch.state.requests import RunAsk, StrikeAsk
 
 
 class Killed(BaseException):
@@ -80,8 +81,8 @@ def test_each_request_is_done_once(lives: list[list[str]]) -> None:
         history = History(Path(directory), [])
         asked = []
         for number, moments in enumerate(lives):
-            records.request(history.place.directory, "run", run=f"r{number}")
-            records.request(history.place.directory, "strike", node=f"n{number}", reason="x")
+            requests.ask(history.place.directory, RunAsk(run=f"r{number}"))
+            requests.ask(history.place.directory, StrikeAsk(node=f"n{number}", reason="x"))
             asked.append(number)
             history.moments = list(moments)
             with contextlib.suppress(Killed):

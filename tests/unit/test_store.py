@@ -35,7 +35,7 @@ def commit(pending: Path, step: int, attempt: int = 1, incarnation: int = 1) -> 
         attempt=attempt,
         run="r",
         facts={"seed": 0},
-        incarnation=incarnation,
+        run_incarnation=incarnation,
         files=files,
     )
 

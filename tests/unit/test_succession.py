@@ -27,14 +27,14 @@ def test_a_run_goes_on_where_incarnations_begin_anew(tmp_path: Path) -> None:
     """On a cluster of another name: what is fenced there is fenced by the same run's past."""
     run = files.run_dir(tmp_path, "r")
     with runs.prepared(run, Config(), "old") as first:
-        assert first.base == 0
+        assert first.incarnation_offset == 0
     checkpoints = runs.checkpoint_dir(run, Config())
-    store.fence(checkpoints, first.base + 12, 7)
+    store.fence(checkpoints, first.incarnation_offset + 12, 7)
     first.save(run, state="stopped", attempt=7)
     with runs.prepared(run, Config(), "new") as second:
-        store.fence(checkpoints, second.base + 1, second.attempt + 1)
+        store.fence(checkpoints, second.incarnation_offset + 1, second.attempt + 1)
     with pytest.raises(store.Fenced):  # the old cluster's driver, should it come back
-        store.fence(checkpoints, first.base + 12, 8)
+        store.fence(checkpoints, first.incarnation_offset + 12, 8)
 
 
 def seeker(directory: Path) -> HeadSearch:

@@ -55,7 +55,9 @@ def test_the_trainer_gets_its_session(trained: Callable[..., Made]) -> None:
     got: list[Any] = []
 
     def train(config: Config, session: Session) -> None:
-        got.append((session.run, session.attempt, session.incarnation, session.world_size, session.global_batch_size))
+        got.append(
+            (session.run, session.attempt, session.run_incarnation, session.world_size, session.global_batch_size)
+        )
         session.report(step=1, loss=2.0)
         session.at_return = ("finished", 1)
 

@@ -140,7 +140,7 @@ class Agent:
         over = head is None or here.is_over(head)
         if over and head is not None and head.canary == here.canary:
             # Slurm may run two allocations of one cluster: the one that began later leads, and it begins once.
-            ours = await retry_storage(lambda: asyncio.to_thread(records.began, here.directory, here.life))
+            ours = await retry_storage(lambda: asyncio.to_thread(records.began, here.directory, here.allocation))
             over = ours is None or ours > head.incarnation
         if head is None or over:
             if here.is_first:
@@ -164,7 +164,7 @@ class Agent:
         """Be the head from now on. A joiner leads the allocation that it joined, not its own."""
         here = self.here
         before = await retry_storage(lambda: asyncio.to_thread(Head.read, here.directory)) if here.joiner else None
-        head = self._as_head(incarnation, before.life if before is not None else here.life)
+        head = self._as_head(incarnation, before.allocation if before is not None else here.allocation)
         duties = self.duties = await asyncio.to_thread(  # it reads what the head before it left
             HeadController, here.directory, self.cluster, self.config, head, self.members, self.env, self.stop, self.resign,
             nodes=self.cluster.max_nodes if here.local else len(here.peers),
@@ -197,12 +197,12 @@ class Agent:
         self.again = True
         self.stop(reason)
 
-    def _as_head(self, incarnation: int, life: str) -> Head:
+    def _as_head(self, incarnation: int, allocation: str) -> Head:
         ports = self.lease.ports
         return Head(
             canary=self.cluster.canary, incarnation=incarnation, node=self.here.node,
             hostname=socket.gethostname(), address=self.address, control_port=self.control_port,
-            gcs=f"{self.address}:{ports.gcs}", dashboard_port=ports.dashboard, time=time.time(), life=life,
+            gcs=f"{self.address}:{ports.gcs}", dashboard_port=ports.dashboard, time=time.time(), allocation=allocation,
         )  # fmt: skip
 
     def info(self) -> NodeInfo:

@@ -11,8 +11,8 @@ import time
 from raylaunch.cluster.agent.identity import NodeIdentity
 from raylaunch.cluster.agent.retry import may_pass
 from raylaunch.errors import BringUpError, StateError
-from raylaunch.state import files, records
-from raylaunch.state.records import Cluster, Head
+from raylaunch.state import records
+from raylaunch.state.records import Cluster, Head, IncarnationClaim
 from raylaunch.timing import CANARY_PATIENCE
 
 log = logging.getLogger("raylaunch.agent")
@@ -79,7 +79,7 @@ def claim(here: NodeIdentity, number: int) -> bool:
     first node, where one agent comes after the other. (The next number would do as well, but not where the claim was
     not made: `records.is_fenced` wants no gaps.)
     """
-    if records.claim(here.directory, number, here.node, here.life):
+    if records.claim(here.directory, number, here.node, here.allocation):
         return True
-    made = files.read_json(here.directory / records.INCARNATIONS / f"{number:08d}") or {}
-    return (made.get("node"), made.get("life")) == (here.node, here.life)
+    made = IncarnationClaim.read(here.directory, number)
+    return made is not None and (made.node, made.allocation) == (here.node, here.allocation)

@@ -23,7 +23,7 @@ class NodeIdentity:
     peers: tuple[str, ...]
     local: bool
     job: str = ""
-    life: str = ""
+    allocation: str = ""
     """Of the base job's allocation; a requeued one has another."""
     joiner: bool = False
 
@@ -35,12 +35,19 @@ class NodeIdentity:
             index, count = int(env["RAYLAUNCH_LOCAL_INDEX"]), int(env["RAYLAUNCH_LOCAL_COUNT"])
             names = tuple(f"local{i + 1}" for i in range(count))
             return cls(
-                directory, canary, f"local{index + 1}", index, names, local=True, life="local", joiner=index >= count
+                directory,
+                canary,
+                f"local{index + 1}",
+                index,
+                names,
+                local=True,
+                allocation="local",
+                joiner=index >= count,
             )
         nodes = tuple(hostlist.expand_hostlist(env["SLURM_JOB_NODELIST"]))
         return cls(
             directory, canary, node_name(env), int(env["SLURM_NODEID"]), nodes, local=False,
-            job=env["SLURM_JOB_ID"], life=f"{env['SLURM_JOB_ID']}:{env.get('SLURM_RESTART_COUNT', '0')}",
+            job=env["SLURM_JOB_ID"], allocation=f"{env['SLURM_JOB_ID']}:{env.get('SLURM_RESTART_COUNT', '0')}",
             joiner="RAYLAUNCH_JOINER" in env,
         )  # fmt: skip
 
@@ -51,4 +58,4 @@ class NodeIdentity:
 
     def is_over(self, head: Head) -> bool:
         """Whether this head is of another life, or of an allocation before this one."""
-        return head.canary != self.canary or (not self.joiner and head.life != self.life)
+        return head.canary != self.canary or (not self.joiner and head.allocation != self.allocation)

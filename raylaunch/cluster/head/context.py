@@ -141,9 +141,9 @@ class HeadContext:
         if memory.running:  # its driver died with its head
             memory.queue.insert(0, memory.running)
             memory.running = ""
-        if memory.life and memory.life != self.head.life:
+        if memory.allocation and memory.allocation != self.head.allocation:
             memory.continued += 1
-        memory.life = self.head.life
+        memory.allocation = self.head.allocation
         self.duties_file.write(asdict(memory))
 
     def remember(self) -> None:

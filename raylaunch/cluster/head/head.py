@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from raylaunch.cluster.head import metrics_process
@@ -91,7 +90,7 @@ class HeadController:
             self.table.inherit(table.nodes if table is not None else ())
         self._members.lead(head.incarnation, self.table.changed, self._collector.take)
         await context.still_leads()
-        await context.off_loop(self._file.write, asdict(head))
+        await context.off_loop(self._file.write, head.values())
         if why:
             context.event(Election(head.incarnation, head.node, why))
         context.event(HeadStarted(head.node, head.address, head.incarnation))

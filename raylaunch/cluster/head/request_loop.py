@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,18 +14,22 @@ from raylaunch.cluster.head.member_table import MemberTable
 from raylaunch.cluster.head.run_queue import RunQueue
 from raylaunch.state import requests
 from raylaunch.state.cluster_events import ClusterScaled, RequestSetAside
-from raylaunch.state.requests import Request
-from raylaunch.timing import SAVE_LIMIT
+from raylaunch.state.requests import (
+    Ask,
+    DownAsk,
+    DrainAsk,
+    DrainedAsk,
+    NoticeAsk,
+    Request,
+    RunAsk,
+    ScaleAsk,
+    StrikeAsk,
+    WalltimeAsk,
+)
 
 log = logging.getLogger("raylaunch.head")
 
 LOOK_EVERY = 0.3
-LARGEST = 1e9
-"""Beyond it, as 1e999 and NaN are, a number is no number of nodes or seconds."""
-
-
-class RequestRefused(ValueError):
-    """The request says nothing that can be done."""
 
 
 class RequestLoop:
@@ -63,13 +66,15 @@ class RequestLoop:
         taken = self._context.memory.taken
         taken.append(request.name)  # first: what the request changes may be written down at once
         try:
-            if self.do(request.kind, request.values):
-                taken.remove(request.name)
-        except RequestRefused as error:
+            what = request.what
+        except ValueError as error:
             taken.remove(request.name)
             del self._taken[request.name]
-            self._context.event(RequestSetAside(request.name, str(error)))
+            self._context.event(RequestSetAside(request.name, " ".join(str(error).split())))
             await self._context.off_loop(request.set_aside)
+            return
+        if self.do(what):
+            taken.remove(request.name)
 
     def _finish(self, memory: dict[str, Any], over: list[Request]) -> bool:
         """Remember, and delete the requests; not when this head was replaced before they were remembered for sure."""
@@ -82,7 +87,7 @@ class RequestLoop:
             request.done()
         return True
 
-    def do(self, kind: str, wanted: Mapping[str, Any]) -> bool:
+    def do(self, what: Ask) -> bool:
         """What a request asks for; whether it stays. Found twice, or by the next head, each is harmless:
 
         - `run`, `scale`, `strike`, `drain` and `notice` change what duties.json has, once for each name of a request. A
@@ -91,29 +96,27 @@ class RequestLoop:
         - `down` and `walltime` ask for an end: they stay until it has come, so that the next head goes on with it. Of
           another allocation, `walltime` is over; `up` removes what the last life left.
         """
-        log.info("request %s %s", kind, dict(wanted))
-        match kind:
-            case "run":
-                self._queue.add(_text(wanted, "run"))
-            case "down":
-                self._ending.down(_number(wanted, "save_limit", SAVE_LIMIT))
+        log.info("request %r", what)
+        match what:
+            case RunAsk(run=run):
+                self._queue.add(run)
+            case DownAsk(save_limit=seconds):
+                self._ending.down(seconds)
                 return True
-            case "walltime":
-                if wanted.get("life", self._context.head.life) == self._context.head.life:
+            case WalltimeAsk(allocation=allocation):
+                if allocation in {None, self._context.head.allocation}:
                     self._ending.notice()
                     return True
-            case "scale":
-                self._scale(int(_number(wanted, "nodes")))
-            case "strike":
-                self._table.strike(_text(wanted, "node"), _text(wanted, "reason"))
-            case "notice":
-                self._ending.joiner_ends(_text(wanted, "job"), JOB_ENDS)
-            case "drain":
-                self._table.drain(_text(wanted, "node"), _text(wanted, "reason"))
-            case "drained":
-                self._table.drained(_text(wanted, "node"))
-            case _:
-                raise RequestRefused(f"there is no request {kind}")
+            case ScaleAsk(nodes=nodes):
+                self._scale(nodes)
+            case StrikeAsk(node=node, reason=reason):
+                self._table.strike(node, reason)
+            case NoticeAsk(job=job):
+                self._ending.joiner_ends(job, JOB_ENDS)
+            case DrainAsk(node=node, reason=reason):
+                self._table.drain(node, reason)
+            case DrainedAsk(node=node):
+                self._table.drained(node)
         return False
 
     def _scale(self, nodes: int) -> None:
@@ -122,16 +125,3 @@ class RequestLoop:
         self._context.event(ClusterScaled(nodes))
         self._context.table_changed.set()
         self._context.nodes_changed.set()
-
-
-def _text(wanted: Mapping[str, Any], key: str) -> str:
-    if key not in wanted:
-        raise RequestRefused(f"{key} is missing")
-    return str(wanted[key])
-
-
-def _number(wanted: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = wanted.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
-        raise RequestRefused(f"{key} is no number: {value!r}")
-    return value

@@ -10,10 +10,11 @@ from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.node_loop.node_loop import NodeLoop
 from raylaunch.config.schema import Config
 from raylaunch.scheduler.backends import Backend
-from raylaunch.state import event_log, files, members, records
+from raylaunch.state import event_log, files, members, records, requests
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.members import OVER, MemberRow
 from raylaunch.state.records import Cluster
+from raylaunch.state.requests import DrainAsk
 
 ASK_AGAIN = 30.0
 """Seconds within which a head shows that a node drains, when it was asked for that."""
@@ -57,7 +58,7 @@ class LoginLoop:
             self._tell(event)
         for node, reason in [*turn.drain, *((n, "more nodes than wanted") for n in turn.release_nodes)]:
             self._asked[node] = self._clock()
-            records.request(self._directory, "drain", node=node, reason=reason)
+            requests.ask(self._directory, DrainAsk(node=node, reason=reason))
         self.pause = turn.pause
         return turn.give_up
 

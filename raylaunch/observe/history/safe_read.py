@@ -19,6 +19,7 @@ _NUMBERS = {
     "committed",
     "from_step",
     "incarnation",
+    "run_incarnation",
     "attempt",
     "seq",
     "rank",

@@ -33,7 +33,7 @@ class Attempt:
     """One attempt: when it reached what, in seconds since the epoch; None for what it did not reach."""
 
     number: int
-    incarnation: int
+    run_incarnation: int
     started: float
     workers: int
     from_step: int
@@ -56,7 +56,7 @@ class Attempt:
     @property
     def key(self) -> tuple[int, int]:
         """Who may commit, and whose word on a step is the last: the highest of these."""
-        return self.incarnation, self.number
+        return self.run_incarnation, self.number
 
     @property
     def last_sign(self) -> float:
@@ -140,7 +140,7 @@ def read(events: Iterable[Row], metrics: Iterable[Row], cluster: Iterable[Row] =
             continue
         if row["kind"] == "attempt_started":
             made = Attempt(
-                number, _integer(row.get("incarnation")), row["time"], _integer(row.get("workers")),
+                number, _integer(row.get("run_incarnation")), row["time"], _integer(row.get("workers")),
                 _integer(row.get("from_step")), tuple(str(n) for n in row.get("on") or ()),
             )  # fmt: skip
             attempts[made.key] = newest[number] = made
@@ -187,7 +187,7 @@ def _add_steps(attempts: dict[tuple[int, int], Attempt], newest: dict[int, Attem
         if not is_step(row):
             continue
         number = row["attempt"]
-        own = attempts.get((_integer(row.get("incarnation"), -1), number)) or newest.get(number)
+        own = attempts.get((_integer(row.get("run_incarnation"), -1), number)) or newest.get(number)
         if own is None:  # its beginning was torn or is of an older version
             own = Attempt(number, 0, row["time"], _integer(row.get("world_size")), row["step"] - 1)
             attempts[own.key] = newest[number] = own

@@ -42,7 +42,7 @@ JOBS_EVERY, LEDGER_EVERY = 20.0, 30.0
 WHOLE = 1 << 20
 """Bytes of metrics that are read whole at first."""
 TAIL = 16 << 10
-_HIDDEN = {"time", "kind", "incarnation"}
+_HIDDEN = {"time", "kind", "incarnation", "run_incarnation"}
 
 
 @dataclass(frozen=True)

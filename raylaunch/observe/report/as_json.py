@@ -44,7 +44,7 @@ def as_dict(facts: ReportData) -> dict[str, Any]:
         "recoveries": [{"name": facts.named(r), **asdict(r)} for r in book.recoveries],
         "attempts": [
             {
-                "attempt": a.number, "incarnation": a.incarnation, "workers": a.workers, "nodes": list(a.nodes),
+                "attempt": a.number, "incarnation": a.run_incarnation, "workers": a.workers, "nodes": list(a.nodes),
                 "began": a.started, "ended": a.ended, "how": a.how, "from_step": a.from_step,
             }
             for a in facts.history.attempts

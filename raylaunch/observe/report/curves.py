@@ -187,7 +187,7 @@ def _add(found: Curves, axis: Axis, row: dict[str, Any], is_extreme: bool, again
         return
     if is_step(row):
         if not is_extreme and (not again or not found.steps or found.steps[-1]["time"] != time):
-            keys = ("step", "time", "loss", "attempt", "incarnation", "world_size")
+            keys = ("step", "time", "loss", "attempt", "run_incarnation", "world_size")
             found.steps.append({key: row[key] for key in keys if key in row})
         found.last = row
         found.nonfinite += not again and number(row["loss"]) is None

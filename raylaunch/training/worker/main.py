@@ -30,9 +30,13 @@ class WorkerSpec:
 
     run_dir: Path
     attempt: int
-    incarnation: int
+    run_incarnation: int
     global_batch_size: int
     pulse: DriverAddress
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Drivers that live longer than an upgrade call `run_incarnation` by its former name."""
+        vars(self).update({"run_incarnation" if key == "incarnation" else key: value for key, value in state.items()})
 
 
 Spec = WorkerSpec
@@ -84,7 +88,7 @@ def work(spec: WorkerSpec, seat: Seat) -> None:
         run=run.name, run_dir=run, checkpoint_dir=runs.checkpoint_dir(run, config), attempt=attempt,
         rank=rank, world_size=seat.world_size, local_rank=seat.local_rank, local_world_size=seat.local_world_size,
         node=seat.node, device=seat.device, global_batch_size=spec.global_batch_size,
-        cpus=int(os.environ.get("OMP_NUM_THREADS", "1")), incarnation=spec.incarnation,
+        cpus=int(os.environ.get("OMP_NUM_THREADS", "1")), run_incarnation=spec.run_incarnation,
         pulse=HeartbeatClient(spec.pulse, rank, seat.node, stacks),
     )  # fmt: skip
     session.start()

@@ -55,8 +55,8 @@ class Session:
     global_batch_size: int
     cpus: int = 1
     """CPUs that this worker may use."""
-    incarnation: int = 1
-    """Of the head that this attempt belongs to: with `attempt` it says who may commit (see checkpoint.store)."""
+    run_incarnation: int = 1
+    """Orders the drivers of this run: with `attempt` it says who may commit (see checkpoint.store)."""
     pulse: HeartbeatClient | None = None
     """The connection to the driver; None: nobody listens (tests by hand)."""
     at_return: tuple[str, int] | None = None
