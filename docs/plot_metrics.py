@@ -13,7 +13,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from raylaunch.observe.history import plot
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
 
 SHOWN = {  # in words: PromQL of a run, colour
     "nodes ready": ('raylaunch_cluster_nodes{{state="ready"}}', "tab:gray"),
@@ -37,7 +40,6 @@ def ask(prometheus: str, query: str, began: float, ended: float) -> tuple[list[f
 
 
 def main(prometheus: str, run: str, began: float, ended: float) -> None:
-    plt = plot.pyplot()
     figure, axes = plt.subplots(len(SHOWN), 1, sharex=True, figsize=(9, 6.4), layout="constrained")
     for axis, (words, (query, colour)) in zip(axes, SHOWN.items(), strict=True):
         query = query.format(run=run)

@@ -12,7 +12,6 @@ import click
 from raylaunch.cli import options
 from raylaunch.cli.show import note
 from raylaunch.errors import UsageError
-from raylaunch.observe.history import plot
 from raylaunch.state import audit, files
 from raylaunch.tools.chaos import recovery_summary, schedule
 from raylaunch.tools.chaos.campaign import Campaign
@@ -38,7 +37,6 @@ from raylaunch.tools.chaos.target import Victim
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Also write the summary to this file, as JSON."
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Plot the run to this PNG file. Needs raylaunch[plot].")
 @options.state_dir_option
 def chaos(run: str, state_dir: Path | None, **given: Any) -> None:
     """Inject faults into RUN, wait for each recovery, and print a summary.
@@ -56,11 +54,9 @@ def chaos(run: str, state_dir: Path | None, **given: Any) -> None:
     every, limit, hold = (schedule.seconds(given[key]) for key in ("every", "limit", "hold"))
     count: int | None = given["count"]
     duration = schedule.seconds(given["duration"]) if given["duration"] else None if count else 600.0
-    if given["plot"]:
-        plot.pyplot()  # said now, not after an hour
-    for key in ("json_file", "plot"):
-        if given[key] and not given[key].absolute().parent.is_dir():
-            raise UsageError(f"there is no directory {given[key].absolute().parent}", "Create it first.")
+    target: Path | None = given["json_file"] and given["json_file"].absolute()
+    if target is not None and not target.parent.is_dir():
+        raise UsageError(f"there is no directory {target.parent}", "Create it first.")
     victim = Victim.of(where, run)
     sandbox = sandbox_of(where, os.environ) if victim.cluster.backend == "slurm" else None
     check(kinds, sandbox, victim.cluster.backend)
@@ -79,9 +75,8 @@ def chaos(run: str, state_dir: Path | None, **given: Any) -> None:
     finally:  # also after Ctrl-C
         record = recovery_summary.of(victim.run_dir, campaign.outcomes, began, time.time(), given["seed"])
         click.echo(recovery_summary.table(record))
-        if given["json_file"]:
-            files.write_json(given["json_file"].absolute(), record)
-        if given["plot"]:
-            plot.run(victim.run_dir, given["plot"])
+        if target is not None:
+            files.write_json(target, record)
+        click.echo(f"`raylaunch report {run}` draws loss, workers and recoveries over time")
     if not good or not record["steps"]["ok"]:
         raise SystemExit(1)

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch.observe.history import goodput, plot, timeline
+from raylaunch.observe.history import goodput, timeline
 from raylaunch.observe.history.step_audit import verify_steps
-from raylaunch.tools.chaos.schedule import KINDS
 
 Rows = list[dict[str, Any]]
 
@@ -350,24 +349,3 @@ def test_of_many_attempts_the_older_ones_are_known_by_their_events(
     assert thin.goodput == pytest.approx(whole.goodput, abs=0.01) and 0.8 < whole.goodput < 0.9
     assert len(thin.recoveries) == len(whole.recoveries) == 100
     assert thin.steps_lost == whole.steps_lost == 2000
-
-
-def test_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    events, metrics = one_fault()
-    faulted, smooth = tmp_path / "runs" / "faulted", tmp_path / "runs" / "smooth"
-    without = [{**row, "attempt": 1, "loss": 1.0 + 1e-5} for row in [*metrics[:8], *metrics[10:]]]
-    for run, rows, of_run in ((faulted, metrics, events), (smooth, without, events[:5])):
-        run.mkdir(parents=True)
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (run / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_run))
-    plot.run(faulted, tmp_path / "run.png")
-    assert plot.curves(smooth, faulted, tmp_path / "curves.png") == pytest.approx(1e-5, rel=1e-3)
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("run.png", "curves.png"))
-
-
-def test_a_fault_has_a_name_and_says_when_chaos_brought_it() -> None:
-    (recovery,) = compute(*one_fault()).recoveries
-    assert plot.named(recovery, {}) == "node lost (n2)"
-    assert plot.named(recovery, {5: "node"}) == "node killed (chaos)"
-    assert all(" " in plot.named(recovery, {5: kind}).removesuffix(" (chaos)") for kind in KINDS)
