@@ -1,6 +1,6 @@
-"""Pictures of a run: its loss and its workers over time or steps, with what happened to it marked.
+"""Plots of a run: its loss and its workers over time or steps, with faults and recoveries marked.
 
-matplotlib is an optional extra (`raylaunch[plot]`) and imported only here, when a picture is made.
+matplotlib is an optional extra (`raylaunch[plot]`) and imported only here, when a plot is drawn.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _WORDS = {"node_lost": "node lost", "worker_lost": "worker lost", "head_lost": "
 _INJECTED = {"worker": "worker killed", "hang": "worker frozen", "raylet": "raylet killed", "agent": "agent killed",
              "driver": "driver killed", "gcs": "GCS killed", "dashboard": "dashboard killed", "node": "node killed",
              "head": "head killed", "freeze": "node frozen", "cut": "node cut off", "drain": "node drained",
-             "slurmd": "slurmd killed", "slurmctld": "slurmctld away"}  # fmt: skip
-"""What `raylaunch chaos` did, by its kind."""
+             "slurmd": "slurmd killed", "slurmctld": "slurmctld killed"}  # fmt: skip
+"""The faults of `raylaunch chaos`, by kind."""
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files; UsageError when it is not installed."""
+    """matplotlib's pyplot, drawing to files; UsageError if it is not installed."""
     try:
         import matplotlib
     except ImportError as error:
-        raise UsageError("a picture needs matplotlib", "pip install 'raylaunch[plot]'") from error
+        raise UsageError("plotting requires matplotlib", "Install it: pip install 'raylaunch[plot]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -36,7 +36,7 @@ def pyplot() -> Any:
 
 
 def named(recovery: Recovery, injected: dict[int, str]) -> str:
-    """A few words for what happened."""
+    """A short name of the recovery."""
     if recovery.kind == "resize":
         before, after = recovery.workers
         return f"{_WORDS.get(recovery.causes[0], recovery.causes[0])}: {before} → {after}"
@@ -52,7 +52,7 @@ def run(run_dir: Path, out: Path, title: str = "") -> None:
     plt = pyplot()
     rows = [row for row in files.read_lines(run_dir / files.METRICS_FILE) if is_step(row)]
     if not rows:
-        raise UsageError(f"{run_dir} has no steps to draw", "Name a run directory that has a metrics.jsonl.")
+        raise UsageError(f"{run_dir} has no steps to plot", "Specify a run directory with a metrics.jsonl.")
     book = goodput.of_run(run_dir)
     events = event_log.read_all(run_dir)
     injected = {int(e["seq"]): str(e["fault"]) for e in events if e["kind"] == "fault_injected" and "seq" in e}
@@ -83,7 +83,7 @@ def run(run_dir: Path, out: Path, title: str = "") -> None:
             xytext=(3, -3) if upright else (4, -11), textcoords="offset points", color=colour, fontsize=8,
             rotation=90 if upright else 0, verticalalignment="top" if upright else "baseline",
         )  # fmt: skip
-    axis.set_xlabel("seconds since the run was handed over")
+    axis.set_xlabel("seconds since the run was submitted")
     axis.set_ylabel("loss", color="tab:blue")
     workers.set_ylabel("workers", color="tab:green")
     workers.set_ylim(0, most * 2.5)
@@ -96,7 +96,7 @@ def run(run_dir: Path, out: Path, title: str = "") -> None:
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """Step → loss; of a step that was done again, the newest attempt's."""
+    """Step → loss; for a repeated step, that of the newest attempt."""
     found: dict[int, tuple[int, float]] = {}
     for row in files.read_lines(run_dir / files.METRICS_FILE):
         if is_step(row) and row["attempt"] >= found.get(row["step"], (0, 0.0))[0]:
@@ -105,12 +105,14 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def curves(smooth: Path, faulted: Path, out: Path) -> float:
-    """Two loss curves, and how far they are apart; the largest relative difference."""
+    """Plot two loss curves and their relative difference; returns the largest difference."""
     plt = pyplot()
     one, other = losses(smooth), losses(faulted)
     common = sorted(one.keys() & other.keys())
     if not common:
-        raise UsageError(f"{smooth} and {faulted} have no step in common", "Name two runs of one configuration.")
+        raise UsageError(
+            f"{smooth} and {faulted} have no step in common", "Specify two runs with the same configuration."
+        )
     one, other = ({s: run[s] for s in sorted(run) if s <= common[-1]} for run in (one, other))
     apart = [abs(one[s] - other[s]) / max(abs(one[s]), 1e-12) for s in common]
     figure, (top, bottom) = plt.subplots(
