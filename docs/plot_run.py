@@ -11,32 +11,12 @@ from pathlib import Path
 import matplotlib
 
 from raylaunch.observe.history import goodput
-from raylaunch.observe.history.recoveries import Recovery
+from raylaunch.observe.history.recoveries import named
 from raylaunch.observe.history.timeline import is_step
 from raylaunch.state import event_log, files
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-
-_WORDS = {"node_lost": "node lost", "worker_lost": "worker lost", "head_lost": "head lost", "driver_lost": "driver lost",
-          "raylet_lost": "raylet lost", "drain": "drained", "grow": "grows"}  # fmt: skip
-_INJECTED = {"worker": "worker killed", "hang": "worker frozen", "raylet": "raylet killed", "agent": "agent killed",
-             "driver": "driver killed", "gcs": "GCS killed", "dashboard": "dashboard killed", "node": "node killed",
-             "head": "head killed", "freeze": "node frozen", "cut": "node cut off", "drain": "node drained",
-             "slurmd": "slurmd killed", "slurmctld": "slurmctld away"}  # fmt: skip
-"""What `raylaunch chaos` did, by its kind."""
-
-
-def named(recovery: Recovery, injected: dict[int, str]) -> str:
-    """A few words for what happened."""
-    if recovery.kind == "resize":
-        before, after = recovery.workers
-        return f"{_WORDS.get(recovery.causes[0], recovery.causes[0])}: {before} → {after}"
-    told = [_INJECTED.get(injected[seq], injected[seq]) for seq in recovery.injected if seq in injected]
-    if told:
-        return f"{' + '.join(dict.fromkeys(told))} (chaos)"
-    text = ", ".join(_WORDS.get(c, c.replace("_", " ")) for c in recovery.causes)
-    return f"{text} ({recovery.node})" if recovery.node else text
 
 
 def run(run_dir: Path, out: Path, title: str = "") -> None:
@@ -74,7 +54,7 @@ def run(run_dir: Path, out: Path, title: str = "") -> None:
             xytext=(3, -3) if upright else (4, -11), textcoords="offset points", color=colour, fontsize=8,
             rotation=90 if upright else 0, verticalalignment="top" if upright else "baseline",
         )  # fmt: skip
-    axis.set_xlabel("seconds since the run was handed over")
+    axis.set_xlabel("seconds since the run was submitted")
     axis.set_ylabel("loss", color="tab:blue")
     workers.set_ylabel("workers", color="tab:green")
     workers.set_ylim(0, most * 2.5)

@@ -1,4 +1,4 @@
-"""What there is: clusters, jobs, nodes, runs. Reads files, and asks each backend once for all jobs."""
+"""The status of clusters, jobs, nodes and runs. Reads files, and queries each backend once for all jobs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ LIVE_RUNS = {"queued", "running", "holding"}
 
 
 def gather(state_dir: Path, with_ended: bool = False) -> dict[str, Any]:
-    """The whole picture, as `raylaunch status --json` prints it.
+    """The complete status, as `raylaunch status --json` prints it.
 
-    A backend that does not answer leaves its clusters in state "unknown", with its words in `error`.
+    If a backend does not respond, its clusters are in state "unknown", with the message in `error`.
     """
     found = []
     for name in up.names(state_dir):
@@ -102,7 +102,7 @@ def _cluster(
 
 
 def _wanted(directory: Path, record: Cluster) -> dict[str, Any]:
-    """What the node loop aims at, and what stands in its way."""
+    """The targets of the node loop, and its obstacles."""
     memory = HeadState.read(directory, record)
     return {
         "wanted": memory.wanted or None,
@@ -114,7 +114,7 @@ def _wanted(directory: Path, record: Cluster) -> dict[str, Any]:
 
 
 def state_of(state_dir: Path, run: Run) -> str:
-    """The run's state: "interrupted" where it was alive when its cluster ended."""
+    """The run's state: "interrupted" if it was alive when its cluster ended."""
     directory = files.cluster_dir(state_dir, run.cluster)
     over = not directory.is_dir() or (directory / records.ENDED_FILE).exists()
     return "interrupted" if run.state in LIVE_RUNS and over else run.state
@@ -147,14 +147,14 @@ def _run(directory: Path, run: Run) -> dict[str, Any]:
 
 
 def _ledger(directory: Path) -> dict[str, Any] | None:
-    """Goodput and the last recovery; None when its files cannot be read."""
+    """Goodput and the last recovery; None if the files cannot be read."""
     with contextlib.suppress(RaylaunchError, OSError, ValueError):
         return goodput.summary(directory)
     return None
 
 
 def find_run(state_dir: Path, name: str) -> tuple[Path, Run]:
-    """A run by name; RaylaunchError (usage) with the names there are."""
+    """A run by name; UsageError with the existing names."""
     directory = files.run_dir(state_dir, name)
     run = Run.read(directory)
     if run is None:

@@ -152,7 +152,7 @@ def test_a_server_that_fails_and_recovers_gets_every_alert_once_and_in_order(run
     wait_for("all have come", lambda: len(site.got.get("json", [])) == len(site.got.get("slack", [])) == 7, PATIENCE)
     end(run, process)
     started, *middle, failed = site.texts("json")
-    assert started.startswith("started on 1 nodes") and failed == "failed: it was so" and middle == lost(*range(1, 7))
+    assert started.startswith("started on 1 node ") and failed == "failed: it was so" and middle == lost(*range(1, 7))
     assert [text.splitlines()[0] for text in site.texts("slack")] == [
         f"*r*: {text}" for text in (started, *middle, failed)
     ]
@@ -200,11 +200,13 @@ def test_a_server_that_hangs_keeps_nobody_waiting(run: Path, site: Site, way: st
     process = begin(run, IMPATIENT)
     lose(run, 1)
     wait_for("the other sink has them", lambda: len(other.got.get("slack", [])) == 2, PATIENCE)
-    wait_for("it has timed out", lambda: "no answer in 1 s" in (run / "logs" / "driver.log").read_text(), PATIENCE)
+    wait_for(
+        "it has timed out", lambda: "no response within 1 s" in (run / "logs" / "driver.log").read_text(), PATIENCE
+    )
     end(run, process)
     assert [row["sinks"]["slack"]["outcome"] for row in told(run)] == ["sent"] * 3 and site.got == {}
     given_up = [row["sinks"]["webhook"]["outcome"] for row in told(run)]
-    assert given_up[0] == "given up at the run's end: no answer in 1 s" and len(given_up) == 3
+    assert given_up[0] == "given up at the run's end: no response within 1 s" and len(given_up) == 3
     other.shutdown()
     other.server_close()
 

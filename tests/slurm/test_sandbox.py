@@ -174,9 +174,9 @@ def test_why_of_jobs_that_raylaunch_never_saw(make_sandbox: Make) -> None:
     runs, fails, raises = submit("sleep 999"), submit("exit 3"), submit("python3 -c 'import no_such_module'")
     wait_for("two to end", lambda: slurm(sandbox, "squeue", "-h", "-o", "%i").split() == [runs], LIMIT)
     wait_for("one to run", lambda: state_of(sandbox, runs) == "RUNNING", LIMIT)
-    assert why(runs) == ("unknown", f"job {runs} is running: it has not ended")
+    assert why(runs) == ("unknown", f"job {runs} is running and has not ended")
     slurm(sandbox, "scancel", runs)
-    wait_for("accounting", lambda: why(fails) == ("unknown", f"job {fails} has ended with exit code 3"), LIMIT)
+    wait_for("accounting", lambda: why(fails) == ("unknown", f"job {fails} ended with exit code 3"), LIMIT)
     assert why(raises)[0] == "import_error"  # its output was found by Slurm's word
     wait_for("its end", lambda: why(runs) == ("unknown", f"job {runs} was cancelled"), LIMIT)
 

@@ -91,7 +91,7 @@ def test_started_once_and_again_in_another_allocation() -> None:
     run.again()
     run.now += 7200
     again = one(run.start(from_step=15), "started")
-    assert again.text.startswith("goes on from step 15 on 2 nodes") and "2 h 0 min after" in again.text
+    assert again.text.startswith("continued from step 15 on 2 nodes") and "2 h 0 min after" in again.text
 
 
 def test_lost_nodes_by_name_or_many_together() -> None:
@@ -121,7 +121,9 @@ def test_recovered_at_the_first_step_after_whatever_happened() -> None:
     run.again()
     run.now += 10
     back = one(run.steps(), "recovered")
-    assert back.ask == "recovery" and back.text == "goes on at step 6 with 2 workers, 31 s after: gpu2 is lost"
+    assert (
+        back.ask == "recovery" and back.text == "continues at step 6 with 2 workers, 31 s after the fault: gpu2 is lost"
+    )
     assert run.steps(5) == []
 
 
@@ -132,7 +134,7 @@ def test_a_script_recovers_when_its_workers_are_there(tmp_path: Path) -> None:
     run.event("attempt_ended", how="fault", error="worker lost")
     run.start()
     assert one(run.event("workers_connected", workers=4), "recovered").text.startswith(
-        "its script runs again on 4 workers"
+        "the script runs again on 4 workers"
     )
 
 
@@ -144,7 +146,7 @@ def test_held_only_when_it_lasts() -> None:
     assert run.wait(30) == []
     held = one(run.wait(31), "held")
     assert held.text == (
-        "waits for nodes: 1 of at least 2 nodes (elastic.min_nodes=2); gives up in 29 min (elastic.min_nodes_timeout), saved"
+        "waiting for nodes: 1 of at least 2 nodes (elastic.min_nodes=2); saved, and fails in 29 min (elastic.min_nodes_timeout)"
     )
     assert held.severity == "critical" and run.wait(100) == []
     run.start()
@@ -185,7 +187,7 @@ def test_a_spike_of_the_loss_is_said_once_and_a_bad_batch_is_none() -> None:
         assert run.steps(loss=2.0 + 0.05 * ((n * 7919) % 13 - 6) / 6) == []
     assert run.steps(loss=2.4) == [] and run.steps(20) == []
     found = run.steps(5, loss=3.0)
-    assert one(found, "loss_spike").text == "the loss is 2.333 at step 222; it was 2"
+    assert one(found, "loss_spike").text == "the loss rose to 2.333 at step 222 (median before: 2)"
     assert one(run.steps(30) + run.steps(1, loss=20.0), "loss_spike").facts["usual"] == 2.0
 
 
@@ -199,7 +201,7 @@ def test_numbers_that_are_none() -> None:
     run.start()
     event = run.event("nonfinite", step=7, what="loss", action="skip", loss="nan", grad_norm="inf")
     assert one(event, "nan").text == (
-        "step 7: the loss is no number (loss nan, gradient norm inf); optimizer.on_nonfinite: skip"
+        "step 7: the loss is NaN or infinite (loss nan, gradient norm inf); optimizer.on_nonfinite: skip"
     )
     assert one(run.steps(loss="nan"), "nan").text == "step 1: loss is nan"  # as session.report writes it
     assert one(run.steps(loss=float("inf")), "nan").severity == "critical"
@@ -212,13 +214,13 @@ def test_checkpoints_that_fail_or_do_not_come() -> None:
     assert one(run.event("checkpoint_failed", step=100, error="disk full"), "checkpoint_failed").facts == {"step": 100}
     assert one(run.event("checkpoint_invalid", step=1, file="a", why="torn"), "checkpoint_failed")
     assert one(run.event("checkpoint_slow", step=100, seconds=312.0), "checkpoint_late").text == (
-        "the save of step 100 took 5 min, much longer than others"
+        "saving step 100 took 5 min, much longer than other saves"
     )
     assert run.steps(300) == []  # this trainer may save nothing at all
     run.event("commit", step=300)
     assert run.steps(200) == []
     late = one(run.steps(100), "checkpoint_late")
-    assert late.text == "no commit since step 300, now at step 501; it should be every 100 steps"
+    assert late.text == "no checkpoint since step 300, now at step 501; expected every 100 steps"
     run.event("commit", step=600)
     assert one(run.steps(201), "checkpoint_late").facts["committed"] == 600
 
@@ -239,7 +241,7 @@ def test_the_end_of_the_time_is_told_when_the_run_needs_more() -> None:
     assert run.wait(0, end) == [] and run.wait(2100, end) == []
     found = one(run.wait(200, end + 20), "walltime")
     assert found.text == (
-        "the allocation ends in 29 min; the run needs about 2 h 45 min more: it saves, and goes on in another one"
+        "the allocation ends in 29 min (about 2 h 45 min of training remain); the run saves and continues in another one"
     )
     assert run.wait(60, end) == []
     assert run.cluster(("termination_notice", {"why": "walltime", "seconds_left": 120})) == []  # said already
@@ -277,7 +279,7 @@ def test_a_cluster_that_ends_without_the_run_s_last_word() -> None:
     run.event("commit", step=6)
     end = one(run.rules.close(run.now, "its cluster ended (signal SIGTERM)"), "stopped")
     assert end.text == (
-        "stopped at step 8: its cluster ended (signal SIGTERM), and the run could not save; the last commit is step 6"
+        "stopped at step 8: its cluster ended (signal SIGTERM), and the run could not save; the last checkpoint is step 6"
     )
     assert run.rules.close(run.now, "again") == []
     run = Told()
@@ -479,7 +481,7 @@ def test_details_of_a_recovery(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = details.complete(Alert("recovered", "x", facts={"cause": "b is lost"}, ask="recovery"), run)
     assert made.text == (
-        "recovered: 10 s and 5 steps lost; went on from step 5 with 2 workers (4 before)\nnode_lost: b is lost"
+        "recovered: 10 s and 5 steps lost; continued from step 5 with 2 workers (4 before)\nnode_lost: b is lost"
     )
     assert made.facts["steps_lost"] == 5 and made.facts["node"] == "b"
     done = details.complete(Alert("finished", "finished", facts={"loss": 1.25}, ask="result"), run)
@@ -622,7 +624,7 @@ def test_a_command_gets_json_and_its_end_counts(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "got").read_text()) == {"kind": "nan"}
     assert run(["true"]) == Result(True)  # who does not read
     assert run(["sh", "-c", "echo s3cr3t >&2; exit 3"]) == Result(False, "exit code 3", refused=True, detail="s3cr3t")
-    assert run(["sh", "-c", "kill -9 $$"]).said == "ended by signal 9"
+    assert run(["sh", "-c", "kill -9 $$"]).said == "killed by signal 9"
     assert run([str(tmp_path / "none")]).said == "cannot be started: No such file or directory"
 
 
@@ -630,7 +632,7 @@ def test_a_command_that_hangs_is_ended_with_all_of_its_own(tmp_path: Path, monke
     monkeypatch.setattr(alert_sinks, "COMMAND_LIMIT", 2.0)
     words = ["sh", "-c", 'sleep 600 & echo $! > "$1"; wait', "-", str(tmp_path / "pid")]
     found = asyncio.run(alert_sinks.send("command", AlertsConfig(command=words), {}))
-    assert found == Result(False, "no answer in 2 s")
+    assert found == Result(False, "no response within 2 s")
     wait_for("its child is gone", lambda: start_time(int((tmp_path / "pid").read_text())) is None, 5)
 
 

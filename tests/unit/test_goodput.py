@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raylaunch.observe.history import goodput, timeline
+from raylaunch.observe.history import goodput, recoveries, timeline
 from raylaunch.observe.history.step_audit import verify_steps
+from raylaunch.tools.chaos.schedule import KINDS
 
 Rows = list[dict[str, Any]]
 
@@ -349,3 +350,10 @@ def test_of_many_attempts_the_older_ones_are_known_by_their_events(
     assert thin.goodput == pytest.approx(whole.goodput, abs=0.01) and 0.8 < whole.goodput < 0.9
     assert len(thin.recoveries) == len(whole.recoveries) == 100
     assert thin.steps_lost == whole.steps_lost == 2000
+
+
+def test_a_fault_has_a_name_and_says_when_chaos_brought_it() -> None:
+    (recovery,) = compute(*one_fault()).recoveries
+    assert recoveries.named(recovery, {}) == "node lost (n2)"
+    assert recoveries.named(recovery, {5: "node"}) == "node killed (chaos)"
+    assert all(" " in recoveries.named(recovery, {5: kind}).removesuffix(" (chaos)") for kind in KINDS)

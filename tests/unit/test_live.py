@@ -84,7 +84,7 @@ def test_the_worst_of_a_thousand_nodes_are_seen() -> None:
 def test_a_cluster_without_a_run_and_one_without_anything() -> None:
     assert "no run" in text(Picture(NOW, "main", "2 of 2 nodes ready"))
     assert "not started yet" in text(Picture(0.0, "main"))
-    assert "this command does (login nodes only)" in text(picture(cannot_submit="login nodes only"))
+    assert "this command submits them (login nodes only)" in text(picture(cannot_submit="login nodes only"))
 
 
 @given(st.lists(st.tuples(st.integers(0, 99), st.floats()), max_size=50), st.integers(0, 40), st.integers(0, 10))
@@ -139,7 +139,7 @@ def test_it_is_found_by_the_name_of_the_run_or_of_the_cluster(directory: Path) -
     with pytest.raises(UsageError, match="no cluster"):
         snapshot.find(where, "x")
     files.write_json(directory / records.ENDED_FILE, {"reason": "down"})
-    with pytest.raises(UsageError, match="0 clusters are running"):
+    with pytest.raises(UsageError, match="no cluster is running"):
         snapshot.find(where, None)
     assert snapshot.SnapshotReader(directory, None).look().state == "down: down"
 

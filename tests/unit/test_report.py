@@ -99,15 +99,15 @@ def test_the_accounting_is_asked_once_and_read(made: Path) -> None:
     for answer in (SlurmUnavailable("gone"), Completed(1, "", "boom"), Completed(0, ""), Completed(0, "what\n")):
         again = gather(made, slurm(answer), NOW + 100)
         assert again.cost.cpu_efficiency is None and again.cost.unknown
-        assert any("accounting" in line for line in again.unknown)
-        assert "not known here" in page.render(again)
+        assert any("energy and efficiency" in line for line in again.unknown)
+        assert ">unknown<small>" in page.render(again)
 
 
 def test_a_job_that_goes_on_has_no_efficiency_yet(made: Path) -> None:
     """What sacct says of a running job: no time, no memory."""
     row = ["4711", "RUNNING", "3000", "200", "2", "00:00:00", "", "", "cpu=200,mem=100G,node=2"]
     found = gather(made, slurm(Completed(0, SEP.join(row) + "\n")), NOW + 100)
-    assert ("efficiency", "not known here", "not before its job has ended") in cost_rows(found)
+    assert ("efficiency", "unknown", "available after its job has ended") in cost_rows(found)
 
 
 def test_the_mean_rate_is_what_was_done_over_the_time_it_took(made: Path, facts: ReportData) -> None:

@@ -1,4 +1,4 @@
-"""Telling people what happens to a run.
+"""Notifications about runs.
 
-rows of its files → `alert_rules` (pure) → `rate_limit` → `sender`, a process beside the driver → `alert_sinks`
+rows of its files → `alert_rules` (pure) → `rate_limit` → `sender`, a process next to the driver → `alert_sinks`
 """

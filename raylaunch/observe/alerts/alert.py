@@ -1,4 +1,4 @@
-"""One alert: what happened to a run, in words for a phone and in facts for programs. Pure."""
+"""One alert: what happened to a run, as text for people and as facts for programs. Pure."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from raylaunch.config.schema import AlertKind
 
 Severity = Literal["info", "warning", "critical"]
 FINAL = {"finished", "stopped", "failed"}
-"""The last of a run; never held back."""
+"""The last alerts of a run; never held back."""
 _INFO = {"started", "recovered", "finished"}
 _CRITICAL = {"failed", "stalled", "held", "nan"}
 LONGEST = 3000
-"""Characters of a text: Slack cuts off what is much longer, and nobody reads it on a phone."""
+"""Characters of a text: Slack truncates much longer ones, and they are not readable on a phone."""
 
 
 @dataclass(frozen=True)
 class Alert:
-    """`subject`: what it is about beside the run (a node, say): alerts of one kind and subject are not repeated too often.
-    `ask`: what the run's files know and the text lacks (see `details`). `count`: how many were folded into it."""
+    """`subject`: what it is about besides the run, for example a node; the rate of alerts of one kind and subject is
+    limited. `ask`: details to add from the run's files (see `details`). `count`: number of alerts merged into it."""
 
     kind: AlertKind
     text: str
     subject: str = ""
     time: float = 0.0
-    """Unix; of the event behind it."""
+    """Unix time of the event that caused it."""
     severity: Severity = "info"
     facts: Mapping[str, Any] = field(default_factory=dict)
     ask: Literal["", "recovery", "verdict", "result"] = ""
     count: int = 1
     id: str = ""
-    """The same when it is sent again after a crash: a receiver may tell by it."""
+    """The same if it is sent again after a crash: a receiver can detect duplicates."""
 
     @property
     def key(self) -> str:
@@ -46,7 +46,7 @@ def severity(kind: AlertKind) -> Severity:
 
 
 def message(alert: Alert, run: str, cluster: str) -> dict[str, Any]:
-    """The alert as programs get it, and as it waits for them in alerts.json. JSON has no NaN: that becomes text."""
+    """The alert as JSON, for programs and for alerts.json. JSON has no NaN: it becomes text."""
     facts = json.loads(json.dumps(dict(alert.facts), default=str), parse_constant=str)
     return {
         "kind": alert.kind, "severity": alert.severity, "run": run, "cluster": cluster, "text": alert.text[:LONGEST],

@@ -1,11 +1,11 @@
-"""What is worth an alert. Pure: rows of a run's and its cluster's files, and two clocks, in; alerts out.
+"""The rules for alerts. Pure: rows from the files of a run and its cluster, and two clocks, in; alerts out.
 
-    take(events, metrics, cluster)  what the files say
-    tick                            what they do not: no step for long, no nodes for long, the end of the time
-    close                           its cluster has ended, and the run's driver has had no last word
+    take(events, metrics, cluster)  alerts about new rows
+    tick                            alerts about missing rows: no steps, no nodes; and about the end of the allocation
+    close                           the cluster has ended, and the driver did not record the end of the run
 
-`RuleState` is all that is remembered between two calls, and JSON: the next process goes on with it. Rows are somebody
-else's: a field that is missing or of another type makes a poorer text, not an error.
+`RuleState` is the only state between two calls. It is stored as JSON: the next process continues with it. Other
+processes write the rows: a field that is missing or of another type gives a shorter text, not an error.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from raylaunch.observe.alerts import baselines
 from raylaunch.observe.alerts.alert import Alert, lasting, severity
 from raylaunch.observe.history.timeline import is_step
 from raylaunch.state.records import Record
+from raylaunch.text import plural
 
 Row = Mapping[str, Any]
 FEW = 3
-"""Lost nodes that get an alert each; more at once get one together."""
+"""Up to this number of lost nodes get an alert each; more at once share one."""
 SAME_END = 600.0
-"""Seconds by which the end of an allocation may move and be the same one."""
+"""Seconds by which the reported end of an allocation may change without being a new allocation."""
 
 
 @dataclass
 class RuleState(Record):
-    """What the rules know of a run. Times are Unix and the writers' own."""
+    """What the rules know about a run. Unix times, by the clocks of the writers."""
 
     count: int = 0
     """Alerts so far."""
     begun: bool = False
-    """It was told that the run has started (again)."""
+    """The start of the run (or its restart) was reported."""
     over: bool = False
     attempt: int = 0
     running: bool = False
-    """That attempt goes on."""
+    """That attempt is running."""
     workers: int = 0
     step: int = 0
     loss: float | None = None
@@ -61,7 +62,7 @@ class RuleState(Record):
     """Why it waits for nodes."""
     held_told: bool = False
     paused: float | None = None
-    """When it was put off to another allocation."""
+    """When it was paused until another allocation."""
     end: float | None = None
     """Of the allocation."""
     end_was_far: bool = False
@@ -69,7 +70,7 @@ class RuleState(Record):
 
 
 class Rules:
-    """One run's. `quiet` and `held_since` are by the caller's own clock (`now`), so no other clock makes an alarm."""
+    """The rules of one run. `quiet` and `held_since` use the caller's clock (`now`): other clocks cause no alerts."""
 
     def __init__(self, config: Config, memory: RuleState, now: float) -> None:
         self._config, self._alerts, self.memory = config, config.alerts, memory
@@ -87,7 +88,7 @@ class Rules:
         return self._taken()
 
     def tick(self, now: float, wall: float, end: float | None) -> list[Alert]:
-        """The alerts in that nothing came. `wall`: the time (Unix); `end`: that of the allocation's end."""
+        """The alerts about missing rows. `wall`: the time (Unix); `end`: the end of the allocation (Unix)."""
         m, own = self.memory, self._alerts
         limit = baselines.stall_limit(self._config, m.gaps, m.step)
         quiet = now - self._quiet
@@ -101,18 +102,18 @@ class Rules:
         if m.held and not m.held_told and held >= own.below_min_after:
             m.held_told = True
             left = self._config.elastic.min_nodes_timeout - held
-            text = f"waits for nodes: {m.held}; gives up in {lasting(left)} (elastic.min_nodes_timeout), saved"
+            text = f"waiting for nodes: {m.held}; saved, and fails in {lasting(left)} (elastic.min_nodes_timeout)"
             self._add("held", text, wall, facts={"step": m.step, "seconds": round(held, 1)})
         if end is not None and own.walltime_left and not m.over and m.paused is None:
             self._walltime(wall, end)
         return self._taken()
 
     def close(self, wall: float, why: str) -> list[Alert]:
-        """There will be no more rows of this run; `why`, unless they say so."""
+        """There will be no more rows of this run. `why`: the reason, unless the rows contain one."""
         m = self.memory
         if not m.over and m.paused is None:
             m.over = True
-            saved = f"the last commit is step {m.committed}" if m.committed else "no commit is known"
+            saved = f"the last checkpoint is step {m.committed}" if m.committed else "no checkpoint is known"
             text = f"stopped at step {m.step}: {_words(why)}, and the run could not save; {saved}"
             self._add("stopped", text, wall, facts={"step": m.step, "committed": m.committed, "reason": why})
         return self._taken()
@@ -124,8 +125,8 @@ class Rules:
         match row["kind"]:
             case "attempt_started":
                 self._started(row, now)
-            case "workers_connected" if self._config.trainer.script is not None:  # its steps are not ours to see
-                self._recovered(moment, f"its script runs again on {m.workers} workers")
+            case "workers_connected" if self._config.trainer.script is not None:  # raylaunch does not see its steps
+                self._recovered(moment, f"the script runs again on {m.workers} workers")
             case "attempt_ended":
                 m.running = m.stalled = False
                 m.step = _whole(row.get("step")) or m.step  # its last rows of metrics may not have been read yet
@@ -158,23 +159,23 @@ class Rules:
         match row["kind"]:
             case "checkpoint_failed":
                 self._add(
-                    "checkpoint_failed", f"the save of step {step} failed: {_words(row.get('error'))}; training goes on",
+                    "checkpoint_failed", f"saving step {step} failed: {_words(row.get('error'))}; training continues",
                     moment, facts=facts,
                 )  # fmt: skip
             case "checkpoint_invalid":
-                text = f"the checkpoint of step {step} does not verify: {_words(row.get('file'))}: {_words(row.get('why'))}"
+                text = f"the checkpoint of step {step} is damaged: {_words(row.get('file'))}: {_words(row.get('why'))}"
                 self._add("checkpoint_failed", text, moment, facts=facts)
             case "export_failed":
                 text = f"the run's weights could not be exported: {_words(row.get('reason'))}; see {_words(row.get('log'))}"
                 self._add("checkpoint_failed", text, moment)
             case "checkpoint_slow":
                 seconds = baselines.number(row.get("seconds")) or 0.0
-                text = f"the save of step {step} took {lasting(seconds)}, much longer than others"
+                text = f"saving step {step} took {lasting(seconds)}, much longer than other saves"
                 self._add("checkpoint_late", text, moment, facts={**facts, "seconds": seconds})
             case "nonfinite":
                 text = (
-                    f"step {step}: the {row.get('what')} is no number (loss {row.get('loss')}, gradient norm "
-                    f"{row.get('grad_norm')}); optimizer.on_nonfinite: {row.get('action')}"
+                    f"step {step}: the {row.get('what')} is NaN or infinite (loss {row.get('loss')}, gradient "
+                    f"norm {row.get('grad_norm')}); optimizer.on_nonfinite: {row.get('action')}"
                 )
                 self._add("nan", text, moment, facts=facts)
 
@@ -186,9 +187,10 @@ class Rules:
         m.committed = from_step or None
         if m.begun:
             return
-        where = f"on {row.get('nodes')} nodes with {m.workers} workers ({_hosts(row.get('on'))})"
+        nodes = plural(_whole(row.get("nodes")), "node")
+        where = f"on {nodes} with {plural(m.workers, 'worker')} ({_hosts(row.get('on'))})"
         after = f", {lasting(row['time'] - m.paused)} after it was paused" if m.paused is not None else ""
-        text = f"goes on from step {from_step} {where}{after}" if from_step else f"started {where}"
+        text = f"continued from step {from_step} {where}{after}" if from_step else f"started {where}"
         m.begun, m.paused, m.step = True, None, max(m.step, from_step)
         m.end, m.end_was_far, m.end_told = None, False, False
         self._add("started", text, row["time"], facts={"step": from_step, "workers": m.workers})
@@ -199,14 +201,14 @@ class Rules:
             m.trouble, m.cause = moment, _words(cause)
 
     def _recovered(self, moment: float, text: str) -> None:
-        """The first sign of progress since the trouble, if there was any. (Rows of the attempt that had it may be read
-        after the trouble itself: they are in another file.)"""
+        """The first progress after a fault, if there was one. (Rows of the failed attempt may be read after the fault
+        itself: they are in another file.)"""
         m = self.memory
         if m.trouble is None or not m.running:
             return
         seconds = max(0.0, moment - m.trouble)
         self._add(
-            "recovered", f"{text}, {lasting(seconds)} after: {m.cause}", moment, ask="recovery",
+            "recovered", f"{text}, {lasting(seconds)} after the fault: {m.cause}", moment, ask="recovery",
             facts={"step": m.step, "workers": m.workers, "seconds": round(seconds, 1), "cause": m.cause},
         )  # fmt: skip
         m.trouble, m.cause = None, ""
@@ -226,11 +228,11 @@ class Rules:
     def _metrics(self, row: Row, now: float) -> None:
         m, step, moment = self.memory, row.get("step"), baselines.number(row.get("time"))
         if not isinstance(step, int) or moment is None or row.get("attempt") != m.attempt:
-            return  # a stale attempt's, or none of a step
+            return  # of a stale attempt, or not of a step
         if m.stalled:
             m.stalled = False
-            self._add("recovered", f"steps again (step {step}), {lasting(now - self._quiet)} after the last sign of it",
-                      moment, "stall", {"step": step})  # fmt: skip
+            text = f"continues at step {step}, after {lasting(now - self._quiet)} without metrics"
+            self._add("recovered", text, moment, "stall", {"step": step})
         self._quiet = now
         for key in ("loss", "val_loss", "grad_norm"):
             value = baselines.number(row.get(key))
@@ -242,7 +244,7 @@ class Rules:
         if m.reported is not None and step > m.step:
             m.gaps = [*m.gaps, max(0.0, moment - m.reported)][-baselines.GAPS :]
         m.step, m.reported = step, moment
-        self._recovered(moment, f"goes on at step {step} with {m.workers} workers")
+        self._recovered(moment, f"continues at step {step} with {m.workers} workers")
         loss = baselines.number(row["loss"])
         if loss is not None and math.isfinite(loss):
             self._judge_loss(step, loss, moment)
@@ -254,7 +256,7 @@ class Rules:
         found = baselines.spike(m.losses, self._alerts.loss_spike)
         if found is not None and not m.spiking:
             facts = {"step": step, "loss": found[0], "usual": found[1]}
-            text = f"the loss is {found[0]:.4g} at step {step}; it was {found[1]:.4g}"
+            text = f"the loss rose to {found[0]:.4g} at step {step} (median before: {found[1]:.4g})"
             self._add("loss_spike", text, moment, facts=facts)
         m.spiking = found is not None
 
@@ -263,7 +265,7 @@ class Rules:
         if m.committed is None or m.late or step - m.committed <= self._alerts.checkpoint_late * every:
             return
         m.late = True
-        text = f"no commit since step {m.committed}, now at step {step}; it should be every {every} steps"
+        text = f"no checkpoint since step {m.committed}, now at step {step}; expected every {every} steps"
         self._add("checkpoint_late", text, moment, facts={"step": step, "committed": m.committed})
 
     # -- its cluster's events --------------------------------------------------------------------
@@ -289,7 +291,7 @@ class Rules:
                     m.end_told = True
                     left = baselines.number(row.get("seconds_left"))
                     time_left = f"in {lasting(left)}" if left is not None else "soon"
-                    why = "preempted" if row.get("why") == "preempted" else "out of time"
+                    why = "preempted" if row.get("why") == "preempted" else "time limit"
                     self._add("walltime", f"{why}: the allocation ends {time_left}; {self._onward()}", row["time"],
                               facts={"step": m.step, "seconds": left, "why": row.get("why")})  # fmt: skip
 
@@ -305,12 +307,12 @@ class Rules:
         if not m.end_was_far or m.end_told or (eta is not None and eta < 0.9 * left):
             return
         m.end_told = True
-        needs = f"; the run needs about {lasting(eta)} more" if eta is not None else ""
-        text = f"the allocation ends in {lasting(left)}{needs}: {self._onward()}"
+        needs = f" (about {lasting(eta)} of training remain)" if eta is not None else ""
+        text = f"the allocation ends in {lasting(left)}{needs}; {self._onward()}"
         self._add("walltime", text, wall, facts={"step": m.step, "seconds": round(left), "needs": eta and round(eta)})
 
     def _eta(self) -> float | None:
-        """Seconds to the last step at the usual pace; None where there is none."""
+        """Seconds to the last step at the median step time; None while that is unknown."""
         m = self.memory
         limit = baselines.usual(m.gaps)
         every = self._config.logging.log_every_steps
@@ -318,7 +320,8 @@ class Rules:
 
     def _onward(self) -> str:
         requeues = self._config.elastic.max_requeues
-        return "it saves, and goes on in another one" if requeues else "it saves and stops (elastic.max_requeues: 0)"
+        onward = "continues in another one" if requeues else "stops (elastic.max_requeues: 0)"
+        return f"the run saves and {onward}"
 
     # -- what was found --------------------------------------------------------------------------
 
@@ -336,7 +339,7 @@ class Rules:
         self._found.append(Alert(kind, text, subject, moment, how, facts or {}, ask))
 
     def _taken(self) -> list[Alert]:
-        """What was found since the last time, of the kinds that are wanted, in order of time, each with its number."""
+        """The new alerts of the configured kinds, in order of time, each with its number."""
         found, self._found = [alert for alert in self._found if alert.kind in self._alerts.kinds], []
         found.sort(key=lambda alert: alert.time)
         first = self.memory.count + 1
@@ -358,7 +361,7 @@ def _whole(value: Any) -> int:
 
 
 def _words(value: Any, most: int = 300) -> str:
-    """One line of somebody's text."""
+    """A text from another program, as one line."""
     text = " ".join(str(value if value is not None else "").split())
     return text if len(text) <= most else f"{text[:most]}…"
 

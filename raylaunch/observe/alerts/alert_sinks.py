@@ -1,9 +1,10 @@
-"""Sending one alert to one sink, once: Slack's format, plain JSON, a command, mail. Bounded in time, whatever is there.
+"""Sends one alert to one sink, once: Slack's format, plain JSON, a command, mail. Always bounded in time.
 
     message → sent, or why not (`Result`)
 
-What a result says goes into events and logs, so it is made of words of ours, status codes and errno's: an exception of
-a library, or a server's page, may quote the address. Redirects are not followed (a POST would become a GET).
+The text of a result goes into events and logs. It contains only texts of raylaunch, status codes and errno messages: an
+exception of a library, or a server's page, may contain the address. Redirects are not followed (a POST would become a
+GET).
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ from raylaunch.observe.alerts.alert import clock
 from raylaunch.scheduler.slurm import mail
 
 HTTP_LIMIT, COMMAND_LIMIT = 10.0, 30.0
-"""Seconds for all of one try."""
+"""Seconds for one try in total."""
 _LATER = {408, 425, 429}
-"""With 5xx, what may be taken another time."""
+"""Like 5xx, these may succeed later."""
 _WORD = re.compile(r"[a-z][a-z_]{2,39}")
-"""What Slack says, such as `no_service` or `channel_is_archived`; other answers are not repeated."""
+"""Slack's error codes, such as `no_service` or `channel_is_archived`; other responses are not repeated."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """`said`: why it was not taken. `after`: seconds that we were asked to wait. `refused`: hardly taken later either.
-    `detail`: somebody else's words, for the person at the terminal alone."""
+    """`said`: why it was not accepted. `after`: seconds to wait, as the server requests. `refused`: a retry will hardly
+    succeed. `detail`: output of the command, only for the user at the terminal."""
 
     ok: bool
     said: str = ""
@@ -47,11 +48,11 @@ class Result:
 
 
 async def send(sink: str, alerts: AlertsConfig, message: Mapping[str, Any]) -> Result:
-    """Try it, once."""
+    """Try to send it once."""
     limit = HTTP_LIMIT if sink in alerts.addresses else COMMAND_LIMIT
     try:
         if sink in alerts.addresses:
-            import aiohttp  # noqa: F401  from storage that is slow it takes long, which is not the server's fault
+            import aiohttp  # noqa: F401  not within the timeout: slow storage is not the server's fault
         async with asyncio.timeout(limit):
             match sink:
                 case "slack":
@@ -63,20 +64,20 @@ async def send(sink: str, alerts: AlertsConfig, message: Mapping[str, Any]) -> R
                 case _:
                     return await _mail(str(alerts.mail), message)
     except TimeoutError:
-        return Result(False, f"no answer in {limit:g} s")
-    except Exception as error:  # noqa: BLE001  whatever a library raises: its words may hold the address
+        return Result(False, f"no response within {limit:g} s")
+    except Exception as error:  # noqa: BLE001  whatever a library raises: its message may contain the address
         number = getattr(error, "errno", None)
         return Result(False, os.strerror(number) if isinstance(number, int) and number > 0 else type(error).__name__)
 
 
 def plain(message: Mapping[str, Any]) -> str:
-    """The text for people, whole."""
+    """The complete text for people."""
     return f"{message['run']}: {message['text']}\n\n{_origin(message)}\n"
 
 
 def slack(message: Mapping[str, Any]) -> dict[str, str]:
-    """Slack's incoming webhooks, and what understands them. `&`, `<` and `>` are escaped as Slack asks (mrkdwn): a
-    traceback's `<module>` is no link, and no text calls a whole channel."""
+    """For Slack's incoming webhooks and compatible ones. `&`, `<` and `>` are escaped as Slack requires (mrkdwn): a
+    traceback's `<module>` is not a link, and no text can mention a whole channel."""
     text, origin = (str(part).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for part in
                     (message["text"], _origin(message)))  # fmt: skip
     return {"text": f"*{message['run']}*: {text}\n_{origin}_"}
@@ -102,7 +103,7 @@ async def _post(address: str, body: Mapping[str, Any]) -> Result:
         if word and word[0] not in address:
             said += f" {word[0]}"
         elif status < 400:
-            said += " (a redirect: give the address behind it)"
+            said += " (a redirect: configure its target instead)"
         later = status in _LATER or status >= 500
         return Result(False, said, _after(answer.headers.get("Retry-After", "")) if later else 0.0, refused=not later)
 
@@ -125,7 +126,7 @@ async def _mail(address: str, message: Mapping[str, Any]) -> Result:
 
 
 async def _run(command: Sequence[str], stdin: bytes) -> Result:
-    """A command of its own session, without a shell; all of it ends with the time."""
+    """A command in its own session, without a shell; all its processes are killed at the timeout."""
     with tempfile.TemporaryFile() as errors:
         try:
             process = await asyncio.create_subprocess_exec(
@@ -146,5 +147,5 @@ async def _run(command: Sequence[str], stdin: bytes) -> Result:
             return Result(True)
         errors.seek(max(0, errors.seek(0, os.SEEK_END) - 500))
         last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-        how = f"exit code {code}" if code is not None and code > 0 else f"ended by signal {-(code or 0)}"
+        how = f"exit code {code}" if code is not None and code > 0 else f"killed by signal {-(code or 0)}"
         return Result(False, how, refused=True, detail="".join(last))

@@ -1,4 +1,4 @@
-"""How a run's steps and losses usually are, and when they are not. Pure: numbers in, a judgement out."""
+"""The usual step interval and loss of a run, and deviations from them. Pure: numbers in, a judgement out."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from raylaunch.config.schema import Config
 from raylaunch.training.hang_detector import LONG_LIMIT
 
 GAPS, LOSSES = 64, 100
-"""How many of the last are remembered."""
+"""The number of recent values that are kept."""
 FEWEST_GAPS, FEWEST_LOSSES = 5, 20
-"""With fewer there is no usual."""
+"""With fewer values, nothing counts as usual."""
 RECENT = 3
 _NORMAL = 1.4826
 """Median absolute deviation → standard deviation, of a normal distribution."""
 _LEAST_SPREAD = 0.01
-"""Of the median: a loss that hardly moves is no reason to call its next digit a spike."""
+"""Of the median: a small change of a nearly constant loss is not a spike."""
 
 
 def usual(gaps: Sequence[float]) -> float | None:
-    """The median of these seconds; None while they are too few."""
+    """The median of these seconds; None while there are too few."""
     return statistics.median(gaps) if len(gaps) >= FEWEST_GAPS else None
 
 
 def stall_limit(config: Config, gaps: Sequence[float], step: int) -> float | None:
-    """Seconds without a line of metrics after that of `step` that are a stall; None while there is no usual.
+    """Seconds without metrics after those of `step` that count as a stall; None while the usual interval is unknown.
 
-    `gaps`: seconds between two lines. What may follow the step and is no step (a save, a validation, the end) may take
-    as long as the watchdog gives it."""
+    `gaps`: seconds between two lines. If a save, a validation or the end may follow the step, the limit is at least
+    that of the watchdog."""
     middle = usual(gaps)
     if middle is None:
         return None
@@ -43,7 +43,7 @@ def stall_limit(config: Config, gaps: Sequence[float], step: int) -> float | Non
 
 
 def spike(losses: Sequence[float], factor: float) -> tuple[float, float] | None:
-    """(mean of the last RECENT, median of those before) when the first is too far above the second, else None."""
+    """(mean of the last RECENT, median of those before) if the mean is too far above the median, else None."""
     before, recent = losses[:-RECENT], losses[-RECENT:]
     if len(before) < FEWEST_LOSSES:
         return None
@@ -54,7 +54,7 @@ def spike(losses: Sequence[float], factor: float) -> tuple[float, float] | None:
 
 
 def number(value: Any) -> float | None:
-    """A metric as a number, also one that stands as text because JSON has no NaN; None for what is none."""
+    """A metric as a number, also one written as text because JSON has no NaN; None if it is not a number."""
     try:
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):

@@ -1,6 +1,7 @@
-"""What an alert should say and the rows at hand do not: what a recovery cost, why a run failed, how it ended.
+"""Details that the rows of an alert do not contain: the cost of a recovery, why a run failed, its result.
 
-Reads the run's directory, which may take a moment: the caller bounds it, and sends the alert without where it fails.
+Reads the run directory, which may take a moment: the caller limits the time, and sends the alert without details if
+this fails.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from raylaunch.text import plural
 
 
 def complete(alert: Alert, run_dir: Path) -> Alert:
-    """The alert with what it asks for."""
+    """The alert with the details that it asks for."""
     match alert.ask:
         case "recovery":
             return _recovery(alert, run_dir)
@@ -36,8 +37,8 @@ def _recovery(alert: Alert, run_dir: Path) -> Alert:
     facts = {"seconds": last.total, "steps_lost": last.steps_lost, "node": last.node, "causes": list(last.causes)}
     return replace(
         alert, facts={**alert.facts, **facts},
-        text=f"recovered: {lasting(last.total or 0.0)} and {plural(last.steps_lost, 'step')} lost; went on from step {last.to_step} "
-        f"{size}\n{', '.join(last.causes)}: {alert.facts.get('cause', '')}",
+        text=f"recovered: {lasting(last.total or 0.0)} and {plural(last.steps_lost, 'step')} lost; "
+        f"continued from step {last.to_step} {size}\n{', '.join(last.causes)}: {alert.facts.get('cause', '')}",
     )  # fmt: skip
 
 
@@ -46,13 +47,13 @@ def _verdict(alert: Alert, run_dir: Path) -> Alert:
     if failed is None:
         return alert
     found = run.explain(run_dir, failed)
-    who = [f"rank {found.rank}"] if found.rank is not None else []
-    who += [f"on {found.host}"] if found.host is not None else []
+    where = f", rank {found.rank}" if found.rank is not None else ""
+    where += f" on {found.host}" if found.host is not None else ""
     facts = {"kind": found.kind, "cause": found.cause, "rank": found.rank, "host": found.host,
              "confidence": found.confidence, "action": found.action}  # fmt: skip
     return replace(
         alert, facts={**alert.facts, "verdict": facts},
-        text=f"{alert.text}\n{found.kind}: {' '.join([found.cause, *who])} ({found.confidence:.0%} sure)\n{found.action}",
+        text=f"{alert.text}\n{found.kind}: {found.cause}{where} (confidence {found.confidence:.0%})\n{found.action}",
     )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def _result(alert: Alert, run_dir: Path) -> Alert:
     loss = alert.facts.get("loss")
     parts = [f"loss {loss:.4f}"] if isinstance(loss, float) else []
     parts += [
-        f"{lasting(whole.wall)} in all",
+        f"{lasting(whole.wall)} in total",
         f"{plural(len(faults), 'fault')} and {plural(whole.steps_lost, 'step')} lost",
     ]
     parts += [f"goodput {whole.goodput:.0%}"] if whole.steps else []

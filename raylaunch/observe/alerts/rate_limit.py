@@ -1,8 +1,8 @@
-"""Not too many alerts: of one kind and subject one per `min_interval`, of all `max_per_hour`. Pure: the time comes in.
+"""Limits the rate of alerts: one per `min_interval` of a kind and subject, `max_per_hour` in total. Pure.
 
-What comes too soon is held back and folded: when its time has come, the latest goes out and says how many it stands
-for. Nothing is dropped unsaid. The end of a run is told in any case, with what is still held back; what is critical
-passes the hourly limit.
+An alert that comes too soon is held back and merged: later, the latest is sent with the number of alerts that it stands
+for. None is dropped silently. The end of a run is always sent, with the alerts that are still held back. Critical
+alerts are exempt from the hourly limit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WORST = ("info", "warning", "critical")
 
 @dataclass
 class Held:
-    """Alerts of one kind and subject that wait: the latest, how many, and the time of the first."""
+    """Held alerts of one kind and subject: the latest, their number, and the time of the first."""
 
     alert: Alert
     count: int
@@ -30,7 +30,7 @@ class Held:
 
 @dataclass
 class Limiter:
-    """Decides what goes out now. `sent` and `last`: the times (Unix) of what went out, of all and by key."""
+    """Decides what is sent now. `sent` and `last`: Unix times of the alerts sent, of all and by key."""
 
     min_interval: float
     max_per_hour: int
@@ -39,7 +39,7 @@ class Limiter:
     held: dict[str, Held] = field(default_factory=dict)
 
     def offer(self, alert: Alert, now: float) -> list[Alert]:
-        """What goes out at once because of this alert: itself, or nothing."""
+        """The alerts to send at once: this one, or none."""
         self._forget(now)
         if alert.kind in FINAL:
             waiting, self.held = list(self.held.values()), {}
@@ -55,7 +55,7 @@ class Limiter:
         return []
 
     def release(self, now: float) -> list[Alert]:
-        """What was held back and may go now; several together."""
+        """Held alerts that may be sent now, merged into one."""
         self._forget(now)
         due = [key for key, one in self.held.items() if key not in self.last and self._may_pass(one.alert)]
         if not due:
@@ -72,7 +72,7 @@ class Limiter:
         self.last |= dict.fromkeys(keys, now)
 
     def _forget(self, now: float) -> None:
-        """Also what lies in the future: a clock was set back."""
+        """Also future times: a clock may have been set back."""
         self.sent = [moment for moment in self.sent if 0 <= now - moment < HOUR]
         self.last = {key: moment for key, moment in self.last.items() if 0 <= now - moment < self.min_interval}
 
@@ -91,7 +91,7 @@ class Limiter:
 
 
 def _folded(found: Sequence[Held]) -> Alert:
-    """One alert that stands for all of them."""
+    """One alert in place of all of them."""
     latest = max(found, key=lambda one: one.alert.time).alert
     count, since = sum(one.count for one in found), min(one.since for one in found)
     if count == 1:

@@ -1,12 +1,13 @@
-"""The process beside a run's driver that turns its files into alerts, as they grow, and sends them.
+"""The process next to a run's driver that reads its files as they grow, and sends alerts.
 
-    rows → rules → details → limits → outbox → one task a sink: send, try again, give up → an event "alert"
+    rows → rules → details → limits → outbox → one task per sink: send, retry, give up → an event "alert"
 
-    python -m raylaunch.observe.alerts.sender RUN_DIR [WHY]     ends when its stdin does, soon after; WHY the run ends then
+    python -m raylaunch.observe.alerts.sender RUN_DIR [WHY]     ends soon after its stdin; WHY: the run ends with it
 
-What is read, held back and still to be sent is remembered in RUN_DIR/alerts.json before anything is sent: the next
-process, after a fault or in another allocation, goes on from there. An alert comes at least once (with the same id), in
-order at each sink; a sink that hangs keeps neither the others nor the run's end waiting. No address leaves this process.
+The position in the files, held alerts and pending alerts are stored in RUN_DIR/alerts.json before anything is sent: the
+next process, after a fault or in another allocation, continues from there. An alert is delivered at least once (with
+the same id), in order at each sink; a sink that hangs delays neither the others nor the end of the run. No address
+leaves this process.
 """
 
 from __future__ import annotations
@@ -40,17 +41,17 @@ from raylaunch.training.cluster_view import ClusterView
 
 MEMORY = "alerts.json"
 PAUSE = 1.0
-"""Seconds between two looks."""
+"""Seconds between two reads of the files."""
 REMEMBER_EVERY = 60.0
-"""Seconds between two writings of what is read, where nothing is to be sent."""
+"""Seconds between two writes of the position while nothing is to be sent."""
 DETAILS_LIMIT = 5.0
-"""Seconds for the details of all that one look has found."""
+"""Seconds for the details of all alerts of one read."""
 HANDOVER_LIMIT = 3.0
-"""Seconds that the end of one driver waits for sinks. (LAST_LIMIT: the end of the run, after which nobody tries again.)"""
+"""Seconds that the end of a driver waits for sinks. (LAST_LIMIT: the same at the end of the run, the last chance.)"""
 
 
 class AlertSender:
-    """One run's, for the life of one driver."""
+    """The alerts of one run, during the life of one driver."""
 
     def __init__(self, run_dir: Path, config: Config, run: Run) -> None:
         self._run_dir, self._config, self._run = run_dir, config, run
@@ -73,7 +74,7 @@ class AlertSender:
     # -- what is remembered ----------------------------------------------------------------------
 
     def _recall(self) -> RuleState:
-        """Go on where the process before this one was; else from the beginning of this handing over."""
+        """Continue where the previous process stopped; else from the last submission of the run."""
         readers, losses = self._readers(), list[float]()
         try:
             known = files.read_json(self._run_dir / MEMORY) or {}
@@ -84,10 +85,10 @@ class AlertSender:
                 for name, reader in readers.items():
                     reader.offset = int(known["offsets"][name])
                 return RuleState.parse(known["memory"])
-            if known:  # handed over anew: what its loss usually is has not changed
+            if known:  # submitted again: its usual loss has not changed
                 losses = RuleState.parse(known["memory"]).losses
         except (StateError, KeyError, TypeError, ValueError, AttributeError) as error:
-            _say(f"{MEMORY} is of no use: {first_line(error)}")
+            _say(f"{MEMORY} cannot be used: {first_line(error)}")
         handed = _last_line(self._events.path, "queued")
         begun = _last_line(self._cluster.path, "run_started", lambda row: row.get("run") == self._run.name)
         self._events.offset = self._events.offset if handed is None else handed
@@ -98,7 +99,7 @@ class AlertSender:
         return {"events": self._events, "metrics": self._metrics, "cluster": self._cluster}
 
     def _snapshot(self) -> dict[str, Any]:
-        """Between two looks: what is read, and all that followed from it."""
+        """Between two reads: the position, and the state of the rules and limits."""
         offsets = {name: reader.offset for name, reader in self._readers().items()}
         memory, limits = dict(vars(self._rules.memory)), self._limiter.memory()
         return {"run": self._run.id, "offsets": offsets, "memory": memory, "limits": limits}
@@ -109,17 +110,17 @@ class AlertSender:
         async with self._writing:  # in the order of the calls
             try:
                 await asyncio.to_thread(files.write_text, self._run_dir / MEMORY, text)
-            except StateError as error:  # a full disk may be what an alert is about: it is sent all the same
+            except StateError as error:  # an alert may be about the full disk: it is sent anyway
                 _say(error.message)
 
     # -- looking -----------------------------------------------------------------------------------
 
     async def live(self, ended: asyncio.Event, why: str) -> None:
-        """Until `ended`, and what is left after it. `why`: the run's end, where nobody is left to write it down."""
+        """Until `ended`, then send the remaining alerts. `why`: why the run ends, if no driver is left to record it."""
         tasks = [asyncio.create_task(self._serve(name)) for name in self._sinks]
         for parcel in list(self._outbox.parcels):
             for name in set(parcel.due) - set(self._sinks):
-                parcel.settle(name, "given up: no longer in the config", time.time())
+                parcel.settle(name, "given up: no longer configured", time.time())
             await self._tell_if_settled(parcel)
         while not ended.is_set():
             await self._look()
@@ -137,20 +138,20 @@ class AlertSender:
         if self._rules.memory.over:
             for parcel in list(self._outbox.parcels):
                 for name, due in list(parcel.due.items()):
-                    parcel.settle(name, f"given up at the run's end: {due.error or 'no time was left'}", time.time())
+                    parcel.settle(name, f"given up at the run's end: {due.error or 'out of time'}", time.time())
                 await self._tell_if_settled(parcel)
         await self._remember()
 
     async def _look(self, why: str = "") -> None:
-        """New rows, and what follows from them."""
+        """Read new rows, and queue their alerts."""
         try:
             rows, end = await asyncio.to_thread(self._read)
             now, wall = time.monotonic(), time.time()
             found = self._rules.take(rows["events"], rows["metrics"], rows["cluster"], now)
             found += self._rules.tick(now, wall, end) + (self._rules.close(wall, why) if why else [])
             found = [await self._completed(alert, now + DETAILS_LIMIT) for alert in found]
-        except Exception as error:  # noqa: BLE001  whatever is wrong with a file: the next look may see again
-            complaint, self._complaint = self._complaint, f"cannot look: {type(error).__name__}: {first_line(error)}"
+        except Exception as error:  # noqa: BLE001  whatever is wrong with a file: the next read may succeed
+            complaint, self._complaint = self._complaint, f"cannot check: {type(error).__name__}: {first_line(error)}"
             return _say(self._complaint) if complaint != self._complaint else None
         out = [one for alert in found for one in self._limiter.offer(alert, wall)] + self._limiter.release(wall)
         for alert in out:
@@ -164,14 +165,14 @@ class AlertSender:
         return None
 
     def _read(self) -> tuple[dict[str, list[dict[str, Any]]], float | None]:
-        """New rows, and the end of the allocation. Off the loop: storage that stalls does not stop the sending."""
+        """New rows, and the end of the allocation. Not in the event loop: stalled storage must not stop the sending."""
         if self._roster is not None and self._roster.fenced():
-            _say("a newer head was elected: its process goes on with this")
+            _say("a newer head was elected: its process continues")
             os._exit(runs.DRIVER_FENCED)
         found: dict[str, list[dict[str, Any]]] = {}
         for name, reader in self._readers().items():
             found[name] = []
-            with contextlib.suppress(OSError):  # a stale handle: the next look
+            with contextlib.suppress(OSError):  # a stale handle: the next read
                 found[name] = reader.read()
         return found, self._roster.end() if self._roster is not None else None
 
@@ -188,7 +189,7 @@ class AlertSender:
     # -- sending -----------------------------------------------------------------------------------
 
     async def _serve(self, name: str) -> None:
-        """Send what one sink is to get, in order."""
+        """Send the alerts for one sink, in order."""
         while True:
             parcel = self._outbox.next(name)
             if parcel is None:
@@ -210,13 +211,13 @@ class AlertSender:
             await self._tell_if_settled(parcel)
 
     async def _rest(self, pause: float, asked: float) -> None:
-        """Until the next try; at the end there is not so much time, unless the server has asked for it."""
+        """Until the next try; shorter at the end of the run, unless the server has requested it."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ending.wait(), pause)
             await asyncio.sleep(asked or min(pause, 1.0))
 
     async def _tell_if_settled(self, parcel: PendingAlert) -> None:
-        """Of an alert that no sink has still to get, the run's events tell; only then it is gone."""
+        """Record an alert that is pending at no sink in the run's events; only then it is removed."""
         if not parcel.due:
             sent = parcel.message
             told = AlertSent(sent["kind"], sent["time"], sent["text"], sent["id"], sent["count"], parcel.done)
@@ -229,7 +230,7 @@ class AlertSender:
 
 
 def _last_line(path: Path, kind: str, matches: Callable[[dict[str, Any]], bool] = lambda _: True) -> int | None:
-    """Where the last row of that kind begins. (Ten days of events are many: only those are parsed.)"""
+    """The offset of the last row of that kind. Only these rows are parsed, since ten days of events are many."""
     mark, found, offset = f'"{kind}"'.encode(), None, 0
     with contextlib.suppress(OSError), path.open("rb") as file:
         for line in file:
@@ -255,7 +256,7 @@ async def _follow(follower: AlertSender, why: str) -> None:
 
     loop.add_reader(sys.stdin, end)
     await follower.live(ended, why)
-    os._exit(0)  # a thread that looks a name up, or reads a log, is not waited for
+    os._exit(0)  # do not wait for threads that resolve a name or read a log
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""What there was: every run and every life of a cluster in a state directory, with its hours, and sums by account.
+"""The history of a state directory: every run and every life of a cluster, with its hours, and totals per account.
 
-    runs/*/run.json, the telling lines of events.jsonl, the end of metrics.jsonl → runs
-    clusters/*/events.jsonl, members.json, config.yaml's slurm.account          → lives, and who held which node when
+    runs/*/run.json, the relevant lines of events.jsonl, the end of metrics.jsonl → runs
+    clusters/*/events.jsonl, members.json, config.yaml's slurm.account            → lives, and the nodes held in them
 
-Made for a thousand runs in a second or two: no file is read twice, of the events only the lines that matter are parsed,
-and Slurm is asked once, for what has no last word. What cannot be read is a row that says so.
+Takes a second or two for a thousand runs: no file is read twice, only the relevant events are parsed, and Slurm is
+queried once, for clusters without a recorded end. A run or cluster that cannot be read gets a row with the reason.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ACCOUNT = re.compile(r"^slurm:\n(?:[ \t]+.*\n)*?[ \t]+account: *(.*)$", re.MULT
 
 @dataclass
 class RunRow:
-    """One run. Times in seconds since the epoch; None: not known."""
+    """One run. Times in seconds since the epoch; None: unknown."""
 
     run: str
     state: str = "unreadable"
@@ -44,11 +44,11 @@ class RunRow:
     account: str | None = None
     began: float | None = None
     ended: float | None = None
-    """Its last end, or the last sign of it; None: it goes on."""
+    """Its last end, or its last activity; None: it is still running."""
     took: float = 0.0
-    """Seconds, without the time between an end and the next hand-over."""
+    """Seconds, without the time between an end and the next submission."""
     nodes: int = 0
-    """The most that one of its attempts had."""
+    """The maximum over its attempts."""
     steps: int | None = None
     node_hours: float | None = None
     gpu_hours: float | None = None
@@ -58,11 +58,11 @@ class RunRow:
 
 @dataclass
 class LifeRow:
-    """One life of a cluster: what one `up` or `submit` began."""
+    """One life of a cluster: from one `up` or `submit` to its end."""
 
     cluster: str
     state: str = "unreadable"
-    """up, down, lost (no last word, and nothing lives), unknown (Slurm does not answer)."""
+    """up, down, lost (no recorded end, but nothing is running), unknown (Slurm does not respond)."""
     reason: str = ""
     jobs: list[str] = field(default_factory=list)
     account: str | None = None
@@ -76,7 +76,7 @@ class LifeRow:
 
 @dataclass
 class Account:
-    """What was held in one account's name."""
+    """The resources held under one account."""
 
     account: str | None
     clusters: int = 0
@@ -84,12 +84,12 @@ class Account:
     node_hours: float = 0.0
     gpu_hours: float = 0.0
     run_node_hours: float = 0.0
-    """Of these, in the time of runs."""
+    """The part of these within runs."""
 
 
 @dataclass
 class Accounts:
-    """All of it, oldest first. `trouble`: what could not be asked."""
+    """The complete history, oldest first. `trouble`: failed queries."""
 
     runs: list[RunRow]
     clusters: list[LifeRow]
@@ -110,16 +110,16 @@ class _Cluster:
     account: str | None
     record: Cluster | None
     signs: float
-    """The last that was heard of it."""
+    """Time of its last activity."""
     trouble: str = ""
     alive: bool | None = None
-    """None: Slurm does not answer."""
+    """None: Slurm does not respond."""
     lives: list[node_hours.Life] = field(default_factory=list)
     holds: list[NodeUse] = field(default_factory=list)
 
 
 def gather(state_dir: Path, now: float, since: float = 0.0) -> Accounts:
-    """Everything in a state directory that was there after `since`."""
+    """The runs and clusters of a state directory that were active after `since`."""
     clusters = {path.name: _cluster(path) for path in _folders(state_dir / "clusters")}
     trouble = _ask_who_lives(state_dir, clusters.values())
     rows = []
@@ -186,7 +186,7 @@ def _run(path: Path, clusters: dict[str, _Cluster], now: float) -> tuple[RunRow,
 
 
 def _add_hours(row: RunRow, active: list[Interval], attempts: Sequence[Attempt], own: _Cluster | None) -> None:
-    """As the report counts them; by the attempts alone where the cluster's events are gone."""
+    """As in the report; from the attempts alone if the cluster's events are missing."""
     seconds = node_hours.node_seconds(own.holds, active) if own is not None else {}
     gpus = own.gpus if own is not None else {}
     if not seconds and active:
@@ -218,7 +218,7 @@ def _cluster(path: Path) -> _Cluster:
 
 
 def _ask_who_lives(state_dir: Path, clusters: Iterable[_Cluster]) -> list[str]:
-    """Which clusters live: one question a backend, and only about those without a last word."""
+    """Which clusters are running: one query per backend, only for clusters without a recorded end."""
     trouble: list[str] = []
     open_: dict[str, list[_Cluster]] = {}
     for one in clusters:
@@ -236,7 +236,7 @@ def _ask_who_lives(state_dir: Path, clusters: Iterable[_Cluster]) -> list[str]:
                 for one in asked:
                     one.alive = any(job in jobs and jobs[job].alive for job in _jobs(one))
         except (RaylaunchError, OSError, TypeError, ValueError, KeyError) as error:
-            trouble.append(f"{name}: whether {len(asked)} clusters live is not known: {str(error).splitlines()[0]}")
+            trouble.append(f"{name}: cannot check if {len(asked)} clusters are running: {str(error).splitlines()[0]}")
             for one in asked:
                 one.alive = None
     return trouble
@@ -284,7 +284,7 @@ def _lives(one: _Cluster, now: float) -> list[LifeRow]:
 
 
 def _telling(path: Path, kinds: Sequence[str]) -> list[Row]:
-    """The lines of these kinds, and the last one, which says when there was a last one."""
+    """The lines of these kinds, and the last line, for its time."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError:
@@ -303,7 +303,7 @@ def _telling(path: Path, kinds: Sequence[str]) -> list[Row]:
 
 
 def _account(directory: Path) -> str | None:
-    """slurm.account of a resolved config.yaml, which has a line a key: loading the YAML of a thousand takes too long."""
+    """slurm.account of a resolved config.yaml, one line per key: parsing a thousand YAML files is slow."""
     try:
         match = _ACCOUNT.search((directory / records.CONFIG_FILE).read_text(encoding="utf-8", errors="replace"))
     except OSError:

@@ -1,12 +1,12 @@
-"""What became of a run's time: its recoveries phase by phase, and its goodput.
+"""How a run spent its time: its recoveries phase by phase, and its goodput.
 
     history → stretches of time, each with a label → parts, goodput
             → recoveries
 
-Goodput is productive time over wall time: the time of those steps that were not done again, over the
-time from the hand-over to now, without the time between a run's end and its continuation. The parts
-add up to the wall time, and a recovery's phases to its total, whatever events are missing: a phase
-whose own event is not there is part of the next one. Pure, but for `summary` and `of_run`, which read.
+Goodput is productive time over wall time: the time of the steps that were not repeated, divided by
+the time from the submission to now, without the time between a run's end and its continuation. The
+parts add up to the wall time, and the phases of a recovery to its total, also if events are missing: a
+phase whose event is missing is part of the next one. Pure, except `summary` and `of_run`, which read.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from raylaunch.state.runs import Run
 PARTS = ("queue", "bring_up", "connect", "build", "restore", "first_step", "productive", "redone", "checkpoint",
          "detect", "stop", "decide", "holding")  # fmt: skip
 WHOLE = 4 << 20
-"""Bytes of metrics up to which `summary` reads them all; of a larger file it reads pieces."""
+"""Bytes of metrics up to which `summary` reads the whole file; it reads parts of a larger one."""
 PIECE, LOOK = 16 << 10, 2 << 10
-"""Bytes that are read around a moment, and to find it."""
+"""Bytes read around a moment, and to find it."""
 TURNS, LAST_TURNS = frozenset({"attempt_started", "attempt_ended", "first_step", "fault"}), 100
-"""Around these the metrics matter; of a large file, around the last so many."""
+"""The metrics are needed around these events; for a large file, around the last LAST_TURNS of them."""
 OF_CLUSTER = ("head_started", "driver_lost", "election")
-"""The cluster's events that bear on a run's time."""
+"""The cluster events that affect the time of a run."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Ledger:
-    """A run's time, added up."""
+    """A run's time by part."""
 
     wall: float
     parts: dict[str, float]
     recoveries: list[Recovery]
     steps: int
-    """The furthest step that was done."""
+    """The highest step reached."""
     attempts: int
     saves: int
     save_stall: float
-    """Mean seconds that a save kept the steps waiting."""
+    """Mean seconds that a save delayed the steps."""
     interval: float
     """Mean productive seconds between two saves; 0 before the second."""
     step_seconds: float
@@ -79,7 +79,7 @@ class Ledger:
 
 
 def compute(history: History, until: float | None = None, window: tuple[float, float] | None = None) -> Ledger:
-    """The ledger of a run. `until`: now, for one that goes on; `window`: count this time only."""
+    """The ledger of a run. `until`: now, if it is still running; `window`: count this time only."""
     low, high = window or (-math.inf, math.inf)
     parts = dict.fromkeys(PARTS, 0.0)
     wall = 0.0
@@ -104,7 +104,7 @@ def compute(history: History, until: float | None = None, window: tuple[float, f
 
 
 def stretches(history: History, until: float | None = None) -> list[Stretch]:
-    """Where a run's time went, from one moment to the next."""
+    """How a run spent its time, as consecutive stretches."""
     return _Timeline(history, until).stretches()
 
 
@@ -284,7 +284,7 @@ def _step_seconds(groups: Sequence[Sequence[Step]]) -> float:
 
 
 def of_run(run_dir: Path, whole: bool = True, window: tuple[float, float] | None = None) -> Ledger:
-    """The ledger of a run directory; `whole`: read all its metrics, however long."""
+    """The ledger of a run directory; `whole`: read all its metrics, also of a long run."""
     record = Run.read(run_dir)
     events = event_log.read_all(run_dir)
     cluster = run_dir.parent.parent / "clusters" / (record.cluster if record else "")
@@ -297,11 +297,11 @@ def of_run(run_dir: Path, whole: bool = True, window: tuple[float, float] | None
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
-    """The last recovery and the goodput so far, for `raylaunch status`; quick, also for a long run.
+    """The last recovery and the goodput so far, for `raylaunch status`; fast, also for a long run.
 
-    `goodput` (0 to 1, None before the first step), `recoveries` (how many from faults), `resizes`,
-    `steps_lost` (all of them), `last_recovery`: None, or kind, causes, node, began, total (None: under
-    way), phases, steps_lost, workers.
+    `goodput` (0 to 1, None before the first step), `recoveries` (number of recoveries from faults),
+    `resizes`, `steps_lost` (in total), `last_recovery`: None, or kind, causes, node, began, total (None:
+    not finished), phases, steps_lost, workers.
     """
     ledger = of_run(run_dir, whole=False)
     counted = [r for r in ledger.recoveries if not r.final]
@@ -345,7 +345,7 @@ def _told(events: Iterable[Row]) -> Iterable[Row]:
 
 
 def read_pieces(path: Path, moments: Sequence[float]) -> list[Row]:
-    """The lines of a large metrics file around these moments, its first and its last ones; all of a small one."""
+    """The lines of a large metrics file around these moments, and its first and last ones; all of a small one."""
     if not _is_large(path):
         return list(files.read_lines(path))
     size = path.stat().st_size

@@ -1,12 +1,12 @@
-"""Which nodes were held how long, from a cluster's events; and a run's own time, from the run's. Pure.
+"""How long nodes were held, from a cluster's events; and the active time of a run, from the run's. Pure.
 
     node_joined … node_lost | node_ended | node_failed | the end of the allocation  → holds (node, from, to)
     queued … finished | failed | stopped                                            → active (from, to)
 
-Node-hours of a run are the holds that fall into its active time. What is approximate: a node counts from its agent's
-first word to its last, while Slurm counts from the start of the job and holds a dead node until it has noticed; a head
-that dies counts until its successor misses it (20 s); and between two runs of one cluster nobody is charged. A
-cluster that was killed with no last word counts up to its last event, or to when it was known to be gone.
+The node-hours of a run are the holds within its active time. They are approximate: a node counts from the first to the
+last message of its agent, while Slurm counts from the start of the job, and a dead node until Slurm detects it; a head
+that dies counts until its successor detects this (20 s); and the time between two runs of a cluster is not charged. A
+cluster that was killed without recording its end counts up to its last event, or until it was known to be gone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raylaunch.observe.history.timeline import FINAL, Attempt, Row
 
 Interval = tuple[float, float]
 _OVER = {"ended", "cluster_down", "requeued", "successor"}
-"""Events of a cluster behind which nothing is held any more, until nodes join again."""
+"""Cluster events after which no node is held, until nodes join again."""
 _GONE = {"node_lost", "node_ended", "node_failed"}
 
 
@@ -34,22 +34,22 @@ class NodeUse:
 
 @dataclass
 class Life:
-    """What one `up` or `submit` began: from its submission to its end, with the jobs it had."""
+    """A cluster from one `up` or `submit` to its end, with its jobs."""
 
     began: float
     jobs: list[str] = field(default_factory=list)
     ended: float | None = None
-    """None: no last word (it goes on, or was killed)."""
+    """None: no recorded end (it is running, or was killed)."""
     reason: str = ""
     last: float = 0.0
     """Its last event."""
     nodes: int = 0
-    """The most that it held at once."""
+    """The maximum held at once."""
 
 
 def active(events: Sequence[Row], until: float) -> list[Interval]:
-    """The time in which a run was somebody's business: from each hand-over to the end that followed. `until`: the last
-    sign of it, for an interval that has no end. `events` in order of time."""
+    """The active time of a run: from each submission to the next end. `until`: its last activity, if an end is
+    missing. `events` in order of time."""
     found: list[Interval] = []
     start: float | None = None
     for row in events:
@@ -65,8 +65,8 @@ def active(events: Sequence[Row], until: float) -> list[Interval]:
 
 
 def lives(events: Iterable[Row], until: float) -> tuple[list[Life], list[NodeUse]]:
-    """A cluster's lives, and the nodes held in them; `until`: the last that is known of a life without a last word, when
-    that is later than its own events. `events` in order of time."""
+    """A cluster's lives, and the nodes held in them. `until`: the last activity of a life without a recorded end, if
+    later than its events. `events` in order of time."""
     found: list[Life] = []
     holds: list[NodeUse] = []
     held: dict[str, float] = {}
@@ -116,8 +116,8 @@ def node_seconds(holds: Iterable[NodeUse], intervals: Sequence[Interval] | None 
 
 
 def spans(attempts: Sequence[Attempt], until: float) -> list[tuple[Attempt, Interval]]:
-    """Each with its time; of one whose end nobody wrote down, up to the last sign of it, and of the last one up to
-    `until`."""
+    """Each attempt with its time; one without a recorded end lasts up to its last activity, or to
+    `until` if it is the last one."""
     return [
         (
             a,
@@ -131,7 +131,7 @@ def spans(attempts: Sequence[Attempt], until: float) -> list[tuple[Attempt, Inte
 
 
 def gpu_seconds(attempts: Sequence[Attempt], gpus: Mapping[str, int], until: float) -> float:
-    """Workers times seconds of the attempts on nodes with GPUs: a worker has one. An attempt on a node that is not known
+    """Workers times seconds of the attempts on nodes with GPUs (one GPU per worker). An attempt on an unknown node
     counts like the known ones."""
     most = max(gpus.values(), default=0)
     return sum(

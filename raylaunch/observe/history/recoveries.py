@@ -2,9 +2,9 @@
 
     attempts that ended + the one that reached a step → milestones in order → phases that add up
 
-A fault while a recovery is under way is part of it: it ends with the first step of whichever attempt
-gets there. One that the run ended with is none to count: nothing came after it, no step was done again
-(`final`). A phase whose own event is missing is part of the next one. Pure.
+A fault during a recovery is part of it: the recovery ends with the first step of any later attempt. If
+the run ended before that step, the recovery is `final` and does not count: no step was repeated. A
+phase whose event is missing is part of the next one. Pure.
 """
 
 from __future__ import annotations
@@ -19,36 +19,44 @@ from raylaunch.observe.history.timeline import FINAL, Attempt, History, Row, lat
 PHASES = ("detect", "elect", "bring_up", "stop", "retry", "decide", "start", "connect", "build", "restore",
           "first_step")  # fmt: skip
 MAX_DETECTION = 30.0
-"""Seconds; what was injected longer than this before the last sign of life is not why it ended."""
+"""Seconds; a fault injected longer than this before the last activity is not the cause of the end."""
+
+_WORDS = {"node_lost": "node lost", "worker_lost": "worker lost", "head_lost": "head lost", "driver_lost": "driver lost",
+          "raylet_lost": "raylet lost", "drain": "drained", "grow": "grows"}  # fmt: skip
+_INJECTED = {"worker": "worker killed", "hang": "worker frozen", "raylet": "raylet killed", "agent": "agent killed",
+             "driver": "driver killed", "gcs": "GCS killed", "dashboard": "dashboard killed", "node": "node killed",
+             "head": "head killed", "freeze": "node frozen", "cut": "node cut off", "drain": "node drained",
+             "slurmd": "slurmd killed", "slurmctld": "slurmctld killed"}  # fmt: skip
+"""The faults of `raylaunch chaos`, by kind."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """From a fault (or a resize) to the next step. Times in seconds; `total` None: not there yet."""
+    """From a fault (or a resize) to the next step. Times in seconds; `total` None: not finished."""
 
     kind: str
     """fault, error or resize."""
     causes: tuple[str, ...]
     node: str
     began: float
-    """When it was injected, else when it was known (seconds since the epoch)."""
+    """When the fault was injected, else when it was detected (seconds since the epoch)."""
     injected: tuple[int, ...]
-    """Numbers of the `injected` events that it answers."""
+    """Numbers of the `fault_injected` events that it answers."""
     phases: dict[str, float]
     total: float | None
     steps_lost: int
     attempts: int
-    """Attempts that it took to reach a step."""
+    """Attempts until a step was reached."""
     workers: tuple[int, int]
     """Before and after."""
     to_step: int
-    """The step from which the run went on."""
+    """The step from which the run continued."""
     final: bool = False
-    """The run ended before there was a step again."""
+    """The run ended before the next step."""
 
     @property
     def detect(self) -> float | None:
-        """From the injection until somebody knew; None where nobody injected anything."""
+        """From the injection to the detection; None if no fault was injected."""
         return self.phases.get("detect") if self.injected else None
 
 
@@ -71,7 +79,7 @@ def _first(times: Sequence[float], since: float, until: float = math.inf) -> flo
 
 
 def recoveries(history: History) -> list[Recovery]:
-    """Every loss of an attempt, up to the first step of one that got there; the last may be unfinished."""
+    """Every recovery, from the loss of an attempt to the next step; the last may be unfinished."""
     found: list[Recovery] = []
     ended: list[Attempt] = []
     marks = _Marks(history)
@@ -91,7 +99,7 @@ def recoveries(history: History) -> list[Recovery]:
 
 
 def _is_over(history: History, last: Attempt) -> bool:
-    """Whether the run has ended since, and nobody has taken it up again."""
+    """Whether the run has ended since, and was not submitted again."""
     since = [row["kind"] for row in history.events if row["time"] >= last.started and row["kind"] in {*FINAL, "queued"}]
     return bool(since) and since[-1] in FINAL
 
@@ -167,3 +175,15 @@ def _answered(marks: _Marks, known: float, quiet: float, end: float) -> list[Row
         index += 1
     early = [row for row in found if row["time"] <= known]
     return [*early[-1:], *(row for row in found if row["time"] > known)]
+
+
+def named(recovery: Recovery, injected: dict[int, str]) -> str:
+    """A short name of the recovery. `injected`: the number of each fault of `raylaunch chaos` → its kind."""
+    if recovery.kind == "resize":
+        before, after = recovery.workers
+        return f"{_WORDS.get(recovery.causes[0], recovery.causes[0])}: {before} → {after}"
+    told = [_INJECTED.get(injected[seq], injected[seq]) for seq in recovery.injected if seq in injected]
+    if told:
+        return f"{' + '.join(dict.fromkeys(told))} (chaos)"
+    text = ", ".join(_WORDS.get(c, c.replace("_", " ")) for c in recovery.causes)
+    return f"{text} ({recovery.node})" if recovery.node else text

@@ -1,4 +1,4 @@
-"""Records read for a report or a list: whatever lies in the file, the answer is a record of the right types, or why not."""
+"""Reads records for a report or a list: whatever the file contains, the result has the right types, or is an error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LARGEST, _LATEST = 1 << 53, 1e10
 
 
 def sound(row: object) -> dict[str, Any] | None:
-    """A line of events without fields of a wrong type; None for what is no event."""
+    """A line of events without fields of a wrong type; None if it is not an event."""
     row = event_log.current(row)
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not is_number(row.get("time")):
         return None
@@ -47,24 +47,24 @@ def _is_sound(key: str, value: object) -> bool:
 
 
 def run(directory: Path) -> tuple[Run | None, str]:
-    """run.json, or why there is none."""
+    """The record in run.json, or why it cannot be used."""
     try:
         found = Run.read(directory)
     except (RaylaunchError, TypeError, AttributeError) as error:
         return None, f"{records.RUN_FILE} cannot be read ({first_line(error)})"
     if found is None:
-        return None, f"there is no {records.RUN_FILE}"
+        return None, f"{records.RUN_FILE} is missing"
     texts, numbers = (found.name, found.state, found.cluster, found.reason), (found.created, found.updated)
     if not (
         all(isinstance(text, str) for text in texts)
         and all(is_number(number) and 0 <= number < _LATEST for number in numbers)
     ):
-        return None, f"{records.RUN_FILE} is not a run's record"
+        return None, f"{records.RUN_FILE} is not a valid run record"
     return found, ""
 
 
 def last_metrics(directory: Path) -> dict[str, Any]:
-    """The last line with a loss; {} where there is none."""
+    """The last line with a loss; {} if there is none."""
     try:
         return runs.last_metrics(directory)
     except (OSError, TypeError):
@@ -72,21 +72,21 @@ def last_metrics(directory: Path) -> dict[str, Any]:
 
 
 def cluster(directory: Path) -> tuple[Cluster | None, str]:
-    """cluster.json, or why there is none."""
+    """The record in cluster.json, or why it cannot be used."""
     try:
         found = Cluster.read(directory)
     except (RaylaunchError, TypeError, AttributeError) as error:
         return None, f"{records.CLUSTER_FILE} cannot be read ({first_line(error)})"
     if found is None:
-        return None, f"there is no {records.CLUSTER_FILE}"
+        return None, f"{records.CLUSTER_FILE} is missing"
     texts = (found.name, found.backend, found.canary, *found.jobs)
     if not (all(isinstance(text, str) for text in texts) and is_number(found.created)):
-        return None, f"{records.CLUSTER_FILE} is not a cluster's record"
+        return None, f"{records.CLUSTER_FILE} is not a valid cluster record"
     return found, ""
 
 
 def members(directory: Path) -> dict[str, dict[str, Any]]:
-    """Node → its row of members.json; {} where it cannot be read."""
+    """Node → its row of members.json; {} if it cannot be read."""
     try:
         table = files.read_json(directory / records.MEMBERS_FILE)
     except RaylaunchError:
@@ -96,7 +96,7 @@ def members(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def resource(row: dict[str, Any], name: str) -> int | None:
-    """Of a node: cpus, memory (bytes), gpus (how many)."""
+    """A resource of a node: cpus, memory (bytes), gpus (their number)."""
     resources = row.get("resources")
     value = resources.get(name) if isinstance(resources, dict) else None
     if isinstance(value, list):
@@ -105,6 +105,6 @@ def resource(row: dict[str, Any], name: str) -> int | None:
 
 
 def gpus(directory: Path) -> dict[str, int]:
-    """Node → GPUs, of a cluster directory; {} where nothing is known."""
+    """Node → number of GPUs, of a cluster directory; {} if unknown."""
     found = {name: resource(row, "gpus") for name, row in members(directory).items()}
     return {name: count for name, count in found.items() if count is not None}

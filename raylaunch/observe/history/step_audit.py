@@ -1,4 +1,4 @@
-"""Whether each step of a run counts exactly once, by what the run wrote down. Pure."""
+"""Whether each step of a run counts exactly once, according to its files. Pure."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Exactness:
 
     steps: int
     missing: list[int]
-    """Not in the metrics, and no later attempt began behind them: lost, for all that is known."""
+    """Not in the metrics, and no later attempt started after them: presumably lost."""
     repeated: list[int]
-    """Done again after they had been committed."""
+    """Repeated after they had been committed."""
     twice: list[int]
     """More than once in one attempt."""
     unlogged: list[int]
-    """Not in the metrics (the worker died before it had written), but a later attempt resumed behind them."""
+    """Not in the metrics (the worker died before it had written), but a later attempt resumed after them."""
     stale: int
     """Lines of attempts that a newer one had replaced; they do not count."""
 
@@ -34,10 +34,10 @@ class Exactness:
 
 
 def verify_steps(metrics: Iterable[Row], events: Iterable[Row], every: int = 1) -> Exactness:
-    """Check that each step 1..N has exactly one last word, and that no committed step was done again.
+    """Check that each step 1..N has exactly one valid line, and that no committed step was repeated.
 
-    The last word on a step is the newest attempt's (highest incarnation, then number). `events`: of
-    the run; at least its commits. A commit that turned out to be bad does not count from then on.
+    The valid line of a step is that of the newest attempt (highest incarnation, then number). `events`:
+    of the run; at least its commits. A commit that turned out to be damaged does not count from then on.
     `every`: logging.log_every_steps.
     """
     history = read(events, metrics)

@@ -1,9 +1,9 @@
-"""A run's events and metrics put in order: attempts, what each went through, and its steps.
+"""A run's events and metrics in order: attempts, their milestones, and their steps.
 
     rows of events.jsonl and metrics.jsonl → read → History (attempts, each with its milestones and steps)
 
-Pure: rows in, records out. What is missing (an old run, a torn line, a driver that died before its
-last word) stays None; a clock that was set back moves no event before the one that it follows.
+Pure: rows in, records out. Missing values (an old run, an incomplete line, a driver that died early)
+stay None; a clock that was set back does not change the order of events.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Step:
 
 @dataclass
 class Attempt:
-    """One attempt: when it reached what, in seconds since the epoch; None for what it did not reach."""
+    """One attempt: when it reached its milestones, in seconds since the epoch; None if it did not."""
 
     number: int
     run_incarnation: int
@@ -50,24 +50,24 @@ class Attempt:
     commits: list[Row] = field(default_factory=list)
     resize: str = ""
     asked: float | None = None
-    """When it was asked to leave, to go on at another size."""
+    """When it was asked to stop, to continue at another size."""
     steps: list[Step] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[int, int]:
-        """Who may commit, and whose word on a step is the last: the highest of these."""
+        """The attempt with the highest key may commit, and its line of a step is the valid one."""
         return self.run_incarnation, self.number
 
     @property
     def last_sign(self) -> float:
-        """When it was last heard of."""
+        """Time of its last activity."""
         steps = [self.steps[-1].time] if self.steps else []
         reached = [t for t in (self.connected, self.built, self.resumed, self.first_step, self.ended) if t is not None]
         return max([self.started, *reached, *steps, *(float(f["time"]) for f in self.faults)])
 
     @property
     def known(self) -> float | None:
-        """When its end was known to be near: the first fault that was noticed, a wish to resize, else its end."""
+        """When its end was foreseeable: the first detected fault, a request to resize, else its end."""
         if self.how == "resized" and self.asked is not None:
             return self.asked
         return min((float(f["time"]) for f in self.faults), default=self.ended)
@@ -81,14 +81,14 @@ class History:
     attempts: list[Attempt]
     cluster: list[Row]
     stale_steps: int
-    """Steps that an attempt did when a newer one had begun; they never count."""
+    """Steps of an attempt after a newer one had started; they never count."""
 
 
 def settled(rows: Iterable[Row]) -> list[Row]:
-    """Rows in the order in which they were written, with times that never go back.
+    """Rows in the order in which they were written, with times that never decrease.
 
-    The rows whose times fit the longest run in order are believed; each of the others (a clock set
-    back or ahead for a while) gets the time of the believed one before it.
+    The rows of the longest subsequence with increasing times are trusted; each of the others (a clock
+    set back or ahead for a while) gets the time of the trusted row before it.
     """
     found = [dict(row) for row in rows if is_number(row.get("time"))]
     times = [float(row["time"]) for row in found]

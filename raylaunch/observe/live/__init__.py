@@ -1,1 +1,1 @@
-"""The live view of a cluster and its run: what the files say now, and how that looks on a terminal."""
+"""The live view of a cluster and its run: the current state from the files, and its display in a terminal."""

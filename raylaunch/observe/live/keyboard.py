@@ -1,4 +1,4 @@
-"""Single keys of a terminal, without waiting for a line; the terminal is as it was afterwards."""
+"""Single keys of a terminal, without waiting for a line; the terminal settings are restored afterwards."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def keys() -> Iterator[Callable[[float], str]]:
-    """A function that waits so many seconds for a key: "" where none came. Ctrl-C still interrupts."""
+    """A function that waits for a key for the given seconds: "" if there was none. Ctrl-C still interrupts."""
     fd = sys.stdin.fileno()
     before = termios.tcgetattr(fd)
 
     def key(seconds: float) -> str:
         if not select.select([fd], [], [], seconds)[0]:
             return ""
-        return os.read(fd, 16).decode(errors="replace")[:1] or "q"  # an end of input: nobody is there any more
+        return os.read(fd, 16).decode(errors="replace")[:1] or "q"  # end of input: the terminal is closed
 
     try:
         tty.setcbreak(fd)

@@ -1,6 +1,6 @@
-"""A Picture → lines of a terminal: the whole, or one view of it. Pure.
+"""A Picture → lines of a terminal: the main view, or one of the others. Pure.
 
-Everything fits: what is too wide is cut, and of nodes and events as many are shown as there is room for, the worst
+Everything fits: wide lines are truncated, and only as many nodes and events are shown as there is room for, the worst
 and the newest first.
 """
 
@@ -22,7 +22,7 @@ from raylaunch.text import plural
 VIEWS = {"m": "main", "n": "nodes", "e": "events", "l": "logs"}
 TWO_COLUMNS = 100
 OLD = 15.0
-"""Seconds after which a picture is called old."""
+"""Seconds after which a picture is marked as old."""
 _BAD = {"lost", "failed"}
 _COLOURS = {
     "ready": "green",
@@ -44,7 +44,7 @@ def lines(
     """At most `height` lines of at most `width` characters; `view`: a value of VIEWS; `age`: the picture's, in seconds."""
     head = _head(picture)
     if age > OLD:
-        head.append(Text(f"as of {duration(age)} ago: the state directory does not answer", "red"))
+        head.append(Text(f"as of {duration(age)} ago: the state directory does not respond", "red"))
     room = height - len(head) - 1
     match view:
         case "nodes":
@@ -75,16 +75,17 @@ def _head(picture: Picture) -> list[Line]:
         parts.append(Text(f"job {job.id} {job.state}{left}"))
     found = [Text("  ").join(parts)]
     if picture.cannot_submit:
-        found.append(Text(f"compute nodes may not submit jobs: this command does ({picture.cannot_submit})", "yellow"))
+        found.append(
+            Text(f"compute nodes may not submit jobs; this command submits them ({picture.cannot_submit})", "yellow")
+        )
     found += [Text(internal_errors.line(work, error), "red") for work, error in picture.internal_errors.items()]
     run, points = picture.run, picture.points
     if run is None:
         return [*found, Text("no run", "dim")]
     words = [Text(run.name, "bold"), Text(run.state, _COLOURS.get(run.state, "")), Text(f"attempt {run.attempt}")]
     if run.world_size:
-        words.append(
-            Text(f"{run.world_size} workers on {run.nodes} nodes" if run.nodes else f"{run.world_size} workers")
-        )
+        workers = plural(run.world_size, "worker")
+        words.append(Text(f"{workers} on {plural(run.nodes, 'node')}" if run.nodes else workers))
     words += [Text(run.reason, "dim")] if run.reason else []
     found.append(Text("  ").join(words))
     if not points:
@@ -92,7 +93,7 @@ def _head(picture: Picture) -> list[Line]:
     last = points[-1]
     ends = f", {duration((picture.max_steps - last.step) * picture.step_seconds)} to go" if picture.step_seconds else ""
     share = last.step / picture.max_steps if picture.max_steps else 0.0
-    pace = f"{picture.step_seconds:.3g} s a step" if picture.step_seconds else ""
+    pace = f"{picture.step_seconds:.3g} s per step" if picture.step_seconds else ""
     found.append(
         Text("  ").join(
             [Text(f"step {last.step} of {picture.max_steps}"), bar(share, 20), Text(f"{share:.0%}{ends}"), Text(pace)]
@@ -190,7 +191,7 @@ def _nodes(picture: Picture, room: int) -> list[Line]:
     shown = ranked(picture.nodes)[: room - 2]
     more = len(picture.nodes) - len(shown)
     title = Text(f"{'node':<20} {'state':<11}{'CPU':>5}{'mem':>6}{'GPU':>6}{'mem':>6}{'W':>7}{'°C':>5}", "dim")
-    return [title, *map(_node, shown), *([Text(f"and {more} more, none of them worse", "dim")] if more else [])]
+    return [title, *map(_node, shown), *([Text(f"and {more} more in a better state", "dim")] if more else [])]
 
 
 def _node(node: dict[str, Any]) -> Line:
@@ -217,13 +218,13 @@ def _trouble(node: dict[str, Any]) -> str:
         found.append(str(node.get("error") or ""))
     found += [load["throttled"]] if load.get("throttled") else []
     found += [f"{load['ecc_errors']} ECC errors"] if load.get("ecc_errors") else []
-    found += [f"{load['oom_kills']} killed for memory"] if load.get("oom_kills") else []
+    found += [f"{load['oom_kills']} OOM kills"] if load.get("oom_kills") else []
     found += [plural(node["strikes"], "strike")] if node["strikes"] else []
     return ", ".join(filter(None, found))
 
 
 def ranked(nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The worst first: lost, in trouble, not ready, then the least busy GPUs."""
+    """The worst first: lost, with problems, not ready, then the least busy GPUs."""
 
     def key(node: dict[str, Any]) -> tuple[Any, ...]:
         load = node["load"]
@@ -258,7 +259,7 @@ def bar(share: float, width: int) -> Text:
 
 
 def duration(seconds: float) -> str:
-    """Two units at the most: `3d 4h`, `2h 05m`, `1m 20s`, `12s`."""
+    """At most two units: `3d 4h`, `2h 05m`, `1m 20s`, `12s`."""
     whole = max(0, round(seconds))
     days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
     if days:
@@ -269,7 +270,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """A number in four characters or so: 950, 12.3k, 4.56M."""
+    """A number in about four characters: 950, 12.3k, 4.56M."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.3g}{unit}"

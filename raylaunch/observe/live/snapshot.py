@@ -1,7 +1,7 @@
-"""What a live view shows, read from the files of a cluster and its run, and the backend asked now and then.
+"""The data of the live view, from the files of a cluster and its run, and from the backend at intervals.
 
-A Reader remembers: it reads the curve of a long run once, thinly, and afterwards what is new. A file that cannot be
-read leaves its part of the picture as it was.
+A reader keeps state: it reads a sample of a long run once, then only new lines. If a file cannot be read, its part of
+the picture does not change.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
 
 POINTS = 512
-"""Of a curve; more are thinned."""
+"""Points of a curve; more are sampled."""
 EVENTS, EVENTS_BYTES = 200, 256 << 10
 JOBS_EVERY, LEDGER_EVERY = 20.0, 30.0
 WHOLE = 1 << 20
-"""Bytes of metrics that are read whole at first."""
+"""Bytes of metrics up to which a file is read completely at first."""
 TAIL = 16 << 10
 _HIDDEN = {"time", "kind", "incarnation", "run_incarnation"}
 
@@ -53,37 +53,37 @@ class Point:
     step: int
     loss: float
     rate: float
-    """Tokens a second."""
+    """Tokens (or samples) per second."""
     workers: int
 
 
 @dataclass(frozen=True)
 class Picture:
-    """All of it, at one moment."""
+    """The complete state at one moment."""
 
     time: float
     cluster: str
     state: str = ""
-    """Of the cluster: the nodes that are ready, or its end."""
+    """Of the cluster: its ready nodes, or its end."""
     wanted: int = 0
     jobs: tuple[Job, ...] = ()
     nodes: tuple[dict[str, Any], ...] = ()
     """Rows of members.json with the node's load and its strikes."""
     cannot_submit: str = ""
     internal_errors: Mapping[str, str] = field(default_factory=dict)
-    """What failed by a mistake of ours, in the head or here."""
+    """Bugs of raylaunch, in the head or here."""
     run: Run | None = None
     max_steps: int = 0
     next_save: int = 0
     """The step of the next checkpoint."""
     unit: str = "tokens"
-    """What a point's rate counts: a loop of one's own knows its samples."""
+    """Unit of the rate: samples, if a custom training loop reports them."""
     points: tuple[Point, ...] = ()
     step_seconds: float = 0.0
     """Median of the last steps."""
     ledger: dict[str, Any] = field(default_factory=dict)
     events: tuple[tuple[float, str, str], ...] = ()
-    """(time, kind, words), the newest last."""
+    """(time, kind, text), the newest last."""
 
 
 def find(state_dir: Path, name: str | None) -> tuple[Path, Path | None]:
@@ -92,11 +92,8 @@ def find(state_dir: Path, name: str | None) -> tuple[Path, Path | None]:
     if name is None:
         living = [n for n in up.names(state_dir) if not _has_ended(files.cluster_dir(state_dir, n))]
         if len(living) != 1:
-            there = f": {', '.join(living)}" if living else ""
-            raise UsageError(
-                f"{len(living)} clusters are running{there}",
-                "Name one." if living else "Start one with `raylaunch up`.",
-            )
+            found = f"{len(living)} clusters are running: {', '.join(living)}" if living else "no cluster is running"
+            raise UsageError(found, "Specify one." if living else "Start one with `raylaunch up`.")
         name = living[0]
     run_dir = files.run_dir(state_dir, name)
     record = Run.read(run_dir)
@@ -110,7 +107,7 @@ def _has_ended(directory: Path) -> bool:
 
 
 class SnapshotReader:
-    """Of one cluster, and of the run that it has, or the one that was named."""
+    """Reads the state of one cluster, and of its current run or a given one."""
 
     def __init__(self, cluster_dir: Path, run_dir: Path | None) -> None:
         self.cluster_dir, self._named = cluster_dir, run_dir
@@ -121,7 +118,7 @@ class SnapshotReader:
         self._jobs_at, self._is_gone = -JOBS_EVERY, False
 
     def look(self) -> Picture:
-        """Now."""
+        """The current state."""
         changes: dict[str, Any] = {"time": time.time()}
         for part in (self._jobs, self._cluster, self._run, self._all_events):
             with self._errors.caught(part.__name__.strip("_")):
@@ -131,7 +128,7 @@ class SnapshotReader:
         return self._picture
 
     def tails(self, lines: int) -> list[tuple[str, list[str]]]:
-        """The ends of the logs that matter: of rank 0 and of the driver."""
+        """The ends of the logs of rank 0 and of the driver."""
         run = self._of_run
         if run is None:
             return []
@@ -228,7 +225,7 @@ class _RunReader:
 
 
 class _Events:
-    """The last events of a directory, as words."""
+    """The last events of a directory, as text."""
 
     def __init__(self, directory: Path) -> None:
         self._reader = EventReader(directory, last=EVENTS_BYTES)
@@ -247,7 +244,7 @@ def _words(row: dict[str, Any]) -> str:
 
 
 def _said(value: Any) -> str:
-    """As people write it: no quotes and brackets of Python's."""
+    """The value as plain text, without the quotes and brackets of Python."""
     if isinstance(value, dict):
         return "(" + ", ".join(f"{key} {_said(one)}" for key, one in value.items()) + ")"
     if isinstance(value, list):

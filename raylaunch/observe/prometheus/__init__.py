@@ -1,1 +1,1 @@
-"""What a cluster and its run do, for Prometheus: read from the cluster's and the run's files, served on the head."""
+"""Metrics of a cluster and its run for Prometheus: read from their files, served on the head."""

@@ -1,7 +1,7 @@
-"""The files of a cluster and its run → metric families, by Prometheus's naming (base units, `_total` for counters).
+"""The files of a cluster and its run → metric families, in Prometheus's naming (base units, `_total` for counters).
 
-A Reader remembers where it was in the growing files: a scrape reads what is new. Whatever cannot be read is left
-out of that scrape.
+Readers keep their position in the growing files: a scrape reads only new lines. Files that cannot be read are omitted
+from that scrape.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
 
 LEDGER_EVERY = 60.0
-"""Seconds that a ledger is good for: it takes longer than the rest."""
+"""Seconds for which a ledger is cached: it takes longer than the rest."""
 NODE = {
-    "cpu": ("raylaunch_node_cpu_ratio", "CPU time used, of what the job has there"),
-    "memory": ("raylaunch_node_memory_ratio", "Memory used, of what the job has there"),
-    "gpu": ("raylaunch_node_gpu_ratio", "Utilisation of the GPUs, their mean"),
-    "gpu_memory": ("raylaunch_node_gpu_memory_ratio", "Memory of the GPUs used, their mean"),
-    "watts": ("raylaunch_node_gpu_power_watts", "Power that the GPUs draw"),
-    "temperature": ("raylaunch_node_gpu_temperature_celsius", "The hottest GPU"),
-    "oom_kills": ("raylaunch_node_oom_kills_total", "Processes of the job that the kernel ended for memory"),
+    "cpu": ("raylaunch_node_cpu_ratio", "CPU usage of the job on the node, relative to its allocation"),
+    "memory": ("raylaunch_node_memory_ratio", "Memory usage of the job on the node, relative to its allocation"),
+    "gpu": ("raylaunch_node_gpu_ratio", "Mean utilisation of the GPUs"),
+    "gpu_memory": ("raylaunch_node_gpu_memory_ratio", "Mean memory usage of the GPUs"),
+    "watts": ("raylaunch_node_gpu_power_watts", "Power draw of the GPUs"),
+    "temperature": ("raylaunch_node_gpu_temperature_celsius", "Temperature of the hottest GPU"),
+    "oom_kills": ("raylaunch_node_oom_kills_total", "Processes of the job that the kernel killed for lack of memory"),
     "ecc_errors": ("raylaunch_node_gpu_ecc_errors_total", "Uncorrected ECC errors of the GPUs"),
 }
 STEP = {
-    "step": ("raylaunch_run_step", "The last step"),
+    "step": ("raylaunch_run_step", "Number of the last step"),
     "loss": ("raylaunch_run_loss", "Training loss of the last step"),
     "lr": ("raylaunch_run_learning_rate", "Learning rate of the last step"),
     "grad_norm": ("raylaunch_run_gradient_norm", "Norm of the gradient of the last step"),
-    "tokens": ("raylaunch_run_tokens", "Tokens that the run was trained on; fewer again where a recovery begins"),
-    "tokens_per_s": ("raylaunch_run_tokens_per_second", "Tokens a second over the last step"),
+    "tokens": ("raylaunch_run_tokens", "Tokens trained on; decreases when a recovery repeats steps"),
+    "tokens_per_s": ("raylaunch_run_tokens_per_second", "Tokens per second of the last step"),
     "data_wait": ("raylaunch_run_data_wait_seconds", "Seconds that the last step waited for data"),
-    "world_size": ("raylaunch_run_world_size", "Workers of the last step"),
-    "time": ("raylaunch_run_last_step_timestamp_seconds", "When the last step was done"),
+    "world_size": ("raylaunch_run_world_size", "Number of workers in the last step"),
+    "time": ("raylaunch_run_last_step_timestamp_seconds", "Time of the last step"),
 }
 
 
 class _Events:
-    """How often each kind came, and the last commit."""
+    """The number of events by kind, and the last commit."""
 
     def __init__(self, directory: Path) -> None:
         self._reader = EventReader(directory)
@@ -67,7 +67,7 @@ class _Events:
 
 
 class ClusterCollector:
-    """Of one cluster; `collect` is what prometheus_client's registry asks for."""
+    """The metrics of one cluster; the registry of prometheus_client calls `collect`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -78,7 +78,7 @@ class ClusterCollector:
         self._ledger: tuple[float, dict[str, Any]] = (-LEDGER_EVERY, {})
 
     def collect(self) -> Iterator[Metric]:
-        """All families that can be read now."""
+        """All metric families that can currently be read."""
         cluster = Cluster.read(self._directory)
         if cluster is None:
             return
@@ -91,7 +91,7 @@ class ClusterCollector:
         labels = {"cluster": cluster.name}
         head = Head.read(self._directory)
         yield _one(
-            "raylaunch_cluster_incarnation", "Grows with every election of a head", labels, head and head.incarnation
+            "raylaunch_cluster_incarnation", "Incremented by each election of a head", labels, head and head.incarnation
         )
         yield _one("raylaunch_cluster_nodes_wanted", "Nodes that the cluster should have", labels, memory.wanted)
         states = Counter(row.state for row in members.living(self._directory, cluster).nodes)
@@ -100,7 +100,7 @@ class ClusterCollector:
             family.add_metric([cluster.name, name], states[name])
         yield family
         strikes = GaugeMetricFamily(
-            "raylaunch_node_strikes", "How often it was lost or broken", labels=["cluster", "node"]
+            "raylaunch_node_strikes", "Number of losses and failures of the node", labels=["cluster", "node"]
         )
         for node, count in memory.strikes.items():
             strikes.add_metric([cluster.name, node], count)
@@ -128,11 +128,11 @@ class ClusterCollector:
         if record is None:
             return
         yield _one(
-            "raylaunch_run_up", "1 while it is at work, 0 when it has ended", labels, record.state not in runs.FINAL
+            "raylaunch_run_up", "1 while the run is active, 0 after its end", labels, record.state not in runs.FINAL
         )
-        yield _one("raylaunch_run_attempts_total", "Attempts begun", labels, record.attempt)
+        yield _one("raylaunch_run_attempts_total", "Attempts started", labels, record.attempt)
         config = loader.load_resolved(directory / records.CONFIG_FILE)
-        yield _one("raylaunch_run_max_steps", "Steps that it is to do", labels, config.step_scheduler.max_steps)
+        yield _one("raylaunch_run_max_steps", "Configured number of steps", labels, config.step_scheduler.max_steps)
         last = runs.last_metrics(directory)
         for key, (metric, text) in STEP.items():
             if isinstance(last.get(key), (int, float)):
@@ -142,11 +142,14 @@ class ClusterCollector:
         if events.commit:
             yield _one("raylaunch_run_last_commit_step", "Step of the last checkpoint", labels, events.commit["step"])
             yield _one(
-                "raylaunch_run_last_commit_timestamp_seconds", "When it was committed", labels, events.commit["time"]
+                "raylaunch_run_last_commit_timestamp_seconds",
+                "Time of the last checkpoint",
+                labels,
+                events.commit["time"],
             )
         found = self._summary(directory)
-        yield _one("raylaunch_run_goodput_ratio", "Time of steps that count, of all time", labels, found.get("goodput"))
-        yield _one("raylaunch_run_steps_lost_total", "Steps done again after faults", labels, found.get("steps_lost"))
+        yield _one("raylaunch_run_goodput_ratio", "Productive time over total time", labels, found.get("goodput"))
+        yield _one("raylaunch_run_steps_lost_total", "Steps repeated after faults", labels, found.get("steps_lost"))
         yield _one("raylaunch_run_recoveries_total", "Recoveries from faults", labels, found.get("recoveries"))
 
     def _summary(self, directory: Path) -> dict[str, Any]:
@@ -164,7 +167,7 @@ def _family(name: str, text: str, labels: list[str]) -> Any:
 
 
 def _one(name: str, text: str, labels: dict[str, str], value: Any) -> Metric:
-    """A family of one; empty where the value is not known."""
+    """A family with one metric; empty if the value is unknown."""
     family = _family(name, text, list(labels))
     if value is not None:
         family.add_metric(list(labels.values()), float(value))

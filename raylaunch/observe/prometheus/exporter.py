@@ -1,9 +1,9 @@
-"""The process beside a cluster's head that answers Prometheus.
+"""The process next to a cluster's head that serves metrics to Prometheus.
 
     python -m raylaunch.observe.prometheus.exporter CLUSTER_DIR ADDRESS PORT
 
-GET /metrics, for whoever knows STATE_DIR/metrics.token (0600, one for all clusters of the state directory, good for
-nothing else): `Authorization: Bearer …`. It reads files only: what it costs, or a disk that stalls, is not the head's.
+GET /metrics requires the token in STATE_DIR/metrics.token (0600, one for all clusters of the state directory, used for
+nothing else): `Authorization: Bearer …`. It only reads files: its cost, or a stalled disk, does not affect the head.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from raylaunch.state import files
 
 TOKEN_FILE = "metrics.token"
 ADDRESS_FILE = "metrics.json"
-"""In the cluster directory: where it is served."""
+"""In the cluster directory: address and port of the server."""
 SLOW_CLIENT = 10.0
 log = logging.getLogger(__name__)
 
 
 def token(state_dir: Path) -> str:
-    """The state directory's; made when it is first asked for."""
+    """The token of the state directory; created at the first use."""
     path = state_dir / TOKEN_FILE
     if not path.exists():
         files.write_text(path, files.new_token() + "\n")
@@ -36,7 +36,7 @@ def token(state_dir: Path) -> str:
 
 
 class MetricsServer(ThreadingHTTPServer):
-    """One cluster's."""
+    """The server of one cluster."""
 
     daemon_threads = True
 
@@ -47,14 +47,14 @@ class MetricsServer(ThreadingHTTPServer):
 
         super().__init__((address, port), _Handler)
         self.state_dir = directory.parent.parent
-        token(self.state_dir)  # so that it is there for whoever is to ask
+        token(self.state_dir)  # create it for the clients
         self.lock = threading.Lock()
-        """A Reader has one reader."""
+        """An EventReader is not thread-safe."""
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(ClusterCollector(directory))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """One line a failure: clients go away in the middle, and storage does not answer."""
+        """One line per failure: clients disconnect, and storage does not respond."""
         log.warning("a request failed client=%s error=%r", client_address, sys.exc_info()[1])
 
 
@@ -66,10 +66,10 @@ class _Handler(BaseHTTPRequestHandler):
         from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
         if self.path.partition("?")[0] != "/metrics":
-            return self.send_error(404, explain="There is /metrics.")
+            return self.send_error(404, explain="Only /metrics is available.")
         given = self.headers.get("Authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {token(self.server.state_dir)}".encode()):
-            return self.send_error(401, explain=f"Give the bearer token of {TOKEN_FILE} in the state directory.")
+            return self.send_error(401, explain=f"Send the bearer token in {TOKEN_FILE} of the state directory.")
         with self.server.lock:
             body = generate_latest(self.server.registry)
         self.send_response(200)
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """A line a scrape would be a large log of nothing."""
+        """No log line per scrape."""
 
 
 def main() -> None:

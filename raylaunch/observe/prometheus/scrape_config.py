@@ -1,4 +1,4 @@
-"""What a Prometheus and a Grafana of one's own need: targets, scrape configuration, dashboards."""
+"""Files for an existing Prometheus and Grafana: targets, scrape configuration, dashboards."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RAY = (
 
 
 def targets(state_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Prometheus's file_sd of the clusters that are up: our own servers, and Ray's exporters on every node."""
+    """File-based service discovery for running clusters: raylaunch's servers, and Ray's exporters on every node."""
     own, rays = [], []
     for name in up.names(state_dir):
         directory = files.cluster_dir(state_dir, name)
@@ -45,12 +45,12 @@ def targets(state_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
             ]
             rays.append({"targets": sorted(at), "labels": labels})
         except (RaylaunchError, KeyError, TypeError):
-            continue  # one that cannot be read does not hide the others
+            continue  # one that cannot be read must not hide the others
     return own, rays
 
 
 def write(state_dir: Path, out: Path) -> list[str]:
-    """All five files; their names. One that Ray cannot make is left out."""
+    """Write all five files; returns their names. The dashboard that Ray cannot create is omitted."""
     own, rays = targets(state_dir)
     files.make_dir(out, 0o755)
     exporter.token(state_dir)
@@ -69,7 +69,7 @@ def write(state_dir: Path, out: Path) -> list[str]:
 
 
 def write_targets(state_dir: Path, out: Path) -> None:
-    """The two files that change as clusters come and go; Prometheus sees that by itself."""
+    """Update the two files that change as clusters start and stop; Prometheus reloads them by itself."""
     for name, value in zip((TARGETS, RAY_TARGETS), targets(state_dir), strict=True):
         files.write_text(out / name, json.dumps(value, indent=1), 0o644)
 
@@ -89,7 +89,7 @@ def _scrape(state_dir: Path, out: Path) -> dict[str, Any]:
 
 
 def _rays_dashboard() -> str:
-    """Ray's own default dashboard, made by Ray in a process of its own; "" when it cannot."""
+    """Ray's default dashboard, created by Ray in a separate process; "" if that fails."""
     try:
         made = subprocess.run(
             [sys.executable, "-P", "-c", _RAY], capture_output=True, text=True, timeout=60, check=True

@@ -1,4 +1,4 @@
-"""Facts → what `raylaunch report --json` prints; its keys are described in docs/report.md. Pure."""
+"""Facts → the output of `raylaunch report --json`; docs/report.md describes its keys. Pure."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def as_dict(facts: ReportData) -> dict[str, Any]:
 
 
 def _series(one: Series) -> list[dict[str, float]]:
-    """At most some hundred points: time of the first value in it, mean, least, most."""
+    """At most some hundred points: time of its first value, mean, minimum, maximum."""
     return [
         {"time": b.time, "step": b.step, "mean": round(b.mean, 6), "low": b.low, "high": b.high} for b in one.in_order()
     ]
 
 
 def _plain(value: Any) -> Any:
-    """Without what JSON does not have."""
+    """Without values that JSON does not have."""
     if isinstance(value, dict):
         return {str(key): _plain(child) for key, child in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,10 +1,10 @@
-"""What a run cost: node-hours, GPU-hours, money, energy; and how well its jobs used what they held.
+"""The cost of a run: node-hours, GPU-hours, money, energy; and how efficiently its jobs used their allocation.
 
     the cluster's events → holds → node-hours, GPU-hours held (`node_hours`)   attempts → GPU-hours at work
     prices * what was held → money                                       sacct, once → energy, efficiency
 
-Money counts what was held, as a site's bill does. Accounting is by job: where a cluster served several runs, energy
-and efficiency are those of all of them. Without accounting, energy is the sum of what the nodes' meters said.
+Money is computed from held hours, like a site's bill. Accounting is per job: if a cluster trained several runs, energy
+and efficiency are those of all of them. Without accounting, energy is the sum of the nodes' meters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from raylaunch.scheduler.slurm.rows import TERMINAL, UsageRow
 
 @dataclass
 class Cost:
-    """None: not known here. Hours; joules; shares from 0 to 1."""
+    """Hours; joules; shares from 0 to 1. None: unknown."""
 
     node_hours: float | None = None
     gpu_hours: float | None = None
@@ -39,12 +39,12 @@ class Cost:
     energy_from: str = ""
     """accounting, or meters (of the nodes, as the cluster's load.jsonl has them)."""
     cpu_efficiency: float | None = None
-    """CPU time over the time of the CPUs that were allocated."""
+    """CPU time divided by the allocated CPU time."""
     memory_efficiency: float | None = None
-    """The task that used most memory, over what its node was given."""
+    """The memory of the task that used most, divided by the memory allocated on its node."""
     jobs: list[str] = field(default_factory=list)
     unknown: str = ""
-    """Why there is no accounting."""
+    """Why there are no accounting data."""
     gpu_type: str = ""
 
 
@@ -55,8 +55,8 @@ def of_run(
     prices: CostConfig,
     until: float,
 ) -> Cost:
-    """From events alone. `held`: of each cluster that the run was on, its holds and the run's time there; `gpus`: of each
-    node, empty when nothing is known."""
+    """From events alone. `held`: for each cluster of the run, its holds and the run's time there; `gpus`: GPUs of each
+    node, empty if unknown."""
     found = Cost(gpu_hour=prices.gpu_hour, node_hour=prices.node_hour, currency=prices.currency)
     most = max(gpus.values(), default=0)
     seconds = [node_seconds(holds, intervals) for holds, intervals in held]
@@ -77,21 +77,21 @@ def of_run(
 
 
 def ask_accounting(found: Cost, jobs: Sequence[str], since: float, slurm: Slurm) -> None:
-    """Add what Slurm's accounting knows of these jobs; why it knows nothing, otherwise."""
+    """Add the data of Slurm's accounting for these jobs, or the reason why there are none."""
     found.jobs = list(jobs)
     try:
         rows = slurm.usage(jobs, datetime.fromtimestamp(since - 60.0)) if jobs else []
     except SlurmUnavailable:
-        found.unknown = "Slurm does not answer here"
+        found.unknown = "Slurm does not respond"
         return
     except SlurmError:
         found.unknown = "sacct failed"
         return
     if rows is None:
-        found.unknown = "this Slurm keeps no accounting"
+        found.unknown = "Slurm accounting is not enabled"
         return
     if not rows:
-        found.unknown = "Slurm's accounting does not know its jobs" if jobs else "its jobs are not recorded"
+        found.unknown = "its jobs are not in Slurm's accounting" if jobs else "its jobs are not recorded"
         return
     found.cpu_efficiency, found.memory_efficiency, joules = efficiency(rows)
     found.gpu_type = next((row.gpu_type for row in rows if row.gpu_type), "")
@@ -99,11 +99,11 @@ def ask_accounting(found: Cost, jobs: Sequence[str], since: float, slurm: Slurm)
         found.joules, found.energy_from = joules, "accounting"
     if found.cpu_efficiency is None and found.memory_efficiency is None:
         ended = all(row.state in TERMINAL for row in rows if not row.step)
-        found.unknown = "the accounting has no usage of its jobs" if ended else "not before its job has ended"
+        found.unknown = "Slurm's accounting has no usage of its jobs" if ended else "available after its job has ended"
 
 
 def efficiency(rows: Sequence[UsageRow]) -> tuple[float | None, float | None, float | None]:
-    """(CPU, memory, joules) of jobs and their steps. A job whose steps go on has no CPU time yet: it does not count."""
+    """(CPU, memory, joules) of jobs and their steps. A job with running steps has no CPU time yet: it is skipped."""
     jobs = [row for row in rows if not row.step]
     told = [row for row in jobs if row.cpu_seconds is not None and row.elapsed and row.cpus]
     room = sum(row.elapsed * row.cpus for row in told)

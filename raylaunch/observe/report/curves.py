@@ -4,7 +4,7 @@
       → buckets (least, most, mean of each series), and a thinned run of steps for the ledger
 
 A run of 10⁶ steps has groups of a hundred: no spike of loss or throughput is lost, memory does not grow with the run,
-and a file with a few ten thousand lines is read whole. What is no JSON, or far too long for a line, is passed over.
+and a file of some ten thousand lines is read completely. Lines that are not JSON, or far too long, are skipped.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from raylaunch.observe.report.axis import WIDTH, Axis
 
 BUCKETS = 400
 GROUPS = 12000
-"""Groups of lines, at most about."""
+"""Approximate maximum number of groups of lines."""
 CHUNK = 4 << 20
 LONGEST = 1 << 16
 """Bytes of a line."""
 RATES = ("tokens_per_s", "samples_per_s")
 LOADS = ("cpu", "memory", "gpu", "gpu_memory", "watts", "temperature", "nodes")
 LOAD_GAP = 90.0
-"""Seconds that one line of the load speaks for, at most."""
+"""Maximum seconds that one line of the load covers."""
 _LOSS_KEY, _RATE_KEYS = b'"loss": ', [f'"{name}": '.encode() for name in RATES]
 _decode = json.JSONDecoder().decode
 
 
 @dataclass
 class Bucket:
-    """What fell into one bucket of one series."""
+    """The values in one bucket of one series."""
 
     x: float
     """Of the first, in the units of the axis."""
@@ -48,7 +48,7 @@ class Bucket:
     count: int = 1
     total: float = 0.0
     inverse: float = 0.0
-    """The sum of one over each value."""
+    """The sum of the reciprocals."""
     step: int = 0
     """The last one's."""
 
@@ -66,7 +66,7 @@ class Series:
     def add(
         self, x: float, time: float, value: float, attempt: int = 0, step: int = 0, is_extreme: bool = False
     ) -> None:
-        """`is_extreme`: chosen because it is one, so that it says nothing of the mean."""
+        """`is_extreme`: selected as an extreme value, and therefore not part of the mean."""
         key = int(x * BUCKETS / WIDTH)
         inverse = 1 / value if value > 0 else 0.0
         one = self.buckets.get(key)
@@ -85,13 +85,13 @@ class Series:
 
     @property
     def mean(self) -> float | None:
-        """Of all that was added."""
+        """Of all added values."""
         count = sum(b.count for b in self.buckets.values())
         return sum(b.total for b in self.buckets.values()) / count if count else None
 
     @property
     def mean_rate(self) -> float | None:
-        """Of rates of steps, which do the same each: what all did over the time that all took (the harmonic mean)."""
+        """For rates of equal steps: the total amount divided by the total time (the harmonic mean)."""
         count, inverse = (sum(getattr(b, name) for b in self.buckets.values()) for name in ("count", "inverse"))
         return count / inverse if inverse else None
 
@@ -102,22 +102,22 @@ class Series:
 
 @dataclass
 class Curves:
-    """What the metrics say."""
+    """The contents of the metrics."""
 
     series: dict[str, Series] = field(default_factory=dict)
     """By the name of the metric: loss, val_loss, tokens_per_s, samples_per_s."""
     steps: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of steps for the ledger; of a long run, some."""
+    """Lines of steps for the ledger; of a long run, a sample."""
     last: dict[str, Any] = field(default_factory=dict)
     """The last step's line."""
     last_val: float | None = None
     lines: int = 0
     nonfinite: int = 0
-    """Steps whose loss was no number."""
+    """Steps whose loss was NaN or infinite."""
 
 
 def metrics(path: Path, axis: Axis, buckets_of: tuple[str, ...] = ("loss", "val_loss", *RATES)) -> Curves:
-    """Read metrics.jsonl; empty where there is none."""
+    """Read metrics.jsonl; empty if there is none."""
     found = Curves({name: Series() for name in buckets_of})
     stride = max(1, _lines_about(path) // GROUPS)
     group: list[bytes] = []
@@ -144,7 +144,7 @@ def metrics(path: Path, axis: Axis, buckets_of: tuple[str, ...] = ("loss", "val_
 
 
 def _take(found: Curves, axis: Axis, group: list[bytes], again: bool = False) -> None:
-    """One group of lines. `again`: it was seen as a member of a group, and is wanted whole."""
+    """One group of lines. `again`: it was already read as part of a group, and is needed completely."""
     for line in group if len(group) < 3 else _telling(group):
         row = parse(line)
         if row is not None:
@@ -203,7 +203,7 @@ def _add(found: Curves, axis: Axis, row: dict[str, Any], is_extreme: bool, again
 
 
 def load(path: Path, axis: Axis, into: dict[str, Series]) -> float:
-    """Add the lines of a cluster's load.jsonl that fall into the run's time; the joules that its meters saw."""
+    """Add the lines of a cluster's load.jsonl within the run's time; returns the joules that its meters measured."""
     joules, before = 0.0, math.inf
     for line in lines(path):
         row = parse(line)
@@ -237,7 +237,7 @@ def parse(line: bytes) -> dict[str, Any] | None:
 
 
 def lines(path: Path) -> Iterator[bytes]:
-    """The complete lines of a file, in pieces of bounded size; none where it cannot be read."""
+    """The complete lines of a file, read in chunks of bounded size; none if it cannot be read."""
     try:
         source = path.open("rb")
     except OSError:
@@ -260,7 +260,7 @@ def _read(read: Callable[[int], bytes]) -> bytes:
 
 
 def _lines_about(path: Path) -> int:
-    """How many lines it has, by the length of its first ones."""
+    """The approximate number of lines, from the length of the first ones."""
     try:
         with path.open("rb") as source:
             head = source.read(LONGEST)

@@ -1,4 +1,4 @@
-"""Numbers and names as people read them. Pure."""
+"""Numbers and names formatted for people. Pure."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import math
 from datetime import datetime
 
 PARTS: dict[str, tuple[str, str, str]] = {
-    "productive": ("productive", "good", "steps that were not done again"),
-    "checkpoint": ("saving", "save", "steps waited for a checkpoint"),
-    "queue": ("queue", "wait", "waited for its turn or for nodes"),
-    "holding": ("too few nodes", "wait", "held below the minimum of nodes"),
-    "bring_up": ("head", "start", "a head came up"),
-    "connect": ("connect", "start", "workers started and found each other"),
-    "build": ("build", "start", "data and model were made"),
-    "restore": ("restore", "start", "a checkpoint was read"),
-    "first_step": ("first step", "start", "what a first step takes longer than the others"),
-    "redone": ("lost steps", "lost", "steps done again, cut short by a fault, or not saved at the end"),
-    "detect": ("detect", "lost", "until a fault was known"),
-    "stop": ("stop", "lost", "the old workers ended"),
-    "decide": ("decide", "lost", "the next size was chosen"),
+    "productive": ("productive", "good", "steps that were not repeated"),
+    "checkpoint": ("saving", "save", "steps waiting for a checkpoint"),
+    "queue": ("queue", "wait", "waiting for other runs or for nodes"),
+    "holding": ("too few nodes", "wait", "waiting for the minimum number of nodes"),
+    "bring_up": ("head", "start", "a head started"),
+    "connect": ("connect", "start", "workers started and connected"),
+    "build": ("build", "start", "data and model were created"),
+    "restore": ("restore", "start", "a checkpoint was loaded"),
+    "first_step": ("first step", "start", "extra time of the first step of an attempt"),
+    "redone": ("lost steps", "lost", "steps repeated, interrupted by a fault, or not saved at the end"),
+    "detect": ("detect", "lost", "until a fault was detected"),
+    "stop": ("stop", "lost", "the old workers stopped"),
+    "decide": ("decide", "lost", "the next number of workers was chosen"),
 }
-"""Part of the ledger → its name, its group (a colour), what it is."""
+"""Part of the ledger → its name, its group (a colour), its description."""
 
 
 def duration(seconds: float) -> str:
@@ -55,13 +55,13 @@ def amount(value: float, unit: str = "") -> str:
 
 
 def hours(seconds: float) -> str:
-    """Node-hours and GPU-hours: as many digits as matter."""
+    """Node-hours and GPU-hours, with the significant digits."""
     value = seconds / 3600
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def percent(share: float) -> str:
-    """Close to all and to nothing, the digits that tell them apart."""
+    """More digits close to 0 and to 100."""
     value = 100 * share
     if 0 < value < 0.01:
         return "< 0.01 %"
@@ -79,7 +79,7 @@ def energy(joules: float) -> str:
 
 
 def when(moment: float, seconds: bool = False) -> str:
-    """In this machine's zone, which is named where the day is."""
+    """In the time zone of this machine, with its name."""
     try:
         return (
             f"{datetime.fromtimestamp(moment).astimezone():{'%Y-%m-%d %H:%M:%S' if seconds else '%Y-%m-%d %H:%M'} %Z}"
@@ -93,6 +93,6 @@ def day(moment: float) -> str:
 
 
 def clip(text: str, most: int) -> str:
-    """One line, and no longer than that."""
+    """The text as one line of at most `most` characters."""
     text = " ".join(text.split())
     return text if len(text) <= most else text[: most - 1] + "…"

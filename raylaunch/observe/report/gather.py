@@ -1,7 +1,7 @@
-"""All that a report says of a run, gathered once: a run directory, its clusters' directories, one `sacct` → Facts.
+"""All facts of a report, gathered once: a run directory, its clusters' directories, one `sacct` → Facts.
 
-Whatever is missing, torn or of an older version leaves its part empty, and a line in `unknown`; nothing here raises for
-the content of a file. The page, the text and `--json` are made from these facts alone.
+If something is missing, damaged or of an older version, its part is empty, with a line in `unknown`; the content of a
+file never raises an error. The page, the text and `--json` are made from these facts only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raylaunch.cluster import up
 from raylaunch.config import loader
 from raylaunch.config.schema import CostConfig, SlurmConfig
 from raylaunch.errors import RaylaunchError
-from raylaunch.observe.history import goodput, node_hours, plot, safe_read
+from raylaunch.observe.history import goodput, node_hours, recoveries, safe_read
 from raylaunch.observe.history.goodput import Ledger, Stretch
 from raylaunch.observe.history.recoveries import Recovery
 from raylaunch.observe.history.timeline import FINAL, History, Row, read, settled
@@ -44,13 +44,13 @@ class ReportData:
 
     name: str
     state: str
-    """run.json's, or interrupted: its cluster ended without a word of the run; unknown."""
+    """As in run.json, or interrupted (the cluster ended before the run did), or unknown."""
     reason: str
     cluster: str
     directory: Path
     began: float
     until: float
-    """Its end, or now, or the last sign of it."""
+    """Its end, or now, or its last activity."""
     live: bool
     axis: Axis
     history: History
@@ -64,27 +64,27 @@ class ReportData:
     config: dict[str, Any] | None
     hand_overs: list[dict[str, Any]]
     gpus: dict[str, int]
-    """Node → GPUs; empty where nothing is known."""
+    """Node → number of GPUs; empty if unknown."""
     gpu_type: str
-    """As Slurm calls it, or ""."""
+    """Its name in Slurm, or ""."""
     parameters: int | None = None
     unknown: list[str] = field(default_factory=list)
-    """What could not be found out, a line each."""
+    """Missing information, one line each."""
     made: float = field(default_factory=time.time)
     version: str = __version__
 
     def named(self, recovery: Recovery) -> str:
-        """A few words for what happened."""
-        return plot.named(recovery, self.injected)
+        """A short name of the recovery."""
+        return recoveries.named(recovery, self.injected)
 
     @property
     def faults(self) -> list[Recovery]:
-        """Recoveries that were no resizes."""
+        """Recoveries other than resizes."""
         return [r for r in self.book.recoveries if r.kind != "resize"]
 
     @property
     def survived(self) -> list[Recovery]:
-        """Faults behind which the run reached a step."""
+        """Faults after which the run reached a step."""
         return [r for r in self.faults if r.total is not None]
 
     @property
@@ -100,12 +100,12 @@ class ReportData:
 
     @property
     def loss(self) -> float | None:
-        """Of the last step; None: it has none, or it was no number."""
+        """Of the last step; None: it has none, or it is NaN or infinite."""
         return curves.number(self.curves.last.get("loss"))
 
     @property
     def rate(self) -> tuple[str, float] | None:
-        """(tokens or samples, per second of the time that its steps took)."""
+        """(tokens or samples, number per second of step time)."""
         for name in curves.RATES:
             mean = self.curves.series[name].mean_rate
             if mean is not None:
@@ -122,7 +122,7 @@ class ReportData:
 
 
 def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) -> ReportData:
-    """Everything about a run; `slurm`: for accounting and for whether its cluster lives (None: Slurm itself)."""
+    """All facts of a run; `slurm`: for accounting and the state of its cluster (None: the real Slurm)."""
     now = time.time() if now is None else now
     record, why = safe_read.run(run_dir)
     events = _events(run_dir)
@@ -150,13 +150,13 @@ def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) 
         cost.joules, cost.energy_from = meters, "meters"
     hand_overs = provenance.read(run_dir)
     unknown = {
-        f"its state: {why}": record is None,
-        "its configuration: config.yaml is not there, or cannot be read": config is None,
-        f"energy and efficiency by the accounting: {cost.unknown}": bool(cost.unknown),
-        "nodes and node-hours: the events of its cluster are not there (any more)": not any(of_cluster.values()),
-        "utilisation: its cluster wrote none": not load,
-        "loss and throughput: it has no metrics": not found.lines,
-        "versions and the state of the code: they were not recorded when it was handed over": not hand_overs,
+        f"state: {why}": record is None,
+        "configuration: config.yaml is missing or cannot be read": config is None,
+        f"energy and efficiency: {cost.unknown}": bool(cost.unknown),
+        "nodes and node-hours: the events of the cluster are missing": not any(of_cluster.values()),
+        "utilisation: not recorded by the cluster": not load,
+        "loss and throughput: the run has no metrics": not found.lines,
+        "versions and state of the code: not recorded at the submission": not hand_overs,
     }
     node_rows = [r for one, spans in where.items() for r in of_cluster.get(one, []) if _inside(r["time"], spans)]
     seconds = node_hours.node_seconds([h for holds, _ in held for h in holds], axis.intervals)
@@ -176,7 +176,7 @@ def gather(run_dir: Path, slurm: Slurm | None = None, now: float | None = None) 
 
 @dataclass(frozen=True)
 class _Span:
-    """When a run was at work, and where. `began`: the first start, or the handing over where there was none."""
+    """When and where a run was active. `began`: its first start, or its submission if it never started."""
 
     cluster: str
     live: bool
@@ -205,7 +205,7 @@ def _state(record: Run | None, live: bool) -> str:
 
 
 def _lives(run_dir: Path, name: str, last: float) -> bool:
-    """Whether the cluster of a run that has not ended is there; when Slurm does not say, it is taken to be."""
+    """Whether the cluster of a run that has not ended is running; assumed if Slurm does not respond."""
     directory = _cluster_dir(run_dir, name)
     record, _ = safe_read.cluster(directory)
     if record is None or (directory / records.ENDED_FILE).exists() or record.created > last:
@@ -231,7 +231,7 @@ def _cluster_events(run_dir: Path, name: str) -> list[Row]:
 
 
 def _clusters(events: Sequence[Row], name: str) -> list[str]:
-    """The clusters that the run was handed to, the last one last."""
+    """The clusters to which the run was submitted, the last one last."""
     return list(dict.fromkeys([*(str(e["cluster"]) for e in events if e["kind"] == "queued" and "cluster" in e), name]))
 
 
@@ -275,7 +275,7 @@ def _first_time(run_dir: Path, until: float) -> float:
 
 
 def _gpus(run_dir: Path, clusters: dict[str, list[Row]], asked: Sequence[dict[str, Any] | None]) -> dict[str, int]:
-    """Node → GPUs: as the agents said; for nodes that are forgotten, as they were asked for."""
+    """Node → number of GPUs: as the agents reported; if no longer known, as requested."""
     found: dict[str, int] = {}
     for name in clusters:
         found |= safe_read.gpus(_cluster_dir(run_dir, name))
@@ -296,7 +296,7 @@ def _gpu_type(asked: Sequence[dict[str, Any] | None]) -> str:
 
 
 def _gpus_asked(config: dict[str, Any] | None) -> SlurmConfig:
-    """What a configuration says of GPUs, whatever else is wrong with it."""
+    """The GPU settings of a configuration, also if other parts are invalid."""
     of_node, gres = settings.at(config, "slurm.gpus_per_node"), settings.at(config, "slurm.gres")
     return SlurmConfig.model_construct(
         gpus_per_node=of_node if isinstance(of_node, (str, int)) else None, gres=gres if isinstance(gres, str) else None

@@ -1,4 +1,4 @@
-"""Facts → Markdown that reads well as it is. Pure."""
+"""Facts → Markdown, readable also as plain text. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MOST = 200
 
 
 def markdown(facts: ReportData) -> str:
-    """The report as text that reads well as it is."""
+    """The report as Markdown, readable also as plain text."""
     book = facts.book
     out = [f"# {facts.name}", "", sentence(facts), ""]
     if facts.reason:
@@ -33,7 +33,7 @@ def markdown(facts: ReportData) -> str:
         ],
     )
     if book.recoveries:
-        out += ["## Faults and changes of size", ""]
+        out += ["## Faults and resizes", ""]
         rows = [
             [
                 str(number), formatting.when(r.began, seconds=True), facts.named(r), f"{r.workers[0]} → {r.workers[1]}",
@@ -41,13 +41,13 @@ def markdown(facts: ReportData) -> str:
             ]
             for number, r in enumerate(book.recoveries, 1)
         ]  # fmt: skip
-        out += _table(["#", "when", "what", "workers", "steps repeated", "took"], rows[:MOST])
+        out += _table(["#", "time", "event", "workers", "steps repeated", "duration"], rows[:MOST])
         out += [f"and {len(rows) - MOST} more", ""] if len(rows) > MOST else []
     told = [n for n in facts.nodes if any(n.trouble)]
     if told:
-        out += ["## Nodes with trouble", ""]
+        out += ["## Nodes with problems", ""]
         out += _table(
-            ["node", "lost", "strikes", "drained", "last said"],
+            ["node", "lost", "strikes", "drained", "last reason"],
             [
                 [
                     n.name,
@@ -63,7 +63,7 @@ def markdown(facts: ReportData) -> str:
     if facts.hand_overs:
         out += ["## Software", "", *_table(["", "", ""], [[*row] for row in code_rows(facts)])]
     if facts.unknown:
-        out += ["## Not known here", "", *(f"- {line}" for line in facts.unknown), ""]
+        out += ["## Missing information", "", *(f"- {line}" for line in facts.unknown), ""]
     return "\n".join(out)
 
 

@@ -1,4 +1,4 @@
-"""The nodes of a run: what each went through, by its cluster's events. Pure."""
+"""The nodes of a run and their history, from the events of its cluster. Pure."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from raylaunch.observe.history.timeline import History, Row
 
 @dataclass
 class NodeFact:
-    """One node in the run's time."""
+    """One node during the run."""
 
     name: str
     state: str = ""
-    """The last that was said of it."""
+    """From its last event."""
     seconds: float | None = None
-    """Held for; None: not known."""
+    """Time held; None: unknown."""
     lost: int = 0
     strikes: int = 0
     excluded: bool = False
     drained: int = 0
     faults: int = 0
-    """Of the run's attempts, that were laid at its door."""
+    """Faults of the run's attempts on this node."""
     reason: str = ""
     """Of its last strike, loss or drain."""
     attempts: int = 0
@@ -36,7 +36,7 @@ class NodeFact:
 
     @property
     def trouble(self) -> tuple[int, int, int, int]:
-        """For sorting: the worst have most."""
+        """For sorting: higher is worse."""
         return self.strikes + self.excluded, self.lost, self.faults, self.drained
 
 
@@ -44,7 +44,7 @@ def of_events(
     events: Sequence[Row], seconds: Mapping[str, float], history: History, table: Mapping[str, dict[str, Any]],
     gpus: Mapping[str, int],
 ) -> list[NodeFact]:  # fmt: skip
-    """The worst first, then by name. `events`: of the clusters, in the run's time; `table`: the rows of members.json."""
+    """The worst first, then by name. `events`: of the clusters, during the run; `table`: the rows of members.json."""
     found: dict[str, NodeFact] = {}
 
     def of(name: object) -> NodeFact:

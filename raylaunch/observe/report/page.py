@@ -1,6 +1,6 @@
-"""Facts → one HTML page that needs nothing else: no script, no font, no network. Bounded in size whatever the run was.
+"""Facts → one self-contained HTML page: no scripts, fonts or network. Its size is bounded for any run.
 
-What is pictured stands in a table, too, for those who cannot see it or want to copy it.
+The data of the charts are also in tables, for screen readers and for copying.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from raylaunch.observe.report import formatting, settings, summary, svg, timelin
 from raylaunch.observe.report.gather import ReportData
 
 RECOVERIES, NODES = 120, 100
-"""Rows of the tables; the worst of more."""
+"""Rows of the tables; of more, the worst are shown."""
 CONFIG = 60_000
 """Characters of the configuration."""
 
@@ -61,7 +61,7 @@ def _value(value: Any) -> str:
 
 
 def _ledger(facts: ReportData) -> dict[str, Any]:
-    """Bars and legend; parts under a thousandth of a second are left out."""
+    """Bars and legend; parts under a thousandth of a second are omitted."""
     parts = [(name, facts.book.parts.get(name, 0.0)) for name in formatting.PARTS]
     shown = [(name, seconds) for name, seconds in parts if seconds > 1e-3]
     wall = facts.book.wall or 1.0
@@ -74,10 +74,8 @@ def _ledger(facts: ReportData) -> dict[str, Any]:
     lost = sum(seconds for _, seconds in other)
     return {
         "rows": rows,
-        "bar": svg.bar([_piece(name, seconds, wall) for name, seconds in shown], 34, f"Of its time: {told}."),
-        "zoom": svg.bar(
-            [_piece(name, seconds, wall) for name, seconds in other], 18, "The part that was not productive."
-        ),
+        "bar": svg.bar([_piece(name, seconds, wall) for name, seconds in shown], 34, f"Share of the time: {told}."),
+        "zoom": svg.bar([_piece(name, seconds, wall) for name, seconds in other], 18, "Time that was not productive."),
         "lost": lost,
         "lost_share": lost / wall,
     }
@@ -92,7 +90,7 @@ def _piece(name: str, seconds: float, wall: float) -> tuple[float, str, str]:
 
 
 def _recoveries(facts: ReportData) -> list[dict[str, Any]]:
-    """The longest ones where there are too many, in order of time."""
+    """The recoveries, in order of time; if there are too many, the longest ones."""
     numbered = list(enumerate(facts.book.recoveries, 1))
     if len(numbered) > RECOVERIES:
         numbered = sorted(sorted(numbered, key=lambda n: -_weight(n[1]))[:RECOVERIES])

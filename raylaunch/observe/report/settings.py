@@ -1,8 +1,7 @@
-"""The configuration of a run as it may be shown to others: without secrets, and what differs from the defaults. Pure but
-for reading one file.
+"""The configuration of a run without secrets, and its differences from the defaults. Pure, except for reading one file.
 
-Hidden: every literal in `slurm.env` (references like ${NAME} stay), what stands under a key or behind an option whose
-name speaks of a secret, all addresses under `alerts`, and the user and password in any URL.
+Hidden: every literal in `slurm.env` (references like ${NAME} stay), the value of a key or an option whose name refers
+to a secret, all addresses under `alerts`, and the user and password in any URL.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _REFERENCE = re.compile(r"\$\{\w+\}")
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A config.yaml as plain values; None where there is none, or none that can be read."""
+    """A config.yaml as plain values; None if it is missing or cannot be read."""
     try:
         if path.stat().st_size > LARGEST:
             return None
@@ -38,7 +37,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
-    """The same values, with what may be secret replaced; `key`: dotted, of this value."""
+    """The same values, with possible secrets replaced; `key`: the dotted key of this value."""
     if isinstance(value, dict):
         return {name: without_secrets(child, f"{key}.{name}" if key else str(name)) for name, child in value.items()}
     if isinstance(value, list):
@@ -81,7 +80,7 @@ def text(values: dict[str, Any]) -> str:
 
 
 def differences(values: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key → value, of what is not the default; and of keys that this version does not know."""
+    """Dotted key → value, for values other than the default and keys unknown to this version."""
     defaults = _flat(Config().model_dump())
     return {
         key: value
@@ -102,7 +101,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def prices(values: dict[str, Any] | None, site: CostConfig) -> CostConfig:
-    """The prices in force: those of the run's configuration where it has any, else of the user's own file as it is now."""
+    """The effective prices: those of the run's configuration if it has any, else those of the user's file as it is now."""
     own = at(values, "cost")
     known = {name: own[name] for name in CostConfig.model_fields if name in own} if isinstance(own, dict) else {}
     try:

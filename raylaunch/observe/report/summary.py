@@ -1,4 +1,4 @@
-"""Facts → words: the sentence and the figures at the top of a report, its rows on cost and software. Pure."""
+"""Facts → text: the sentence and the figures at the top of a report, its rows on cost and software. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from raylaunch.observe.report.gather import ReportData
 from raylaunch.text import plural
 
 Pairs = list[tuple[str, str, str]]
-"""(what, value, a remark)."""
+"""(name, value, remark)."""
 
 
 def steps(facts: ReportData) -> str:
@@ -18,18 +18,18 @@ def steps(facts: ReportData) -> str:
 
 
 def size(facts: ReportData) -> str:
-    """The most it had: `12 nodes, 96 workers`."""
+    """The maximum size: `12 nodes, 96 workers`."""
     parts = [plural(facts.most_nodes, "node")] if facts.most_nodes else []
     parts += [plural(facts.most_workers, "worker")] if facts.most_workers else []
     return ", ".join(parts)
 
 
 def sentence(facts: ReportData) -> str:
-    """What became of the run, in one line."""
+    """The outcome of the run, in one line."""
     how = {
         "finished": "Finished", "failed": "Failed", "stopped": "Stopped and saved", "interrupted": "Interrupted",
-        "running": "Running", "holding": "Waits for nodes", "queued": "Queued",
-    }.get(facts.state, "Of unknown state")  # fmt: skip
+        "running": "Running", "holding": "Waiting for nodes", "queued": "Queued",
+    }.get(facts.state, "Unknown state")  # fmt: skip
     took = formatting.duration(facts.axis.seconds)
     found = f"{how} {'for' if facts.live else 'after'} {took}"
     if size(facts):
@@ -57,11 +57,11 @@ def cards(facts: ReportData) -> Pairs:
         found.append(("loss", f"{facts.loss:.4g}", f"validation {val:.4g}" if val is not None else "at the last step"))
     if facts.rate is not None:
         kind, mean = facts.rate
-        per = f"{formatting.amount(mean / facts.most_workers)} a worker" if facts.most_workers else ""
+        per = f"{formatting.amount(mean / facts.most_workers)} per worker" if facts.most_workers else ""
         found.append((f"{kind} per second", formatting.amount(mean), per))
     total = sum(r.total or 0.0 for r in facts.survived)
     mean_time = (
-        f"{formatting.duration(total / len(facts.survived))} each in the mean" if facts.survived else "none occurred"
+        f"{formatting.duration(total / len(facts.survived))} each on average" if facts.survived else "none occurred"
     )
     if len(facts.faults) > len(facts.survived):
         mean_time = f"of {len(facts.faults)}"
@@ -83,19 +83,19 @@ def _nodes(facts: ReportData) -> str:
 
 
 def cost_rows(facts: ReportData) -> Pairs:
-    """What it cost, and how well it was used."""
-    cost, unknown = facts.cost, "not known here"
+    """Cost and efficiency."""
+    cost, unknown = facts.cost, "unknown"
 
     def hours(value: float | None) -> str:
         return formatting.hours(3600 * value) if value is not None else unknown
 
-    rows: Pairs = [("node-hours", hours(cost.node_hours), "nodes held in the run's time")]
+    rows: Pairs = [("node-hours", hours(cost.node_hours), "nodes in the cluster during the run")]
     no_gpus = bool(facts.gpus) and not any(facts.gpus.values())
     if no_gpus:
         rows.append(("GPU-hours", "none", "its nodes have no GPUs"))
     else:
-        rows.append(("GPU-hours held", hours(cost.gpu_hours_held), "GPUs of the nodes held"))
-        rows.append(("GPU-hours at work", hours(cost.gpu_hours), "workers in attempts, a GPU each"))
+        rows.append(("GPU-hours held", hours(cost.gpu_hours_held), "all GPUs of these nodes"))
+        rows.append(("GPU-hours at work", hours(cost.gpu_hours), "workers of the attempts, one GPU each"))
     prices = [
         f"{price:g} {cost.currency} per {what}"
         for price, what in ((cost.gpu_hour, "GPU-hour"), (cost.node_hour, "node-hour"))
@@ -104,23 +104,23 @@ def cost_rows(facts: ReportData) -> Pairs:
     if prices:
         rows.append(("money", _money(facts) or unknown, " and ".join(prices)))
     if cost.joules is not None:
-        by = "by Slurm's accounting" if cost.energy_from == "accounting" else "by the nodes' meters"
+        by = "from Slurm's accounting" if cost.energy_from == "accounting" else "from the nodes' meters"
         rows.append(("energy", formatting.energy(cost.joules), by))
     else:
         rows.append(("energy", unknown, ""))
     for name, share, remark in (
-        ("CPU efficiency", cost.cpu_efficiency, "CPU time over what was allocated (sacct)"),
-        ("memory efficiency", cost.memory_efficiency, "the fullest task over its node's share (sacct)"),
+        ("CPU efficiency", cost.cpu_efficiency, "CPU time divided by allocated CPU time (sacct)"),
+        ("memory efficiency", cost.memory_efficiency, "largest task divided by its node's allocation (sacct)"),
     ):
         if share is not None:
             rows.append((name, formatting.percent(share), remark))
     if cost.cpu_efficiency is None and cost.memory_efficiency is None:
-        rows.append(("efficiency", unknown, cost.unknown or "its jobs were not Slurm's"))
+        rows.append(("efficiency", unknown, cost.unknown or "it did not run in Slurm jobs"))
     return rows
 
 
 def code_rows(facts: ReportData) -> Pairs:
-    """Versions and the state of the code, at the last hand-over; and what changed before that."""
+    """Versions and the state of the code at the last submission, and earlier commits."""
     if not facts.hand_overs:
         return []
     last = facts.hand_overs[-1]
@@ -128,14 +128,14 @@ def code_rows(facts: ReportData) -> Pairs:
     git = _dict(last.get("git"))
     if git:
         dirty, changed = git.get("dirty"), git.get("changed")
-        state = "clean" if dirty is False else "its changes are not known"
+        state = "clean" if dirty is False else "changes unknown"
         if dirty:
             state = f"with {plural(changed if isinstance(changed, int) else 0, 'changed file')}"
         branch = f"branch {git.get('branch')}, " if git.get("branch") else ""
         rows.append(("code", str(git.get("commit", ""))[:12], f"{branch}{state}, in {git.get('directory')}"))
     commits = list(dict.fromkeys(str(_dict(h.get("git")).get("commit", ""))[:12] for h in facts.hand_overs))
     if len(commits) > 1:
-        rows.append(("before", ", ".join(filter(None, commits[:-1])) or "no git", "at earlier hand-overs"))
+        rows.append(("earlier", ", ".join(filter(None, commits[:-1])) or "no commit", "at earlier submissions"))
     return rows
 
 

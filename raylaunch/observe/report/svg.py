@@ -1,8 +1,8 @@
-"""Small pictures as inline SVG, made of strings: curves over a shared time axis, bars. Pure.
+"""Small charts as inline SVG strings: curves over a shared time axis, bars. Pure.
 
-Curves live in nested <svg> elements that are stretched to the width of the page (preserveAspectRatio none, strokes that
-do not scale); texts and marks are placed in per cent beside them. So one picture serves a wide screen and a phone, and
-its letters keep their size. Colours are CSS classes of the page. Values are escaped here; nothing else is trusted.
+Curves are nested <svg> elements that are stretched to the width of the page (preserveAspectRatio none, strokes that do
+not scale); texts and marks are positioned in per cent. Therefore one chart fits a wide screen and a phone, and the size
+of its text does not change. Colours are CSS classes of the page. All values are escaped here.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def tag(name: str, *inside: Markup | str, **attributes: object) -> Markup:
 
 
 def hover(text: str) -> Markup:
-    """What is shown where the mouse rests."""
+    """The text shown at the mouse pointer."""
     return Markup(f"<title>{escape(text)}</title>")
 
 
@@ -75,7 +75,7 @@ class Scale:
 
 
 def scale(values: Sequence[float], height: float, from_zero: bool = False, may_log: bool = False) -> Scale:
-    """One that holds all values, with a little room."""
+    """A scale for all values, with a small margin."""
     low, high = min(values, default=0.0), max(values, default=1.0)
     if may_log and low > 0 and high / low > 3:
         room = (high / low) ** 0.06
@@ -116,7 +116,7 @@ def time_text(elapsed: float, step: float) -> str:
 
 @dataclass
 class Panel:
-    """One picture on the time axis: its title, its drawing (in WIDTH by height), its ticks."""
+    """One chart on the time axis: its title, its drawing (in WIDTH by height), its ticks."""
 
     title: str
     height: int
@@ -125,12 +125,12 @@ class Panel:
     """(pixels from the panel's top, text)."""
     class_: str = ""
     note: str = ""
-    """Beside the title."""
+    """Next to the title."""
 
 
 @dataclass
 class Mark:
-    """Something that happened: a line through all panels, and a band where it took long enough to be seen."""
+    """An event: a line through all panels, and a band if it lasted long enough to be visible."""
 
     x: float
     until: float
@@ -140,7 +140,7 @@ class Mark:
 
 
 def curve(buckets: Sequence[Bucket], to: Scale, class_: str, area: bool = False) -> Markup:
-    """The means as a line, between the least and the most as a band. A new attempt after a pause begins a new line."""
+    """The means as a line, in a band from minimum to maximum. A new attempt after a pause begins a new line."""
     width = WIDTH / BUCKETS
     parts: list[list[Bucket]] = []
     for one in buckets:
@@ -172,7 +172,7 @@ def dots(buckets: Sequence[Bucket], to: Scale, class_: str) -> Markup:
 
 
 def steps(levels: Sequence[tuple[float, float, float]], to: Scale, class_: str) -> Markup:
-    """(from x, to x, value): filled, nothing in between. What is narrower than a hair is drawn as one."""
+    """(from x, to x, value): filled, empty in between. Very narrow ones are drawn as a thin line."""
     words = []
     for start, end, value in levels:
         width = max(end - start, 0.4)
@@ -203,7 +203,7 @@ def timeline(
     panels: Sequence[Panel], axis: Axis, marks: Sequence[Mark] = (), hits: Sequence[tuple[float, float, str]] = (),
     label: str = "", numbers: bool = True,
 ) -> Markup:  # fmt: skip
-    """The panels below each other. `hits`: (from x, to x, text) for the mouse; `label`: what a screen reader says."""
+    """The panels below each other. `hits`: (from x, to x, text) for the mouse; `label`: for screen readers."""
     top = TOP if numbers else 6
     total = top + sum(p.height + GAP + (18 if p.title else 0) for p in panels) - GAP
     found: list[Markup] = []
@@ -214,7 +214,7 @@ def timeline(
         class_ = "tick minor" if minor else "tick"
         found.append(tag("text", text, x=x, y=total + 17, class_=class_, text_anchor=anchor))
     for low, high, seconds in axis.cuts():
-        text = f"{seconds / 3600:.1f} h between two hand-overs are cut out"
+        text = f"{seconds / 3600:.1f} h until the next submission are omitted"
         found.append(
             tag("rect", hover(text), x=_per(low), width=_per(high - low), y=top, height=total - top, class_="cut")
         )

@@ -1,4 +1,4 @@
-"""What happened to a run over time, as pictures that share one axis: Facts → SVG. Pure."""
+"""The course of a run over time, as charts that share one axis: Facts → SVG. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NEAR = 30.0
 
 
 def over_time(facts: ReportData) -> Markup:
-    """Loss, throughput, workers and the use of time, with what happened."""
+    """Loss, throughput, workers and the use of time, with faults and resizes."""
     series = facts.curves.series
     panels = []
     loss, val = series["loss"].in_order(), series["val_loss"].in_order()
@@ -31,14 +31,14 @@ def over_time(facts: ReportData) -> Markup:
         high = [b.high for b in (*loss, *val)]
         to = svg.scale([*high, *(b.low for b in (*loss, *val))], 190, may_log=True)
         drawn = svg.curve(loss, to, "c-loss") + (svg.dots if len(val) <= DOTS else svg.curve)(val, to, "c-val")
-        last = f"{facts.loss:.4g}" if facts.loss is not None else "no number at the end"
-        last += f", on validation {facts.curves.last_val:.4g}" if val else ""
+        last = f"{facts.loss:.4g}" if facts.loss is not None else "NaN or infinite at the end"
+        last += f", validation {facts.curves.last_val:.4g}" if val else ""
         panels.append(Panel("loss" + ", log scale" * to.log, 190, drawn, _ticks(to), "c-loss", last))
     rate = facts.rate
     if rate is not None:
         own = series[f"{rate[0]}_per_s"].in_order()
         to = svg.scale([b.high for b in own], 90, from_zero=True)
-        note = f"{formatting.amount(rate[1])} in the mean"
+        note = f"mean {formatting.amount(rate[1])}"
         panels.append(
             Panel(f"{rate[0]} per second", 90, svg.curve(own, to, "c-rate", area=True), _ticks(to), "c-rate", note)
         )
@@ -71,7 +71,7 @@ def _sizes(facts: ReportData) -> str:
 
 
 def _ribbon(facts: ReportData) -> list[tuple[float, float, str]]:
-    """What most of each column's time was, neighbours alike joined."""
+    """The main part of each column's time; equal neighbours are joined."""
     columns: list[dict[str, float]] = [{} for _ in range(COLUMNS)]
     width = WIDTH / COLUMNS
     for stretch in facts.stretches:
@@ -94,7 +94,7 @@ def _ribbon(facts: ReportData) -> list[tuple[float, float, str]]:
 
 
 def _marks(facts: ReportData) -> list[Mark]:
-    """A line each; those that stand too close share one, with their numbers as a range."""
+    """One line each; those that are too close share one, with their numbers as a range."""
     found: list[tuple[int, Mark]] = []
     last = -1e9
     for number, one in enumerate(facts.book.recoveries, 1):
@@ -102,7 +102,7 @@ def _marks(facts: ReportData) -> list[Mark]:
         end = facts.axis.x(one.began + one.total) if one.total is not None else x
         kind = "resize" if one.kind == "resize" else "fault"
         told = f"{number}. {facts.named(one)}: {took(one)}, {plural(one.steps_lost, 'step')} repeated"
-        if found and x - last < 1.0 and found[-1][1].class_ == kind:  # not to be told apart
+        if found and x - last < 1.0 and found[-1][1].class_ == kind:  # not distinguishable
             first, mark = found[-1]
             label = f"{first}-{number}" if mark.label else ""
             found[-1] = first, Mark(mark.x, max(mark.until, end), label, _joined(mark.text, told), kind)
@@ -114,7 +114,7 @@ def _marks(facts: ReportData) -> list[Mark]:
 
 
 def _joined(before: str, text: str) -> str:
-    """At most so many lines."""
+    """At most TOLD lines."""
     rows = [*before.split("\n"), text]
     return "\n".join(rows if len(rows) <= TOLD else [*rows[:TOLD], "…"])
 
@@ -126,7 +126,7 @@ def took(one: Recovery) -> str:
 
 
 def _hits(facts: ReportData, loss: Sequence[Bucket]) -> list[tuple[float, float, str]]:
-    """Columns for the mouse, with what was then."""
+    """Columns for the mouse pointer, with their values."""
     width = WIDTH / HITS
     found = []
     rate = facts.rate
@@ -151,11 +151,11 @@ def _hits(facts: ReportData, loss: Sequence[Bucket]) -> list[tuple[float, float,
 
 
 def utilisation(facts: ReportData) -> Markup | None:
-    """A panel each of what is known."""
+    """One panel per known quantity."""
     panels = []
     for name, title, unit in (
         ("gpu", "GPU", "%"), ("gpu_memory", "GPU memory", "%"), ("cpu", "CPU", "%"), ("memory", "memory", "%"),
-        ("watts", "power", "W"), ("temperature", "hottest", "°C"),
+        ("watts", "power", "W"), ("temperature", "hottest GPU", "°C"),
     ):  # fmt: skip
         series = facts.load.get(name)
         if series is None or series.mean is None or series.most is None:
@@ -163,15 +163,15 @@ def utilisation(facts: ReportData) -> Markup | None:
         own = series.in_order()
         if unit == "%":
             to = svg.Scale(0.0, 1.0, 44)
-            ticks, note = [(to.y(0.5), "50 %")], f"{formatting.percent(series.mean)} in the mean"
+            ticks, note = [(to.y(0.5), "50 %")], f"mean {formatting.percent(series.mean)}"
         else:
             to = svg.scale([b.high for b in own], 44, from_zero=True)
             ticks = [(to.y(value), formatting.amount(value, unit)) for value in to.ticks()[1:2]]
             what = formatting.amount(series.most, unit)
             note = (
-                f"at most {what}"
+                f"maximum {what}"
                 if name == "temperature"
-                else f"{formatting.amount(series.mean, unit)} in the mean, at most {what}"
+                else f"mean {formatting.amount(series.mean, unit)}, maximum {what}"
             )
         panels.append(Panel(title, 44, svg.curve(own, to, f"c-{name}", area=True), ticks, f"c-{name}", note))
     if not panels:

@@ -1,1 +1,1 @@
-"""A run's metrics, passed on to the experiment trackers that people use."""
+"""Forwards a run's metrics to experiment trackers."""

@@ -1,7 +1,7 @@
-"""Weights & Biases, MLflow and TensorBoard behind one small interface; each is imported when it is asked for.
+"""Weights & Biases, MLflow and TensorBoard behind one small interface; each is imported only if it is configured.
 
-A sink is opened with what it remembered of the run (`memory`), so that all processes that ever pass a run's
-metrics on write one run of the tracker's.
+A sink is opened with its stored state (`memory`), so that all processes that forward the metrics of a run write to the
+same run in the tracker.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any, Protocol
 from raylaunch.config.schema import Config
 
 _TOLD = ("trainer", "model", "data", "optimizer", "step_scheduler", "distributed", "checkpoint")
-"""Sections that trackers show. Not `slurm`: its environment may hold secrets."""
+"""Sections sent to trackers. Not `slurm`: its environment may contain secrets."""
 
 
 class Sink(Protocol):
-    """`memory` is kept for the next time it is opened."""
+    """`memory` is stored for the next time the sink is opened."""
 
     memory: dict[str, Any]
 
     def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
-        """Numbers of a step, at this time (Unix). A step may come again, after a fault."""
+        """Metrics of a step, at this time (Unix). A step may be repeated after a fault."""
 
     def flush(self) -> None:
-        """What was written survives this process."""
+        """After this, written data survive this process."""
 
     def close(self) -> None:
-        """The end, for now."""
+        """Close the sink; it may be opened again."""
 
 
 def open_sink(name: str, config: Config, run_dir: Path, memory: dict[str, Any]) -> Sink:
-    """One of `Config.trackers`; whatever its package raises when it cannot be had."""
+    """Open one of `Config.trackers`; raises the exceptions of its package."""
     match name:
         case "wandb":
             return _Wandb(config, run_dir, memory)
@@ -49,7 +49,7 @@ def _told(config: Config) -> dict[str, Any]:
 
 
 class _Wandb:
-    """One run, resumed by its id. The key is WANDB_API_KEY's or ~/.netrc's, as wandb has it."""
+    """One run, resumed by its id. wandb reads the key from WANDB_API_KEY or ~/.netrc."""
 
     def __init__(self, config: Config, run_dir: Path, memory: dict[str, Any]) -> None:
         import wandb
@@ -61,14 +61,14 @@ class _Wandb:
             mode=own.mode, id=self.memory["id"], resume="allow", dir=run_dir, config=_told(config),
             settings=wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True),
         )  # fmt: skip
-        # A step that is done again must not be refused: wandb's own counter only grows.
+        # A repeated step must not be rejected: wandb's own counter only increases.
         self._run.define_metric("*", step_metric="step")
 
     def write(self, step: int, seconds: float, values: Mapping[str, float]) -> None:
         self._run.log({"step": step, "time": seconds, **values})
 
     def flush(self) -> None:
-        """wandb's own service process has it."""
+        """wandb's service process has the data."""
 
     def close(self) -> None:
         self._run.finish()
@@ -100,16 +100,16 @@ class _Mlflow:
         self._client.log_batch(self._run, metrics=rows)
 
     def flush(self) -> None:
-        """The server has it."""
+        """The server has the data."""
 
     def close(self) -> None:
-        """The run stays open there: it may go on."""
+        """The run stays open in MLflow: it may continue."""
 
 
 class _TensorBoard:
-    """Event files in the run directory; what is done again after a fault replaces what was there.
+    """Event files in the run directory; steps repeated after a fault replace the old ones.
 
-    Written without the package's SummaryWriter, whose flush leaves out what its thread has still to write."""
+    Written without the package's SummaryWriter, whose flush does not wait for its writer thread."""
 
     def __init__(self, run_dir: Path, memory: dict[str, Any]) -> None:
         self._directory, self.memory = run_dir / "tensorboard", {"step": int(memory.get("step", 0))}
@@ -123,9 +123,9 @@ class _TensorBoard:
         if self._writer is None or step < self.memory["step"]:
             self.close()
             self._directory.mkdir(exist_ok=True)
-            name = f".{os.getpid()}.{step}"  # two writers may begin in one second
+            name = f".{os.getpid()}.{step}"  # two writers may start in the same second
             self._writer = EventsWriter(str(self._directory / "events"), name)
-            begins = SessionLog(status=SessionLog.START)  # what has this step or a later one is of no account
+            begins = SessionLog(status=SessionLog.START)  # discards events of this step and later ones
             self._writer.write_event(Event(step=step, wall_time=seconds, session_log=begins))
         rows = [Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
         self._writer.write_event(Event(step=step, wall_time=seconds, summary=Summary(value=rows)))

@@ -1,10 +1,10 @@
-"""The process beside a run's driver that reads metrics.jsonl as it grows, and passes it on.
+"""The process next to a run's driver that reads metrics.jsonl as it grows, and forwards it to trackers.
 
-    python -m raylaunch.observe.trackers.uploader RUN_DIR        ends when its stdin does, once all is passed on
+    python -m raylaunch.observe.trackers.uploader RUN_DIR        ends after its stdin, once everything is forwarded
 
-Not in a training worker: a tracker's outage, its imports and its threads cost the training nothing there. What
-each sink has got is noted in RUN_DIR/tracking.json: the next process, after a fault, goes on from there, and a
-line is passed on at least once. A sink that fails is told as an event, and tried again.
+It is not part of a training worker: outages, imports and threads of a tracker do not affect the training. The position
+of each sink is stored in RUN_DIR/tracking.json: the next process, after a fault, continues from there, and a line is
+forwarded at least once. A sink that fails is reported as an event, and retried.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from raylaunch.state import event_log, files, records
 from raylaunch.state.run_events import TrackingFailed
 
 PAUSE = 1.0
-"""Seconds between two looks."""
+"""Seconds between two reads of the file."""
 LONGEST_RETRY = 300.0
-"""Seconds between two tries of a sink that fails; the first is PAUSE, each next one twice as long."""
+"""Maximum seconds between two tries of a failing sink; the first pause is PAUSE, each next one twice as long."""
 AT_ONCE = 1 << 20
 """Bytes that are read at a time."""
 MEMORY = "tracking.json"
@@ -38,7 +38,7 @@ MEMORY = "tracking.json"
 
 @dataclass
 class Feed:
-    """One sink and what it has got: `offset` bytes of metrics.jsonl."""
+    """One sink and its position: `offset` bytes of metrics.jsonl."""
 
     name: str
     offset: int
@@ -49,7 +49,7 @@ class Feed:
 
 
 class MetricsUploader:
-    """Feeds the sinks of one run."""
+    """Forwards the metrics of one run to its sinks."""
 
     def __init__(self, run_dir: Path, config: Config) -> None:
         self._run_dir, self._config = run_dir, config
@@ -60,7 +60,7 @@ class MetricsUploader:
         ]
 
     def step(self) -> bool:
-        """Pass on what is new; whether there may be more at once."""
+        """Forward new lines; returns whether there may be more."""
         more = False
         for feed in self._feeds:
             if time.monotonic() < feed.retry_at:
@@ -69,14 +69,14 @@ class MetricsUploader:
             try:
                 more |= self._pass_on(feed)
                 feed.pause = PAUSE
-            except Exception as error:  # noqa: BLE001  whatever a tracker raises: the others and the run go on
+            except Exception as error:  # noqa: BLE001  whatever a tracker raises: the others and the run continue
                 self._failed(feed, error)
             if feed.offset != before:
                 self._remember()
         return more
 
     def close(self) -> None:
-        """The last lines, and the end."""
+        """Forward the last lines, and close the sinks."""
         while self.step():
             continue
         for feed in self._feeds:
@@ -120,18 +120,18 @@ class MetricsUploader:
 
 
 def _lines(path: Path, offset: int) -> tuple[bytes, bool]:
-    """Whole lines from there, and whether there may be more."""
+    """Complete lines from there, and whether there may be more."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
             text = file.read(AT_ONCE)
-    except OSError:  # not there yet, or not for the moment
+    except OSError:  # does not exist yet, or is not readable at the moment
         return b"", False
     return text[: text.rfind(b"\n") + 1], len(text) == AT_ONCE
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The metrics of a line; texts are left out, but for those that stand for NaN and infinity."""
+    """The metrics of a line, without texts other than NaN and infinity."""
     found = {}
     for key, value in row.items():
         if key not in ("step", "time"):

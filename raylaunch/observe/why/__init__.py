@@ -1,5 +1,5 @@
-"""Why a run, a job or somebody's log ended as it did: one verdict, on evidence.
+"""Why a run or a job failed, also from the log of another launcher: one verdict, with its evidence.
 
-`log_lines`: files → lines that know where they stand and whose they are. `rules`: what lines mean. `verdict`: the first
-cause among them, and what was only its cascade. `run`: the same for a run of ours, whose events know more.
+`log_lines`: files → lines with their position, rank and host. `rules`: the meaning of lines. `verdict`: the first cause
+among them, and its consequences. `run`: the same for a raylaunch run, whose events contain more.
 """

@@ -1,4 +1,4 @@
-"""What became of one of Slurm's jobs: what Slurm says of it, and the job's own output where it can be read here."""
+"""The outcome of a Slurm job: its state in Slurm, and its output if it can be read here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from raylaunch.scheduler.slurm.rows import FinishedRow
 
 
 def explain(job: str, slurm: Slurm) -> Verdict:
-    """The verdict; RaylaunchError when nobody knows the job."""
+    """The verdict; RaylaunchError if the job is unknown."""
     here = slurm.available()
     now = slurm.jobs([job]).get(job) if here else None
     if now is not None and not now.terminal:
         return on(
-            NOTHING, cause=f"job {job} is {now.state.lower()}: it has not ended", confidence=0.9,
-            action=f"See `scontrol show job {job}`, and its output so far.",
+            NOTHING, cause=f"job {job} is {now.state.lower()} and has not ended", confidence=0.9,
+            action=f"See `scontrol show job {job}` and its output so far.",
         )  # fmt: skip
     row = ((slurm.finished([job]) if here else None) or {}).get(job)
     detail = slurm.detail(job) if here else None
@@ -27,8 +27,8 @@ def explain(job: str, slurm: Slurm) -> Verdict:
     lines = list(log_lines.lines(output)) if output.is_file() else []
     if row is None and now is None and not lines:
         raise RaylaunchError(
-            f"nothing is known of job {job}: no accounting of it, and no {output}",
-            "Give the job's output as a file: `scontrol show job JOB` names it (StdOut) for some minutes after its end.",
+            f"job {job} is unknown: no accounting record, and no file {output}",
+            "Pass the job's output file: `scontrol show job JOB` prints its path (StdOut) shortly after its end, too.",
         )
     ended = row or now
     if ended is None:
@@ -41,14 +41,14 @@ def explain(job: str, slurm: Slurm) -> Verdict:
 
 
 def _by_its_state(job: str, row: FinishedRow | None, said: Line, has_output: bool) -> Verdict:
-    """Where nothing was said but how it ended."""
+    """If only the end state is known."""
     state = said.text.removeprefix("State=").split()[0]
     code = f"exit code {row.exit_code}" + (f", signal {row.signal}" if row.signal else "") if row is not None else state
-    how = {"COMPLETED": "has ended well", "CANCELLED": "was cancelled"}.get(state, f"has ended with {code}")
-    action = f"`sacct -j {job} -o JobID,State,ExitCode,Elapsed` has its steps."
+    how = {"COMPLETED": "completed successfully", "CANCELLED": "was cancelled"}.get(state, f"ended with {code}")
+    action = f"`sacct -j {job} -o JobID,State,ExitCode,Elapsed` lists its steps."
     if state == "COMPLETED":
-        action = "Nothing has failed."
+        action = "No action is needed."
     elif state != "CANCELLED" and not has_output:
-        action = f"Give its output as a file: `raylaunch why FILE` (by default slurm-{job}.out where it was submitted)."
+        action = f"Pass its output file: `raylaunch why FILE` (by default slurm-{job}.out, where it was submitted)."
     evidence = (Evidence(said.file, said.number, said.text),)
     return on(NOTHING, cause=f"job {job} {how}", host=said.host, confidence=0.6, evidence=evidence, action=action)

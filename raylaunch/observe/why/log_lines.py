@@ -1,7 +1,7 @@
-"""Log files as lines that know their file, number, rank and host; bounded, whatever the file holds.
+"""Log files as lines with their file, number, rank and host; bounded, whatever the file contains.
 
-Of a long file its beginning and its end are read: what set-up said, and what ended it. Bytes that are no text, colours
-and progress bars (which write over their line) do not get in the way.
+Of a long file the beginning and the end are read: the setup, and the failure. Binary data and colours are removed; of a
+progress bar (which overwrites its line) the last state remains.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HEAD_BYTES, TAIL_BYTES = 1 << 18, 1 << 22
 LONGEST = 2000
-"""Characters of a line that are looked at."""
+"""Characters of a line that are examined."""
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07|[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _RANK = re.compile(
@@ -31,7 +31,7 @@ _HOST = re.compile(
 
 @dataclass(frozen=True)
 class Line:
-    """One line. `rank` and `host`: whose it is, as far as it says so or its file does."""
+    """One line. `rank` and `host`: its origin, if the line or its file states it."""
 
     file: str
     number: int
@@ -41,7 +41,7 @@ class Line:
 
 
 def lines(path: Path, rank: int | None = None, host: str | None = None) -> Iterator[Line]:
-    """The file's lines. OSError when it cannot be read."""
+    """The lines of the file. OSError if it cannot be read."""
     size = path.stat().st_size
     with path.open("rb") as source:
         if size <= HEAD_BYTES + TAIL_BYTES:
@@ -68,7 +68,7 @@ def _cut(path: Path, data: bytes, number: int, rank: int | None, host: str | Non
 
 
 def _rank_of(text: str, default: int | None) -> int | None:
-    """By the line's prefix, else the file's, else by what it says."""
+    """From the prefix of the line, else from the file, else from the text of the line."""
     rank = None
     while (found := _RANK.match(text)) is not None:  # torchrun's and srun's before the program's own, which knows best
         rank, text = int(next(group for group in found.groups() if group is not None)), text[found.end() :]
@@ -86,13 +86,13 @@ def _host_of(text: str) -> str | None:
 
 
 def body(text: str) -> str:
-    """The line without its ranks, as it is indented."""
+    """The line without its rank prefixes, with its indentation."""
     while (found := _RANK.match(text)) is not None:
         text = text[found.end() :]
     return text
 
 
 def unprefixed(text: str) -> str:
-    """The line without its ranks."""
+    """The line without its rank prefixes and indentation."""
     rest = body(text)
     return rest if rest == text else rest.lstrip(" ")

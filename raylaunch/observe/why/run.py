@@ -1,7 +1,8 @@
-"""Why the last attempt of a run that failed did: what the driver saw, then what the workers wrote.
+"""Why the last failed attempt of a run failed: first the findings of the driver, then the logs of the workers.
 
-The driver knows who hung, which node was lost and whom a signal ended; the logs know why. Of a large run the logs of a
-few ranks are read: those that left an error file (the earliest first), the one that the driver names, and some others.
+The driver knows which rank hung, which node was lost and which process a signal ended; the logs contain the reason. Of
+a large run the logs of a few ranks are read: those with an error file (the earliest first), the one that the driver
+names, and some others.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ OOM_WITHIN = 30.0
 READ = 16
 """Logs of ranks that are read."""
 _LOST: dict[str, tuple[Kind, str]] = {
-    "node_lost": ("node_failure", "Exclude it if it happens again (elastic.max_strikes does); `raylaunch logs CLUSTER --node` "
-                  "and the admins know more."),
-    "head_lost": ("node_failure", "Its node died, or its Ray: see `raylaunch logs CLUSTER`."),
-    "driver_lost": ("unknown", "See the end of logs/driver.log in the run directory: was it killed for memory?"),
-    "hardware": ("gpu_fault", "Exclude the node (slurm.exclude) and tell the admins."),
+    "node_lost": ("node_failure", "Exclude it if it happens again (elastic.max_strikes does this); see `raylaunch logs "
+                  "CLUSTER --node`, or ask the administrators."),
+    "head_lost": ("node_failure", "Its node or its Ray processes died: see `raylaunch logs CLUSTER`."),
+    "driver_lost": ("unknown", "See the end of logs/driver.log in the run directory. Was it killed for memory?"),
+    "hardware": ("gpu_fault", "Exclude the node (slurm.exclude) and inform the administrators."),
 }  # fmt: skip
 _OURS = re.compile(r"raylaunch\.driver|^(?:alerts|tracking): ")
-"""In the driver's log: what it says itself, and what the processes beside it do, whose troubles end no run."""
+"""In the driver's log: its own messages, and those of the processes next to it, whose failures do not end a run."""
 _KILLED = (
-    "It was killed (SIGKILL), or crashed: for memory, mostly. `sacct -j JOB -o MaxRSS,State` and dmesg on its node say."
+    "It was killed (SIGKILL) or crashed, usually for lack of memory: see `sacct -j JOB -o MaxRSS,State` and dmesg."
 )
 
 
@@ -52,7 +53,7 @@ class Failed:
 
 
 def last_failure(run_dir: Path) -> Failed | None:
-    """None where no attempt has failed."""
+    """None if no attempt failed."""
     found = None
     for line, event in _events(run_dir / files.EVENTS_FILE, "attempt_ended"):
         if event.get("how") in {"fault", "error"}:
@@ -79,7 +80,7 @@ def explain(run_dir: Path, failed: Failed) -> Verdict:
         return Verdict(known[0], failed.text, failed.rank, failed.node, 0.8, (here,), said.cascade, known[1])
     if failed.cause == "worker_lost":
         kernel = _oom_kill(run_dir, failed)
-        text = f"{failed.text}; " + ("the kernel ended it for memory" if kernel else "it left no error")
+        text = f"{failed.text}; " + ("the kernel killed it for lack of memory" if kernel else "it reported no error")
         what: Kind = "oom_host" if kernel else "unknown"  # a SIGKILL has no sender: somebody's, chaos's, the kernel's
         evidence = (here, *([kernel] if kernel else []))
         sure = 0.97 if kernel else 0.5
@@ -100,12 +101,12 @@ def _hang(run_dir: Path, failed: Failed, here: Evidence) -> Verdict:
             ]
     return Verdict(
         "hang", failed.text, failed.rank, failed.node, 0.95, (here, *stack), (),
-        "See its stack: it waits for something, or went another way than the other ranks. Is it data, a lock, a file system?",
+        "See its stack: it waits (for data, a lock, a file system?), or took a different branch than the other ranks.",
     )  # fmt: skip
 
 
 def _oom_kill(run_dir: Path, failed: Failed) -> Evidence | None:
-    """The word of the node's agent that the kernel ended something there, around the attempt's end."""
+    """The event of the node's agent that the kernel killed a process there, around the end of the attempt."""
     run, ended = Run.read(run_dir), json.loads(failed.line.text).get("time")
     if run is None or failed.node is None or not isinstance(ended, (int, float)):
         return None
@@ -133,12 +134,12 @@ def _lines(run_dir: Path, failed: Failed) -> Iterator[Line]:
         if path.exists():
             yield from log_lines.lines(path, rank, hosts.get(rank))
     driver = run_dir / records.LOGS / "driver.log"
-    if driver.exists():  # Ray's words on workers that it killed
+    if driver.exists():  # Ray's messages about workers that it killed
         yield from (line for line in log_lines.lines(driver) if not _OURS.search(line.text))
 
 
 def _events(path: Path, kind: str) -> Iterator[tuple[Line, dict[str, Any]]]:
-    """The events of that kind. (Ten days of them are many: only those are parsed.)"""
+    """The events of that kind. Only these lines are parsed, since ten days of events are many."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as source:
@@ -154,6 +155,6 @@ def _events(path: Path, kind: str) -> Iterator[tuple[Line, dict[str, Any]]]:
 
 
 def describe(run: Run, now: str) -> str:
-    """What became of a run that did not fail."""
+    """The state of a run that did not fail."""
     reason = f" ({run.reason})" if run.reason else ""
     return f"run {run.name} is {now}{reason}"

@@ -1,8 +1,8 @@
 """From lines to one verdict.
 
-Each line is looked at once. Among what it may mean, the cause is: what the scheduler says it did; else the first thing
-of the best tier (see `rules`): an explanation before an exception before a time-out before a lost connection. What
-comes from other ranks after it, and of a lower tier, is its cascade.
+Each line is examined once. The cause is what the scheduler reports, else the first finding of the best tier (see
+`rules`): an explanation before an exception before a timeout before a lost connection. Later findings of a lower tier
+from other ranks are its cascade.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happened, to whom, and what to do. `confidence` 0 to 1; `cascade`: what only followed."""
+    """What happened, where, and what to do. `confidence`: 0 to 1; `cascade`: the consequences."""
 
     kind: Kind
     cause: str
@@ -45,14 +45,14 @@ class Verdict:
 
 
 NOTHING = Verdict(
-    "unknown", "nothing in the log says why", None, None, 0.1, (), (),
-    "Look at the other ranks' logs, `sacct -j JOB -o State,ExitCode`, and the nodes' own logs.",
+    "unknown", "the log does not show the cause", None, None, 0.1, (), (),
+    "Check the logs of the other ranks, `sacct -j JOB -o State,ExitCode`, and the logs of the nodes.",
 )  # fmt: skip
 
 
 @dataclass
 class LogFinding:
-    """Something that a line says."""
+    """The meaning of one line."""
 
     kind: Kind
     tier: Tier
@@ -70,7 +70,7 @@ class LogFinding:
 
 
 def judge(lines: Iterable[Line]) -> Verdict:
-    """The verdict on these lines, in the order in which they were written as far as that is known."""
+    """The verdict on these lines, given in the order in which they were written, if that is known."""
     hosts = Hosts()
     findings = _findings(lines, hosts)
     if not findings:
@@ -80,7 +80,7 @@ def judge(lines: Iterable[Line]) -> Verdict:
     confidence = min(0.99, first.confidence + 0.01 * min(agree, 3))
     others = [f for f in findings if f.kind != first.kind or f.line.rank != first.line.rank]
     if not first.final and any(f.tier is Tier.ROOT and f.kind != first.kind for f in others):
-        confidence *= 0.85  # another explanation is there
+        confidence *= 0.85  # there is another explanation
     rank = None if first.final else first.line.rank if first.line.rank is not None else hosts.exited
     cascade = [_short(f) for f in others if f.order > first.order and (f.tier > first.tier or f.final)]
     return Verdict(
@@ -90,8 +90,8 @@ def judge(lines: Iterable[Line]) -> Verdict:
 
 
 def _cause(findings: list[LogFinding]) -> LogFinding:
-    """The scheduler's own word counts, unless the program had failed by itself before: an explanation, or an exception
-    that is no answer to a signal."""
+    """The scheduler's message counts, unless the program had failed before: an explanation, or an exception that is not
+    the result of a signal."""
     best = min(findings, key=lambda f: (f.tier, f.order))
     setup = next((f for f in findings if f.tier is Tier.SETUP), None)
     if setup is not None and best.kind == "import_error" and setup.order < best.order:
@@ -108,11 +108,11 @@ def _cause(findings: list[LogFinding]) -> LogFinding:
 
 
 _STUCK = {"nccl_timeout", "hang"}
-"""What a job waits in until its time is over."""
+"""A job waits in these until its time limit."""
 
 
 class Hosts:
-    """Which rank is where, from what lines say of it beside: srun of its tasks, torchrun in its summary, NCCL."""
+    """The host of each rank, from other messages: those of srun about its tasks, torchrun's summary, NCCL."""
 
     _TASK = re.compile(r"srun: error: ([A-Za-z][\w.-]*): tasks? (\d+)(?:-(\d+))?:")
     _NCCL = re.compile(r"\b([A-Za-z][\w.-]*):\d+:\d+ \[\d\] NCCL")
@@ -125,7 +125,7 @@ class Hosts:
         self._last = ""
         self._root = False
         self.exited: int | None = None
-        """The first task that ended by itself, and not because it was told to."""
+        """The first task that ended by itself, not by a signal from outside."""
 
     def look(self, line: Line, text: str) -> None:
         if line.host is not None:
@@ -154,7 +154,7 @@ class Hosts:
                     self._known[line.rank] = found[1]
 
     def of(self, rank: int | None) -> str | None:
-        """Where that rank is; where everything is, if that is one host."""
+        """The host of that rank; if there is only one host, that one."""
         if rank in self._known:
             return self._known[rank]
         return next(iter(self._all)) if len(self._all) == 1 else None
@@ -196,13 +196,13 @@ def _findings(lines: Iterable[Line], hosts: Hosts) -> list[LogFinding]:
         found.append(one)
     if not found and frames:
         place = _place(next(iter(frames.values())))[0]
-        cause = "a traceback breaks off before its last line"
+        cause = "a traceback ends before its last line"
         found.append(
             LogFinding(
                 "python_exception",
                 Tier.ERROR,
                 cause,
-                "See that line, and the end of that rank's own log.",
+                "See that line, and the end of the rank's log.",
                 0.5,
                 place,
                 0,
@@ -212,13 +212,13 @@ def _findings(lines: Iterable[Line], hosts: Hosts) -> list[LogFinding]:
 
 
 _WARNS = re.compile(r"(?::\d+: |^\s*)\w*Warning: |^\s*warnings\.warn\(")
-"""Python's warnings, which nothing fails of."""
+"""Python's warnings, which are not failures."""
 _GUESSES = re.compile(r"Some common causes include|There are some potential root causes")
-"""What Ray says of any worker that died: every cause there is, by name."""
+"""Ray prints this about every worker that died: a list of all possible causes."""
 
 
 def _is_code(line: Line) -> bool:
-    """Of the line below a frame: that it quotes the source, whose words mean nothing."""
+    """Whether the line below a frame quotes source code, which must not match any rule."""
     text = body(line.text)
     return text.startswith("   ") and not FRAME.match(text)
 
@@ -226,7 +226,7 @@ def _is_code(line: Line) -> bool:
 _QUIET = {"SystemExit", "KeyboardInterrupt", "StopIteration", "UserWarning", "DeprecationWarning", "FutureWarning",
           "RuntimeWarning", "ResourceWarning", "WorkerGroupError", "ControllerError",
           "TrainingFailedError"}  # fmt: skip
-"""No causes. (Ray Train's say only that some worker failed.)"""
+"""Not causes. (Those of Ray Train only state that a worker failed.)"""
 
 
 def _meaning(line: Line, text: str, order: int) -> LogFinding | None:
@@ -249,13 +249,13 @@ def _meaning(line: Line, text: str, order: int) -> LogFinding | None:
 def _exception(line: Line, name: str, said: str, order: int) -> LogFinding:
     cause = f"{name.rpartition('.')[2]}: {said}" if said else name
     return LogFinding(
-        "python_exception", Tier.ERROR, cause[:300], "It is the program's own: see the line in the evidence.", 0.85, line,
-        order,
+        "python_exception", Tier.ERROR, cause[:300],
+        "The exception comes from the program: see the line in the evidence.", 0.85, line, order,
     )  # fmt: skip
 
 
 def _place(frames: list[Line]) -> list[Line]:
-    """Of a traceback: where in the user's own code it was, else where it ended."""
+    """Of a traceback: the last frame in the user's code, else the last frame."""
     own = [frame for frame in frames if not any(mark in frame.text for mark in _LIBRARIES)]
     return (own or frames)[-1:]
 
@@ -268,5 +268,5 @@ def _short(finding: LogFinding) -> str:
 
 
 def on(verdict: Verdict, **facts: Any) -> Verdict:
-    """The same with what is known for sure."""
+    """The same verdict, with these fields replaced (unless None)."""
     return replace(verdict, **{key: value for key, value in facts.items() if value is not None})
