@@ -247,7 +247,7 @@ def test_stop_resume_refuse_and_begin_anew(site: Site) -> None:
     store.fence(site.state / "runs/again/checkpoints", 12, 1)
     site("train", str(site.config), "--cluster", "two", "--run", "again", "--detach", *LONGER)
     until(lambda: max(site.curve("again"), default=0) > stopped_at, "a step after the resume")
-    assert [e["incarnation"] for e in site.lines("again", "events") if e["kind"] == "attempt_started"] == [1, 13]
+    assert [e["run_incarnation"] for e in site.lines("again", "events") if e["kind"] == "attempt_started"] == [1, 13]
     resumed = site.events("again", "resumed")
     assert resumed[-1]["step"] == stopped_at
     site("stop", "again")
