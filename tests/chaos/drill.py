@@ -237,7 +237,7 @@ class Drill:
         """On this node, a process of the present attempt's that tries to commit when the attempt was replaced: it must
         not, and nothing of it may be left."""
         started = self.run_events(run, "attempt_started")[-1]
-        who = started["incarnation"], started["attempt"]
+        who = started["run_incarnation"], started["attempt"]
         checkpoints = self.site.run_dir(run) / "checkpoints"
         command = [str(BIN / "python"), stale.__file__, store.pending(checkpoints, stale.STEP, *who), *who]
         with self.site.sandbox.popen(node, [*map(str, command)], cwd="/", stdout=subprocess.PIPE, text=True) as process:

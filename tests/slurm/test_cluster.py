@@ -22,9 +22,11 @@ from raylaunch.cluster.membership.control_channel import ControlClient, Refused
 from raylaunch.host.ports import PORTS_FROM, PORTS_TO
 from raylaunch.host.temp_dir import temp_dir_path
 from raylaunch.state import files
+from raylaunch.state.members import NodeInfo
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
+NODE = NodeInfo(state="starting")
 LISTENING = "ss -Hltnp | awk '{print $4, $6}'"
 GCS = """
 import sys
@@ -182,7 +184,7 @@ def test_a_wrong_token_is_refused(main: Up) -> None:
     ours = (main.directory / "token").read_text().strip()
 
     async def knock(token: str, incarnation: int) -> None:
-        link = await ControlClient.connect(head["address"], head["control_port"], token, incarnation, "node9", {})
+        link = await ControlClient.connect(head["address"], head["control_port"], token, incarnation, "node9", NODE)
         link.close()
 
     with pytest.raises(Refused, match="wrong token"):
@@ -296,7 +298,7 @@ def test_two_users_on_the_same_nodes_do_not_meet(main: Up, busy: Ground, common_
     token = (main.directory / "token").read_text().strip()
     with pytest.raises(Refused, match="wrong token"):
         asyncio.run(
-            ControlClient.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", {})
+            ControlClient.connect(head["address"], head["control_port"], token, head["incarnation"], "node1", NODE)
         )
 
     other.run("down").expect(0, "is down: no job, process or temporary directory remains")
