@@ -66,7 +66,7 @@ class MeshCoordinates:
         if world_size % plan.model_parallel:
             experts = f", ep_size {plan.ep_size}" if plan.ep_size > 1 else ""
             raise RunError(
-                f"{world_size} workers are no multiple of {plan.model_parallel} "
+                f"the parallelism settings need a multiple of {plan.model_parallel} workers, got {world_size} "
                 f"(distributed: tp_size {tp} * cp_size {cp} * pp_size {pp}{experts})",
                 "Change slurm.nodes, slurm.ntasks_per_node or the plan.",
             )

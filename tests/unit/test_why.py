@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import raylaunch
 from raylaunch.observe.why import log_lines, run, verdict
 from raylaunch.observe.why.log_lines import Line
 from raylaunch.observe.why.verdict import judge
@@ -21,6 +22,26 @@ CORPUS, REAL = DATA / "why", DATA / "why-real"
 ASIDE = (DATA / "why-aside", DATA / "why-real-aside")
 """Logs that the rules were not made for."""
 RANK_MISSED = {"pyspy-stuck-dataloader"}  # said in prose alone
+
+
+OWN = [
+    ("trainers/parallel.py", "need a multiple of", "RunError: the parallelism settings need a multiple of 4 workers, got 6 (distributed: tp_size 4", "mismatch"),
+    ("trainers/llama_weights.py", "do not match the shape of model", "RunError: the weights in /m do not match the shape of model: dim 8", "mismatch"),
+    ("checkpoint/resume.py", "was written with different data settings", "RunError: the checkpoint /c/step-00000004 was written with different data settings (seed: 1 → 2)", "mismatch"),
+    ("checkpoint/saver.py", "does not read", "StateError: rank 3 does not read /c/step-00000004/a.distcp as rank 0 does", "not_shared"),
+    ("trainers/text_corpus.py", "data.text: nothing matches", "RunError: data.text: nothing matches '/x/*.txt'", "data_error"),
+    ("training/hang_detector.py", "no progress for", "no progress for 130.2 s (limit 120.0 s) at step 40: waiting for rank 3", "hang"),
+]  # fmt: skip
+"""Errors of raylaunch's own: where, by which words, a whole one, its verdict."""
+
+
+@pytest.mark.parametrize(("module", "words", "text", "kind"), OWN)
+def test_errors_of_our_own_are_known(module: str, words: str, text: str, kind: str) -> None:
+    """A text that is rewritten there must be known here."""
+    assert words in (Path(raylaunch.__file__).parent / module).read_text() and words in text
+    raised = "Traceback (most recent call last):\n" if "Error: " in text else ""
+    found = judge(Line("rank-3.log", number, line) for number, line in enumerate(f"{raised}{text}".splitlines(), 1))
+    assert found.kind == kind, found
 
 
 def expectations(folder: Path) -> dict[str, dict[str, Any]]:

@@ -149,8 +149,8 @@ RULES: tuple[Rule, ...] = (
           "Install it in the environment that the nodes use. " + _ENVIRONMENT, confidence=0.95),
     _rule("mismatch", r"(size mismatch (?:for|between) .*|Missing key(?:\(s\))? in (?:checkpoint )?state_dict.*|Unexpected key\(s\) in state_dict.*|"
           r"mat1 and mat2 shapes cannot be multiplied.*|shape .* is invalid for input of size.*|"
-          r"The size of tensor a .* must match.*|Expected .* to have .* dimension.*|another shape than model.*|"
-          r"Error\(s\) in loading state_dict.*|is not a multiple of .*tp_size.*|another order of samples.*|"
+          r"The size of tensor a .* must match.*|Expected .* to have .* dimension.*|another shape than model.*|do not match the shape of model.*|"
+          r"Error\(s\) in loading state_dict.*|need a multiple of \d+ workers.*|another order of samples.*|was written with different data settings.*|"
           r"expected scalar type .* but found .*|index out of range in self|Target \d+ is out of bounds)",
           "shapes do not match: {0}", "Compare the shapes in the checkpoint or the data with the model in the "
           "configuration.", confidence=0.9),
@@ -221,7 +221,7 @@ HINTS = (
     "enroot", "execve", "conda", "interpreter", "glibc", "shared", "space", "quota", "errno", "enospc", "edquot", "permission",
     "permitted", "read-only", "address", "eaddr", "port", "socket", "interface", "ibv", "resol", "getaddrinfo", "service",
     "host", "unreachable", "device", "rendezvous", "clients", "mismatch", "missing", "unexpected", "shape", "size of",
-    "expected", "multiple of", "order of samples", "nan", "inf", "finite", "decode", "corrupt", "truncated", "zip", "pickl",
+    "expected", "multiple of", "order of samples", "data settings", "nan", "inf", "finite", "decode", "corrupt", "truncated", "zip", "pickl",
     "eof", "dataloader", "no such file", "hang", "step for", "blocked", "collective", "timeout", "timed out", "connection",
     "closed", "pipe", "reset", "sig", "exit", "terminated", "process", "store", "recv", "interrupt", "illegal", "does not read",
     "during handling", "stuck", "progress", "reach", "arrive", "overflow", "end of", "chdir", "can't open", "local folder",
