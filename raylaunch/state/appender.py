@@ -1,69 +1,116 @@
-"""Appending to a file from a thread of its own: whoever writes never waits for the storage.
+"""Appending to a file on shared storage from a thread of its own: whoever writes never waits for the storage.
 
-For event loops that answer pings and write to shared storage. At most ROOM bytes wait in memory; while the storage
-stalls for longer than that, further data is dropped, and a line in the file says how much.
+What the storage does not take is kept and tried again, so that the file has no hole when the storage is back. A bounded
+number of bytes waits; beyond that the oldest go. Each batch opens the file anew: a handle that has gone stale stays so.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import sys
 import threading
+from collections import deque
 from pathlib import Path
 
-ROOM = 1 << 20
+from raylaunch.errors import StateError
+from raylaunch.state import files
+
+ROOM = 32 << 20
+LOG_ROOM = 1 << 20
+"""Bytes that wait for the storage."""
+RETRY_EVERY = 1.0
+"""Seconds between two tries, while the storage does not take them."""
 
 
 class Appender:
-    """One file, opened for each batch: an NFS server that was restarted knows no old handles."""
+    """Appends to `path` what is put, in this order, between `start` and `close`. `is_log`: say in the file what is lost."""
 
-    def __init__(self, path: Path, room: int = ROOM) -> None:
-        self._path, self._room = path, room
+    def __init__(self, path: Path, room: int = ROOM, is_log: bool = False) -> None:
+        self._path, self._room, self._is_log = path, room, is_log
         self._changed = threading.Condition()
-        self._waiting: list[bytes] = []
-        self._size = self._dropped = 0
-        self._closed = False
+        self._waiting: deque[bytes] = deque()
+        self._size = self._lost = 0
+        self._batch = b""
+        self._failure = ""
+        self._closed, self._given_up = False, threading.Event()
         self._thread = threading.Thread(target=self._work, name=f"append {path.name}", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
     def write(self, data: bytes) -> None:
-        """Have it appended, in the order of the calls; returns at once."""
+        """Whole lines; returns at once."""
         with self._changed:
-            if self._closed or self._size + len(data) > self._room:
-                self._dropped += len(data)
-            else:
-                self._waiting.append(data)
-                self._size += len(data)
+            if self._closed:
+                self._lose(data)
+                return
+            self._waiting.append(data)
+            self._size += len(data)
+            while self._size > self._room and self._waiting:
+                oldest = self._waiting.popleft()
+                self._size -= len(oldest)
+                self._lose(oldest)
             self._changed.notify()
 
-    def close(self, limit: float = 0.0) -> None:
-        """Take no more; wait up to `limit` seconds for what was written before."""
+    def end(self) -> None:
+        """Take no more; the thread ends when it has written what there is. Returns at once."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def close(self, limit: float) -> int:
+        """The same, but wait for it, for `limit` seconds at the most; how many lines are lost, which is printed.
+
+        No event: whoever waits for storage that does not answer must not ask it for one more thing."""
+        self.end()
         self._thread.join(limit)
+        self._given_up.set()
+        self._thread.join(0.1)
+        with self._changed:
+            lost = self._lost + b"".join([self._batch, *self._waiting]).count(b"\n")
+        if lost:
+            print(f"{lost} lines of {self._path} are lost: {self._failure}", file=sys.stderr, flush=True)
+        return lost
+
+    def _lose(self, data: bytes) -> None:
+        self._lost += data.count(b"\n")
 
     def _work(self) -> None:
-        while data := self._take():
+        while self._take():
             try:
-                with self._path.open("ab", buffering=0) as out:
-                    written = out.write(data) or 0
-            except OSError:  # a full disk, say: nobody is to end for that
-                written = 0
+                taken = files.append(self._path, self._batch)
+                failure = (
+                    "" if taken == len(self._batch) else f"cannot append to {self._path}: {os.strerror(errno.ENOSPC)}"
+                )
+            except StateError as error:
+                taken, failure = 0, error.message
             with self._changed:
-                self._size -= len(data)
-                self._dropped += len(data) - written
+                self._size -= taken
+                self._batch = self._batch[taken:]
+            self._tell(failure)
+            if failure and self._given_up.wait(RETRY_EVERY):
+                return
 
-    def _take(self) -> bytes:
-        """What waits, preceded by what was dropped before it; b"" at the end."""
+    def _take(self) -> bool:
+        """Add all that waits to the batch, once there is something; False at the end."""
         with self._changed:
-            while not self._waiting and not self._closed:
+            while not (self._waiting or self._batch or self._closed):
                 self._changed.wait()
-            data, self._waiting = b"".join(self._waiting), []
-            if data and self._dropped:
-                note = f"[raylaunch: {self._dropped} bytes were dropped: the storage did not accept them]\n".encode()
-                self._size, self._dropped = self._size + len(note), 0
-                data = note + data
-            return data
+            if self._is_log and self._lost and not self._batch:
+                note = f"[raylaunch: {self._lost} lines are lost: the storage did not accept them]\n".encode()
+                self._waiting.appendleft(note)
+                self._size, self._lost = self._size + len(note), 0
+            self._batch += b"".join(self._waiting)
+            self._waiting.clear()
+            return bool(self._batch)
+
+    def _tell(self, failure: str) -> None:
+        """Once for each trouble, not for each try."""
+        if failure and failure != self._failure:
+            print(f"{failure}: what is to be written is kept, and tried again", file=sys.stderr, flush=True)
+        self._failure = failure
 
 
 class AppendingHandler(logging.Handler):

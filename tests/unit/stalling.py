@@ -1,40 +1,28 @@
-"""A file on storage that stalls, for tests: what writes to it waits until the test says so."""
+"""Storage that stalls or fails, for tests: what appends to it waits until the test says so."""
 
 from __future__ import annotations
 
 import threading
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+
+from raylaunch.errors import StateError
 
 
-class StallingFile:
-    """Stands in for a Path that is opened for appending."""
-
-    name = "stalling"
+class Storage:
+    """In place of `files.append`: `free`: a write returns; `trouble`: it fails; `most`: bytes that it takes of each of the next."""
 
     def __init__(self) -> None:
         self.content = b""
         self.free, self.reached = threading.Event(), threading.Event()
-        self.error: OSError | None = None
+        self.free.set()
+        self.trouble = ""
+        self.most: list[int] = []
 
-    def as_path(self) -> Path:
-        return self  # type: ignore[return-value]
-
-    def open(self, *_: Any, **__: Any) -> StallingFile:
-        return self
-
-    def write(self, data: bytes) -> int:
+    def append(self, path: Path, data: bytes) -> int:
         self.reached.set()
         assert self.free.wait(60)
-        if self.error is not None:
-            raise self.error
-        self.content += data
-        return len(data)
-
-    def __enter__(self) -> StallingFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+        if self.trouble:
+            raise StateError(self.trouble)
+        taken = data[: self.most.pop(0)] if self.most else data
+        self.content += taken
+        return len(taken)

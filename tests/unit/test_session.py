@@ -11,8 +11,7 @@ import pytest
 from waiting import until
 
 from raylaunch.host import threads
-from raylaunch.state import event_log, files, lines, runs, thread_deaths
-from raylaunch.state.lines import Lines
+from raylaunch.state import appender, event_log, files, runs, thread_deaths
 from raylaunch.training.stop_request import NOW
 from raylaunch.training.worker import session
 from raylaunch.training.worker.session import Session
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("error")  # a thread that dies is one
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "RETRY_EVERY", 0.01)
+    monkeypatch.setattr(appender, "RETRY_EVERY", 0.01)
     monkeypatch.setattr(session, "LOOK_EVERY", 0.01)
     monkeypatch.setattr(session, "CLOSE_LIMIT", 0.1)
 
@@ -129,7 +128,7 @@ def test_a_stop_is_heard_while_a_write_does_not_return(
     until(lambda: rank_0.stop_requested() == NOW)
     rank_0.close()  # does not wait for it either
     back.set()
-    rank_0._lines._thread.join()
+    rank_0._metrics._thread.join()
 
 
 @pytest.mark.parametrize("trouble", ["unreadable", "no text"])
@@ -148,36 +147,6 @@ def test_a_stop_is_heard_once_its_file_can_be_read(
         stop.rmdir()
     runs.request_stop(tmp_path, "test")
     until(lambda: rank_0.stop_requested() == NOW)
-
-
-def test_a_write_that_is_cut_off_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, left = tmp_path / "m.jsonl", [3, 0]
-    monkeypatch.setattr(files, "append", lambda path, data: _first(path, data[: left.pop(0)] if left else data))
-    made = Lines(path)
-    made.start()
-    for step in range(3):
-        made.put(f'{{"step": {step}}}')
-    assert made.close(30) == 0
-    assert files.read_lines(path) == [{"step": 0}, {"step": 1}, {"step": 2}]
-
-
-def _first(path: Path, data: bytes) -> int:
-    with path.open("ab") as out:
-        return out.write(data)
-
-
-def test_of_too_many_lines_the_oldest_are_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "MOST_KEPT", 2)
-    path = tmp_path / "m.jsonl"
-    path.mkdir()
-    made = Lines(path)
-    for step in range(5):
-        made.put(f'{{"step": {step}}}')
-    made.start()
-    until(lambda: made._lost == 3)
-    path.rmdir()
-    assert made.close(30) == 3
-    assert files.read_lines(path) == [{"step": 3}, {"step": 4}]
 
 
 def test_a_thread_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from raylaunch.host.internal_errors import described
 from raylaunch.scheduler.slurm.client import Slurm
 from raylaunch.scheduler.slurm.rows import ENDING, TERMINAL
 from raylaunch.state import event_log, files, records, thread_deaths
-from raylaunch.state.appender import Appender, AppendingHandler
+from raylaunch.state.appender import LOG_ROOM, Appender, AppendingHandler
 from raylaunch.state.cluster_events import CouldNotLead
 from raylaunch.state.records import Head
 from raylaunch.timing import LOG_PATIENCE, TERM_PATIENCE
@@ -38,7 +38,8 @@ async def supervise(here: NodeIdentity, at_end: contextlib.ExitStack) -> int:
     failure: Exception | None = None
     try:
         cluster = await check_canary(here)
-        log_file = Appender(here.directory / records.LOGS / f"{here.node}.log")
+        log_file = Appender(here.directory / records.LOGS / f"{here.node}.log", LOG_ROOM, is_log=True)
+        log_file.start()
         at_end.callback(log_file.close, LOG_PATIENCE)
         _log_to(log_file)
         file = here.directory / records.CONFIG_FILE

@@ -23,7 +23,7 @@ from pathlib import Path
 from raylaunch.host.network import interface_of
 from raylaunch.host.ports import Ports
 from raylaunch.host.resources import Resources
-from raylaunch.state.appender import Appender
+from raylaunch.state.appender import LOG_ROOM, Appender
 from raylaunch.state.records import WORKER_RESOURCE
 
 STARTED = "Ray runtime started"
@@ -127,7 +127,8 @@ class RayProcess:
     """
 
     def __init__(self, process: Process, log: Path) -> None:
-        self._process, self._log = process, Appender(log)
+        self._process, self._log = process, Appender(log, LOG_ROOM, is_log=True)
+        self._log.start()
         self._said = b""
         """The end of what it printed."""
         self.started = asyncio.Event()
@@ -182,7 +183,7 @@ class RayProcess:
                     self.started.set()
                 self._said = (self._said + chunk)[-_TAIL:]
         finally:
-            self._log.close()
+            self._log.end()
 
 
 _TROUBLE = re.compile(r"(error|exception|fail|unable|refused|denied|in use|no space|not found|check failed)", re.I)

@@ -20,7 +20,7 @@ from typing import Any
 from raylaunch.checkpoint.events import Event
 from raylaunch.errors import StateError
 from raylaunch.state import event_log, files
-from raylaunch.state.lines import Lines
+from raylaunch.state.appender import Appender
 from raylaunch.training.stop_request import AT_COMMIT, NOW
 from raylaunch.training.worker.heartbeat import HeartbeatClient
 
@@ -63,20 +63,20 @@ class Session:
     """The outcome and step to `finish` with when the trainer returns, if it does without an error."""
     step: int = 0
     """Steps done, as far as `progress` was told."""
-    _lines: Lines = field(init=False)
+    _metrics: Appender = field(init=False)
     _stop: threading.Event = field(default_factory=threading.Event)
     _closed: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
     def __post_init__(self) -> None:
-        self._lines = Lines(self.run_dir / files.METRICS_FILE)
+        self._metrics = Appender(self.run_dir / files.METRICS_FILE)
 
     def start(self) -> None:
         """Begin the background work: the pulse of every rank, the files of rank 0."""
         if self.pulse is not None:
             self.pulse.start()
         if self.rank == 0 and self._thread is None:
-            self._lines.start()
+            self._metrics.start()
             self._thread = threading.Thread(target=self._look, name="session", daemon=True)
             self._thread.start()
 
@@ -85,7 +85,7 @@ class Session:
         if self._thread is not None:
             self._closed.set()
             self._thread = None
-            self._lines.close(CLOSE_LIMIT)
+            self._metrics.close(CLOSE_LIMIT)
 
     def report(self, **metrics: Any) -> None:
         """Append one line to the run's metrics.jsonl (rank 0 only; returns at once, but for a value on a GPU).
@@ -97,7 +97,7 @@ class Session:
             if self.pulse is not None and "step" in metrics:
                 self.pulse.reached(int(metrics["step"]))
             row = {**metrics, "world_size": self.world_size, "attempt": self.attempt, "time": time.time()}
-            self._lines.put(json.dumps({key: _plain(value) for key, value in row.items()}))
+            self._metrics.write(json.dumps({key: _plain(value) for key, value in row.items()}).encode() + b"\n")
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append one line to the run's events.jsonl (rank 0 only): an event of your own, with a kind that docs/events.md
