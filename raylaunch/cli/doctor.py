@@ -1,4 +1,4 @@
-"""`raylaunch doctor`: the state of the cluster, and what to do about it."""
+"""`raylaunch doctor`: check the cluster, print findings and the next steps."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ _WIDEST = 80
 def doctor(
     path: Path | None, sets: tuple[str, ...], state_dir: Path | None, timeout: float, as_json: bool, **flags: Any
 ) -> int:  # fmt: skip
-    """Check Slurm, the state directory and this machine. With --nodes, a short job also checks that many nodes and
-    measures which of them are slow. The exit code is 1 if there is a problem.
+    """Check Slurm, the state directory and this machine. With --nodes, a short job also checks the nodes and reports
+    slow ones. The exit code is 1 if there is a problem.
 
     \b
       raylaunch doctor
@@ -59,7 +59,7 @@ def _look(config: Config, on_nodes: bool, timeout: float) -> list[Finding]:
     if backend != "local":
         try:
             if missing := slurm.missing():
-                hint = "On a cluster, run this on a login node. Here `raylaunch up` makes nodes of this machine."
+                hint = "On a cluster, run this command on a login node. Here, `raylaunch up` starts local nodes."
                 trouble = [(problem if backend == "slurm" else warning)("slurm.version", missing, hint)]
         except SlurmUnavailable as error:
             backend = "slurm"
@@ -83,7 +83,7 @@ def _width() -> int:
 
 
 def report(findings: Sequence[Finding], width: int) -> str:
-    """The findings for people: under headings, nodes with the same to say on one line, next steps below."""
+    """Format findings for a terminal: grouped by heading, nodes with the same finding on one line, next steps below."""
     plain = not _can_print("✓✗")
     lines: list[str] = []
     counts = dict.fromkeys(_MARKS, 0)
@@ -94,7 +94,7 @@ def report(findings: Sequence[Finding], width: int) -> str:
             counts[same[0].status] += 1
             who = few([one.node for one in same if one.node], 6)
             text = f"{who}: {same[0].text}" if who else same[0].text
-            text = "".join(c if c.isprintable() else " " for c in text)  # some of it is other programs' words
+            text = "".join(c if c.isprintable() else " " for c in text)  # parts are output of other programs
             filled = textwrap.wrap(text, width - 4, break_on_hyphens=False) or [""]
             lines.append(f"  {click.style(ascii_mark if plain else mark, fg=colour)} {filled[0]}")
             lines += [f"    {line}" for line in filled[1:]]
@@ -103,11 +103,11 @@ def report(findings: Sequence[Finding], width: int) -> str:
                                        break_on_hyphens=False)  # fmt: skip
     said = [f"{counts[s]} {s}{'s' * (counts[s] != 1)}" for s in ("problem", "warning") if counts[s]]
     said += [f"{counts['unknown']} unknown"] if counts["unknown"] else []
-    return "\n".join([*lines, "", ", ".join(said) or "All well."])
+    return "\n".join([*lines, "", ", ".join(said) or "No problems found."])
 
 
 def _together(findings: Sequence[Finding]) -> list[list[Finding]]:
-    """Findings of several nodes that say the same, as one."""
+    """Group findings that differ only in the node."""
     found: dict[tuple[str, ...], list[Finding]] = {}
     for one in findings:
         found.setdefault((one.check, one.status, one.text, one.hint), []).append(one)

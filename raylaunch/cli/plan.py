@@ -1,4 +1,4 @@
-"""`raylaunch plan`: what a run will need, before it starts."""
+"""`raylaunch plan`: estimate the resources and the time of a run."""
 
 from __future__ import annotations
 
@@ -104,20 +104,20 @@ def _gpu(name: str | None, config: Config) -> GpuModel:
     if found is None and batch_script.gpus_per_node(config.slurm):
         raise UsageError(
             "the GPU model is unknown: slurm.gpus_per_node does not name one",
-            f"--gpu NAME: {', '.join(gpu_models.TABLE)}.",
+            f"Set --gpu to one of: {', '.join(gpu_models.TABLE)}.",
         )
     return found or CPU
 
 
 def _with_workers(config: Config, count: int) -> Config:
-    """So many workers a node, and as many GPUs, of the type that the config names."""
+    """The configuration with `count` workers and GPUs per node; the GPU type is kept."""
     slurm = config.slurm
     gpus_ = None if slurm.gpus_per_node is None else re.sub(r"\d+$", str(count), str(slurm.gpus_per_node))
     changed = slurm.model_copy(update={"ntasks_per_node": count, "gpus_per_node": gpus_})
     return config.model_copy(update={"slurm": changed})
 
 
-# -- for people --------------------------------------------------------------------------------------------
+# -- output for people -------------------------------------------------------------------------------------
 
 
 def _print(console: Console, found: Estimate, config: Config, asked: Queue) -> None:
@@ -134,7 +134,7 @@ def _print(console: Console, found: Estimate, config: Config, asked: Queue) -> N
     console.print()
     rows = [*_times(found), *_saves(found, config)]
     if found.fits is False and rows:
-        console.print(Text("if it fitted:", style="dim"))
+        console.print(Text("assuming that it fits:", style="dim"))
     _print_rows(console, rows)
     _print_rows(console, [("queue", asked.text)])
     for text in found.missing + found.notes:
@@ -152,9 +152,9 @@ def _print_rows(console: Console, rows: list[tuple[str, str]]) -> None:
 
 def _name(found: Estimate) -> str:
     if found.shape is None:
-        return "a model that is not known here"
+        return "unknown model"
     sizes = found.shape.parameters
-    trained = "" if sizes["trained"] == sizes["total"] else f", {_count(sizes['trained'])} of them trained"
+    trained = "" if sizes["trained"] == sizes["total"] else f", {_count(sizes['trained'])} trainable"
     return f"{_count(sizes['total'])} parameters{trained}"
 
 
@@ -172,9 +172,9 @@ def _plan(found: Estimate, config: Config) -> str:
     how = plan.activation_checkpointing
     words += [f"activation_checkpointing {how}"] if how != "none" else []
     words += ["cpu_offload"] if plan.cpu_offload else []
-    batch = f"{_several(where.batch, 'sample')} of {config.data.seq_len:,} a step"
+    batch = f"{_several(where.batch, 'sample')} of {config.data.seq_len:,} tokens per step"
     passes = "one pass" if where.passes == 1 else f"{where.passes} passes"
-    return f"{', '.join(words)}; {batch}, in {passes} of {config.step_scheduler.local_batch_size} a worker"
+    return f"{', '.join(words)}; {batch}, in {passes} of {config.step_scheduler.local_batch_size} per worker"
 
 
 def _several(count: int, what: str) -> str:
@@ -195,32 +195,32 @@ def _print_memory(console: Console, found: Estimate, config: Config) -> None:
         if bytes_ := peak.bytes.get(cause, 0):
             table.add_row(f"  {cause}", _size(bytes_), Text("█" * max(1, round(room * bytes_ / scale)), style="cyan"))
     console.print(table)
-    stage = f", in stage {peak.stage}" if config.distributed.pp_size > 1 else ""
-    console.print(Text(f"  at {peak.moment}{stage}", style="dim"))
+    stage = f", in pipeline stage {peak.stage}" if config.distributed.pp_size > 1 else ""
+    console.print(Text(f"  peak during {peak.moment}{stage}", style="dim"))
     console.print(_verdict(found))
     if peak.host:
         host = _size(peak.host * found.place.workers_per_node)
-        console.print(f"and {host} of each node's own memory, for what is offloaded or copied to be saved")
+        console.print(f"plus {host} of host memory per node, for offloading and checkpoint copies")
 
 
 def _verdict(found: Estimate) -> Text:
     assert found.peak is not None
     used = _size(found.peak.total)
     if found.available is None:
-        return Text(f"{used} a worker; how much a node has is not known here", style="bold")
+        return Text(f"{used} per worker; the memory of the nodes is unknown", style="bold")
     against = f"{used.removesuffix(' GiB')} of {_size(found.available)}" + (f" ({found.room})" if found.room else "")
     if found.fits and not found.tight:
         return Text(f"fits: {against}", style="bold green")
     word = "fits, but tightly" if found.fits else "does not fit"
     text = Text().append(f"{word}: {against}", style="bold yellow" if found.fits else "bold red")
     if found.would_fit:
-        text.append("; with more room:" if found.fits else "; these would:")
+        text.append("; to use less memory:" if found.fits else "; changes that make it fit:")
     elif not found.fits:
-        text.append(f"; nothing that was tried would, on up to {SEVERAL[-1]} times the nodes")
+        text.append(f"; no tested change makes it fit, on up to {SEVERAL[-1]} times the nodes")
     for fit in found.would_fit:
         changes = [f"{key.split('.')[-1]} {_word(value)}" for key, value in fit.changes.items()]
         changes += [f"{fit.nodes} nodes"] if fit.nodes != found.place.nodes else []
-        slower = f", {fit.slower:.0%} slower or so" if fit.slower >= 0.02 else ""
+        slower = f", about {fit.slower:.0%} slower" if fit.slower >= 0.02 else ""
         text.append(f"\n  {', '.join(changes)} ({_size(fit.total)}{slower})")
     return text
 
@@ -240,13 +240,15 @@ def _times(found: Estimate) -> list[tuple[str, str]]:
     if found.pace is None or found.step is None:
         return []
     rate = found.pace.tokens_per_s
-    rows = [("pace", f"{rate:,.{0 if rate >= 10 else 2}f} tokens/s, {spell(found.step)} a step ({found.pace.how})")]
+    tokens = f"{rate:,.{0 if rate >= 10 else 2}f} tokens/s"
+    rows = [("throughput", f"{tokens}, {spell(found.step)} per step ({found.pace.how})")]
     if found.first_step is not None:
         parts = ", ".join(f"{name.replace('_', ' ')} {spell(s)}" for name, s in found.first_step.items() if s >= 0.5)
         how = "measured" if found.pace.start else "assumed"
-        rows.append(("first step", f"{spell(sum(found.first_step.values()))} after the job's start ({how}: {parts})"))
-    with_ = " with saves and faults" if found.saving is not None else ""
-    rows.append(("to the end", f"{spell(found.end)}{with_}" if found.end is not None else "never: faults take it all"))
+        rows.append(("first step", f"{spell(sum(found.first_step.values()))} after the job starts ({how}: {parts})"))
+    with_ = " including saves and failures" if found.saving is not None else ""
+    never = "never finishes: failures take all of the time"
+    rows.append(("run time", f"{spell(found.end)}{with_}" if found.end is not None else never))
     return rows
 
 
@@ -254,17 +256,17 @@ def _saves(found: Estimate, config: Config) -> list[tuple[str, str]]:
     one = found.saving
     if one is None:
         return []
-    waits = "" if one.stall == one.save else f", of which steps wait {spell(one.stall)}"
+    waits = "" if one.stall == one.save else f"; training waits {spell(one.stall)}"
     steps = f", {max(1, round(one.interval / found.step)):,} steps" if found.step else ""
     rows = [
         ("checkpoint", f"{_size(one.size)}, {spell(one.save)} to save (bandwidth {found.bandwidth}){waits}"),
-        ("save every", f"{spell(one.interval)}{steps}, with a fault each {spell(one.mtbf)} (Young/Daly): "
-                       f"{_share(one.cost)} of the time for saves and faults"),
+        ("save every", f"{spell(one.interval)}{steps} (Young/Daly, a failure every {spell(one.mtbf)}): "
+                       f"{_share(one.cost)} of the time for saves and failures"),
     ]  # fmt: skip
     if one.own_interval is not None and one.own_cost is not None:
-        faults = f"; {one.faults:.2g} faults to be expected" if one.faults is not None else ""
-        every = config.step_scheduler.ckpt_every_steps
-        rows.append(("yours", f"ckpt_every_steps {every:,}, {spell(one.own_interval)}: {_share(one.own_cost)}{faults}"))
+        faults = f"; {one.faults:.2g} failures expected" if one.faults is not None else ""
+        every = f"ckpt_every_steps {config.step_scheduler.ckpt_every_steps:,}, {spell(one.own_interval)}"
+        rows.append(("configured", f"{every}: {_share(one.own_cost)} of the time{faults}"))
     return rows
 
 

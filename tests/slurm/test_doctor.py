@@ -41,8 +41,8 @@ def test_from_the_login_node(site: Site) -> None:
     assert max(map(len, done.out.splitlines())) <= 40
     told = " ".join(done.out.split())
     for words in (
-        "✓ Slurm 2", "requeue is the default; preemption REQUEUE (partition_prio)", "Slurm keeps no accounting here",
-        "✓ main (default): 4 of 4 nodes idle", "a job of 1 node; start: at once", "looks node-local",
+        "✓ Slurm 2", "requeue is the default; preemption REQUEUE (partition_prio)", "Slurm accounting is not enabled",
+        "✓ main (default): 4 of 4 nodes idle", "a job of 1 node; estimated start: now", "looks node-local",
     ):  # fmt: skip
         assert words in told
     wrong = {one["check"]: one["hint"] for one in doctor(site, 1, "--partition", "nope") if one["status"] == "problem"}
@@ -60,7 +60,7 @@ def test_the_slow_node_and_the_one_apart_are_found(site: Site) -> None:
     assert problems.keys() == {("nodes.shared", "node4"), ("bandwidth.slow", "node3")}, findings
     assert "not shared" in problems["nodes.shared", "node4"]
     well = {one["check"]: one["text"] for one in findings if one["status"] == "ok"}
-    assert "3 nodes see" in well["nodes.shared"] and "3 pairs measured" in well["bandwidth.pairs"]
+    assert "shared with 3 nodes" in well["nodes.shared"] and "3 pairs measured" in well["bandwidth.pairs"]
     assert "clocks agree" in well["nodes.clock"] and "eth0" in well["network.peers"]
     assert is_clean(site)
 
@@ -68,7 +68,7 @@ def test_the_slow_node_and_the_one_apart_are_found(site: Site) -> None:
 @pytest.mark.long
 def test_an_interrupt_gives_the_nodes_back(site: Site) -> None:
     command = site.start("doctor", "--nodes", 4)
-    command.wait_said("booting")
+    command.wait_said("starting the checks")
     command.interrupt()
     command.ended().expect(130)
     wait_for("no job and no directory", lambda: is_clean(site), LIMIT, lambda: str(site.jobs()))

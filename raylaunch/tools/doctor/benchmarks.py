@@ -1,9 +1,9 @@
-"""What a node's check needs torch for: a GPU's own check, and all-reduce with one other node after the other.
+"""The parts of a node check that need torch: the GPU test, and all-reduce with one partner node after the other.
 
     python -m raylaunch.tools.doctor.benchmarks    a process per GPU (or one per node), under `node_check`
 
-It prints JSON lines: what its GPU did, then `ready`; reads its orders as one line; prints a line a pair. A process of
-its own, since a sick GPU or a blocked network hangs whoever uses it: `node_check` ends it and has what came until then.
+It prints JSON lines: the result of its GPU, then `ready`; reads the schedule as one line; prints one line per pair. It
+is a separate process because a broken GPU or network can hang it: `node_check` then kills it and keeps its output.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from raylaunch.host.processes import die_with_parent
 from raylaunch.tools.doctor.mailbox import ROUND_LIMIT, PairResult, Schedule
 
 BUSY = 2.0
-"""Seconds of matmul: as long as a GPU needs to be slowed down for its heat or power."""
+"""Seconds of matmul: long enough for thermal or power throttling to start."""
 PATTERN = 0x5A
 LARGEST = {"nccl": 256 << 20, "gloo": 32 << 20}
 STEPS = 3
-"""Each may take the whole of a time limit: reaching the partner's store, the group's rendezvous, an all-reduce."""
+"""Each may use a full time limit: connecting to the partner's store, the group's rendezvous, an all-reduce."""
 MEASURED = 0.5
-"""Seconds of all-reduce that are measured, about."""
+"""Approximate seconds of measured all-reduce."""
 
 
 def say(**line: Any) -> None:
@@ -38,14 +38,14 @@ def say(**line: Any) -> None:
 
 def check_gpu(torch: Any) -> dict[str, Any]:
     """Fill most of the free memory and read it back, then multiply for BUSY seconds: the same matrices must give the
-    same bits. Bytes and operations per second; raises what torch raises."""
+    same bits. Returns sizes in bytes and operations per second. Exceptions of torch are not caught."""
     device = torch.device("cuda", 0)
     free, total = torch.cuda.mem_get_info(device)
     found = {"name": torch.cuda.get_device_name(device), "memory": total, "taken": total - free}
     blocks = [torch.full((1 << 30,), PATTERN, dtype=torch.uint8, device=device) for _ in range(int(free * 0.9) >> 30)]
     # Not by comparing, which would need as much memory again.
     if any(int(extreme) != PATTERN for block in blocks for extreme in torch.aminmax(block)):
-        return {**found, "error": "its memory does not keep what is written to it"}
+        return {**found, "error": "memory test failed: data read differs from data written"}
     del blocks
     torch.cuda.empty_cache()
     side = 8192 if total > 16 << 30 else 2048
@@ -62,14 +62,14 @@ def check_gpu(torch: Any) -> dict[str, Any]:
         done += 8
     took = time.perf_counter() - began
     if not torch.equal(first, again):
-        return {**found, "error": "the same multiplication gave two results"}
+        return {**found, "error": "a repeated matrix multiplication gave a different result"}
     return {**found, "flops": 2 * side**3 * done / took}
 
 
 def bus_bandwidth(dist: Any, torch: Any, device: Any, largest: int) -> float:
-    """Bus bandwidth of an all-reduce in the present group, bytes/s: bytes/time · 2(n-1)/n, as nccl-tests has it. The
-    size is chosen so that an all-reduce takes about 50 ms; the quicker quarter of some counts, for what else the nodes'
-    processors do is no fault of the network's."""
+    """Bus bandwidth of an all-reduce in the current group in bytes/s: bytes/time · 2(n-1)/n, as in nccl-tests. The size
+    is chosen so that an all-reduce takes about 50 ms. The result is the fastest quartile of several runs, so that other
+    load on the CPUs does not count."""
 
     def once(buffer: Any) -> float:
         began = time.perf_counter()
@@ -79,7 +79,7 @@ def bus_bandwidth(dist: Any, torch: Any, device: Any, largest: int) -> float:
         return time.perf_counter() - began
 
     def slowest(seconds: float) -> float:
-        """All must count alike."""
+        """The maximum over all ranks, so that all use the same count."""
         value = torch.tensor([seconds], dtype=torch.float64, device=device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return float(value)
@@ -96,7 +96,7 @@ def bus_bandwidth(dist: Any, torch: Any, device: Any, largest: int) -> float:
 
 
 class Pairing:
-    """This process's part in the rounds of pairs."""
+    """Runs the pairs of this process, round by round."""
 
     def __init__(self, schedule: Schedule, index: int, local: int) -> None:
         self.schedule, self.index, self.local = schedule, index, local
@@ -104,7 +104,7 @@ class Pairing:
         self._began = time.monotonic()
 
     def run(self, dist: Any, torch: Any) -> Iterator[PairResult]:
-        """Meet one partner after the other; what each pair did."""
+        """Measure with one partner after the other; yields the result of each pair."""
         own = None
         if self.local == 0:
             place = self.places[self.index]
@@ -118,8 +118,8 @@ class Pairing:
 
     def _meet(self, dist: Any, torch: Any, number: int, pair: tuple[int, int], own: Any) -> PairResult:
         a, b = pair
-        # A partner may have waited for one that is gone, in each round before this one; so the end of a round is
-        # counted from the beginning, and nobody gives up on somebody who is only late.
+        # In each earlier round, the partner may have waited for a node that is gone. So the end of a round is
+        # counted from the start of the first one: a partner that is only late is still awaited.
         left = self._began + (number + 1) * ROUND_LIMIT - time.monotonic()
         limit = timedelta(seconds=max(1.0, left / STEPS))
         place, locals_ = self.places[a], self.schedule.locals
@@ -158,7 +158,7 @@ def main() -> None:
         return
     if os.environ.get("RAYLAUNCH_PROBE_GPU"):
         if torch.version.cuda is None and torch.version.hip is None:
-            say(torch=f"{torch.__version__} is a build without CUDA, and this node has GPUs")
+            say(torch=f"version {torch.__version__} is built without CUDA, but this node has GPUs")
             return
         say(gpu={"local": local, **_guarded(lambda: check_gpu(torch))})
     say(ready=True)

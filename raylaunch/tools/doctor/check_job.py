@@ -1,5 +1,5 @@
-"""The nodes that are looked at: one short job of Slurm's, or processes of this machine. One protocol: start, wait for
-nodes, end."""
+"""The nodes to check: a short Slurm job, or processes on this machine. Both follow one protocol: start, wait for nodes,
+end."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ Show = Callable[[str], None]
 
 
 class StillWaiting(RaylaunchError):
-    """The queue took longer than we wait."""
+    """The job did not start in time."""
 
 
 class Allocation(Protocol):
-    """What holds the nodes."""
+    """The allocation of nodes."""
 
     def start(self) -> None:
-        """Ask for them."""
+        """Request the nodes."""
         ...
 
     def nodes(self, patience: float, show: Show) -> tuple[str, ...]:
-        """Wait for them; their names, in the order of their indices."""
+        """Wait for the nodes; returns their names, in the order of their indices."""
         ...
 
     def alive(self) -> bool:
-        """Whether any of them may still say something."""
+        """Whether any node may still respond."""
         ...
 
     def failures(self) -> dict[str, str]:
-        """Node → what it printed of why it cannot go on."""
+        """Node → the error that it printed before it stopped."""
         ...
 
     def complaint(self) -> str:
-        """The first error in what they, or Slurm for them, have printed; "" for none."""
+        """The first error in the output of the nodes or of Slurm; "" if there is none."""
         ...
 
     def end(self, patience: float) -> str:
-        """Give them back, after `patience` seconds in which they may end by themselves; what could not be, or ""."""
+        """Release the nodes; they get `patience` seconds to end by themselves. Returns what is left running, or ""."""
         ...
 
 
 @dataclass
 class SlurmJob:
-    """One job of Slurm's."""
+    """A Slurm job."""
 
     slurm: SlurmConfig
     directory: Path
@@ -74,32 +74,32 @@ class SlurmJob:
 
     def nodes(self, patience: float, show: Show) -> tuple[str, ...]:
         deadline, pause = time.monotonic() + patience, ASK_EVERY[0]
-        why = "not answered for"
+        why = "in an unknown state (Slurm does not respond)"
         while True:
             with contextlib.suppress(SlurmUnavailable):  # it may answer next time
                 job = self._look()
                 if job is None or not job.alive:
-                    hint = "Most likely the nodes do not see the state directory: it must be shared."
-                    raise BringUpError(f"job {self.job} ended at once ({job.state if job else 'gone'})", hint)
+                    hint = "Most likely, the nodes cannot access the state directory. It must be shared."
+                    state = job.state if job else "no longer known to Slurm"
+                    raise BringUpError(f"job {self.job} ended immediately ({state})", hint)
                 if job.blocked:
                     text = f"job {self.job} cannot start as submitted ({job.reason}): {job.blocked}"
-                    raise BringUpError(text, "It was cancelled.")
+                    raise BringUpError(text, "The job was cancelled. Change the request and try again.")
                 if not job.pending and job.nodes:
                     return job.nodes
-                why = (
-                    f"pending ({job.reason or 'no reason yet'}{f', estimated start {job.start}' if job.start else ''})"
-                )
+                start = f", estimated start {job.start}" if job.start else ""
+                why = f"pending ({job.reason or 'no reason given'}{start})"
             if time.monotonic() > deadline:
                 raise StillWaiting(
-                    f"no nodes within {patience:g} s: job {self.job} was {why}",
-                    "Wait longer with --timeout, or ask for fewer --nodes or another --partition.",
+                    f"job {self.job} did not start within {patience:g} s; it is {why}",
+                    "Increase --timeout, or request fewer --nodes or another --partition.",
                 )
             show(f"job {self.job} is {why}")
             time.sleep(pause)
             pause = min(ASK_EVERY[1], pause * 1.3)
 
     def alive(self) -> bool:
-        """Asked of Slurm every few seconds only."""
+        """Queries Slurm every few seconds only."""
         if time.monotonic() - self._asked > ASK_EVERY[1]:
             self._asked = time.monotonic()
             with contextlib.suppress(SlurmUnavailable):
@@ -132,7 +132,7 @@ class SlurmJob:
                 if job is None or not job.alive:
                     return ""
                 time.sleep(0.2)
-        return f"job {self.job} may be there still: `scancel {self.job}`"
+        return f"job {self.job} may still exist; cancel it with `scancel {self.job}`"
 
     def _look(self) -> Job | None:
         return self.backend.states(self.directory, [self.job]).get(self.job)
@@ -140,7 +140,7 @@ class SlurmJob:
 
 @dataclass
 class LocalProcesses:
-    """Processes of this machine, each a node."""
+    """Processes on this machine, one per node."""
 
     count: int
     directory: Path
@@ -175,7 +175,7 @@ class LocalProcesses:
         left = sum(processes.end_tree(process.pid) for process in self._running)
         for process in self._running:
             process.poll()
-        return f"{left} processes do not end" if left else ""
+        return f"{left} processes of the check did not exit" if left else ""
 
 
 def _first_error(output: Path) -> str:

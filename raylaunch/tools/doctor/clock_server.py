@@ -1,7 +1,7 @@
-"""Reaching the peers: a small clock on each node, and asking others for the time.
+"""Connections to the peers: each node runs a small clock server and queries those of others.
 
-The clock answers whoever knows the canary, on the node's own address alone. The offset is that of the quickest of some
-exchanges, right to half its round trip (tens of microseconds between nodes).
+The server listens on the node's own address and answers clients that send the canary. The offset is that of the fastest
+of several exchanges, accurate to half its round trip (tens of microseconds between nodes).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class _Answer(socketserver.StreamRequestHandler):
                 return
             while self.rfile.readline(16):
                 self.wfile.write(f"{time.time()!r}\n".encode())
-        except OSError:  # it went, or said nothing more
+        except OSError:  # the client disconnected or stopped responding
             return
 
 
 def serve(address: str, port: int, canary: str) -> _Clock:
-    """Answer with the time of this machine, from a thread of its own, until `shutdown`."""
+    """Serve the time of this machine from a background thread until `shutdown`."""
     server = _Clock((address, port), _Answer)
     server.canary = canary.encode()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -68,7 +68,7 @@ def ask(place: Peer, canary: str) -> Reached:
 
 
 def ask_all(places: Iterable[Peer], canary: str) -> dict[int, Reached]:
-    """Index → how that peer was reached; at once, in about CONNECT_LIMIT seconds at most."""
+    """Index → result for that peer; all in parallel, within about CONNECT_LIMIT seconds."""
     listed = list(places)
     with ThreadPoolExecutor(max(1, len(listed))) as pool:
         return dict(zip([p.index for p in listed], pool.map(lambda p: ask(p, canary), listed), strict=True))

@@ -1,4 +1,4 @@
-"""One finding: what was looked at, how it is, and the next step where it is not well."""
+"""A finding: the check, its status and text, and the next step if there is a problem."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Status = Literal["ok", "warning", "problem", "unknown"]
 GROUPS = {
     "slurm": "Slurm",
     "queue": "Partitions",
-    "user": "You",
+    "user": "Your account",
     "storage": "State directory",
     "node": "This machine",
     "network": "Network",
@@ -19,12 +19,13 @@ GROUPS = {
     "nodes": "Nodes",
     "bandwidth": "Bandwidth between nodes",
 }
-"""The first word of a check → its heading, in the order of the report."""
+"""First word of a check → heading, in the order of the report."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`check` is dotted, its first word one of GROUPS; `hint` is the next step; `node`: None for all, or for here."""
+    """`check` is a dotted name that starts with one of GROUPS; `hint`: the next step; `node`: None for all nodes or for
+    this machine."""
 
     check: str
     status: Status
@@ -54,12 +55,12 @@ def unknown(check: str, text: str, hint: str = "", node: str | None = None) -> F
 
 
 def on(node: str, findings: Iterable[Finding]) -> list[Finding]:
-    """The findings of a machine as that node's."""
+    """The findings of a machine, assigned to a node."""
     return [replace(one, node=node, check=one.check.replace("node.", "nodes.", 1)) for one in findings]
 
 
 def failed(findings: Iterable[Finding]) -> bool:
-    """Whether there is a problem among them: what the exit code says."""
+    """Whether any finding is a problem; sets the exit code."""
     return any(one.status == "problem" for one in findings)
 
 

@@ -1,5 +1,5 @@
-"""The GPUs of this machine as nvidia-smi tells of them, in one bounded question; its XML has the same shape since the
-drivers of 2015, and what is new in it is passed over. Nothing here touches a GPU itself (`benchmarks` does)."""
+"""GPU status of this machine, from one nvidia-smi call with a time limit. The format of its XML has been stable since
+the drivers of 2015; unknown elements are ignored. This module does not use the GPUs itself (`benchmarks` does)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from raylaunch.host.processes import kill_child
 
 LIMIT = 30.0
-"""Seconds. Without the persistence daemon the driver wakes every GPU first, which takes 10 s on large nodes."""
+"""Seconds. Without the persistence daemon, the driver initialises every GPU first: 10 s on large nodes."""
 _SLOWED = ("hw_slowdown", "hw_thermal_slowdown", "sw_thermal_slowdown", "hw_power_brake_slowdown")
 _SICK = ("remapped_row_pending", "remapped_row_failure", "pending_retirement", "gpu_reset_required",
          "channel_repair_pending", "unrepairable_memory")  # fmt: skip
@@ -30,25 +30,25 @@ class GpuStatus(BaseModel):
     ecc: int = 0
     """Uncorrectable errors since the driver was loaded."""
     slowed: tuple[str, ...] = ()
-    """Why its clocks are held down: thermal or hardware reasons, not the power cap."""
+    """Reasons for reduced clocks: thermal or hardware, not the power cap."""
     sick: tuple[str, ...] = ()
-    """What of it waits for a reset or a repair."""
+    """Pending resets and repairs."""
     link: str = ""
-    """Where its PCIe link is narrower than it could be: 8x of 16x."""
+    """If its PCIe link is narrower than possible: 8x of 16x."""
 
 
 class Smi(BaseModel):
-    """nvidia-smi's answer; `error`: it has none. No driver at all: both empty."""
+    """Result of nvidia-smi; `error`: why there is none. Without a driver, both are empty."""
 
     driver: str = ""
     cuda: str = ""
-    """The newest CUDA that this driver runs."""
+    """The newest CUDA version that this driver supports."""
     gpus: tuple[GpuStatus, ...] = ()
     error: str = ""
 
 
 def ask(limit: float = LIMIT) -> Smi:
-    """Ask nvidia-smi; a driver that hangs is given up after `limit` seconds."""
+    """Run nvidia-smi; it is killed if the driver hangs for `limit` seconds."""
     if shutil.which("nvidia-smi") is None:
         return Smi()
     process = subprocess.Popen(
@@ -61,7 +61,7 @@ def ask(limit: float = LIMIT) -> Smi:
         kill_child(process)
         return Smi(error=f"nvidia-smi did not answer within {limit:g} s")
     if process.returncode != 0:
-        return Smi(error=" ".join(out.split())[:300] or f"nvidia-smi ended with {process.returncode}")
+        return Smi(error=" ".join(out.split())[:300] or f"nvidia-smi exited with code {process.returncode}")
     return parse(out)
 
 
@@ -70,13 +70,13 @@ def parse(text: str) -> Smi:
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError:
-        return Smi(error=f"nvidia-smi said: {' '.join(text.split())[:200]}")
+        return Smi(error=f"nvidia-smi printed invalid XML: {' '.join(text.split())[:200]}")
     rows = tuple(_gpu(number, node) for number, node in enumerate(root.iter("gpu")))
     return Smi(driver=_text(root, "driver_version"), cuda=_text(root, "cuda_version"), gpus=rows)
 
 
 def ours(rows: Iterable[GpuStatus], visible: Sequence[str]) -> list[GpuStatus]:
-    """Those that CUDA_VISIBLE_DEVICES names, by index or UUID; all where it names others (MIG)."""
+    """The GPUs in CUDA_VISIBLE_DEVICES, by index or UUID; all if it contains other names (MIG)."""
     listed = list(rows)
     found = [row for row in listed if str(row.index) in visible or any(v and row.uuid.startswith(v) for v in visible)]
     return found or listed
@@ -100,12 +100,12 @@ def _gpu(number: int, node: ElementTree.Element) -> GpuStatus:
 
 
 def _active(answers: dict[str, str], reason: str) -> bool:
-    # The drivers before 535 say clocks_throttle_reason.
+    # Drivers before 535 use clocks_throttle_reason.
     return any(answers.get(f"clocks_{kind}_reason_{reason}") == "Active" for kind in ("event", "throttle"))
 
 
 def _uncorrectable(node: ElementTree.Element) -> int:
-    """Volatile ECC errors that were not corrected: *_uncorrectable* since Ampere, double_bit's total before."""
+    """Uncorrected volatile ECC errors: *_uncorrectable* since Ampere, the total of double_bit before."""
     volatile = node.find("ecc_errors/volatile")
     if volatile is None:
         return 0

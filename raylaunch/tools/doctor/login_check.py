@@ -1,5 +1,5 @@
-"""The login node's part of `raylaunch doctor`: Slurm, this user, the state directory, this machine. Some questions at
-once, each bounded; whatever does not answer is a finding, not an error."""
+"""The checks of `raylaunch doctor` on the login node: Slurm, this user, the state directory, this machine. Checks run
+in parallel, each with a time limit; a check without a result is a finding, not an error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMI_LIMIT = 10.0
 
 
 def run(config: Config, state_dir: Path, slurm: Slurm | None) -> list[Finding]:
-    """Everything that can be found out without a job. `slurm`: None where there is none."""
+    """All checks that need no job. `slurm`: None if Slurm is not available."""
     shared = slurm is not None
     # As long as a cluster's own directory would be: the temp directory's name follows from it.
     key = str(state_dir / "clusters" / config.cluster.name)
@@ -42,7 +42,7 @@ def run(config: Config, state_dir: Path, slurm: Slurm | None) -> list[Finding]:
 
 
 def _slurm(config: Config, state_dir: Path, slurm: Slurm, pool: Executor) -> list[Finding]:
-    """What Slurm says. When it does not answer the first question, it is not asked the others."""
+    """Findings about Slurm. If the first query gets no response, the others are skipped."""
     try:
         found = list(slurm_checks.settings(slurm.settings(), machine_facts.limit("nofile")[0]))
     except SlurmUnavailable as error:
@@ -55,7 +55,7 @@ def _slurm(config: Config, state_dir: Path, slurm: Slurm, pool: Executor) -> lis
 
 
 def _told(check: str, question: Callable[[], Iterable[Finding]]) -> list[Finding]:
-    """The answer, or why there is none."""
+    """The findings of a query, or why it failed."""
     try:
         return list(question())
     except RaylaunchError as error:
@@ -63,7 +63,7 @@ def _told(check: str, question: Callable[[], Iterable[Finding]]) -> list[Finding
 
 
 def _questions(config: Config, state_dir: Path, slurm: Slurm) -> dict[str, Callable[[], Iterable[Finding]]]:
-    """Check → how it is asked."""
+    """Check → its query."""
 
     def accounts() -> Iterator[Finding]:
         rows, shares = slurm.associations(user()), {}
@@ -87,7 +87,7 @@ def _questions(config: Config, state_dir: Path, slurm: Slurm) -> dict[str, Calla
 
     def containers() -> Iterator[Finding]:
         if slurm.has_containers():
-            yield ok("slurm.containers", "srun takes --container-image (pyxis)")
+            yield ok("slurm.containers", "srun supports --container-image (pyxis)")
 
     return {
         "queue.partition": lambda: slurm_checks.partitions(slurm.partitions(), config.slurm.partition),

@@ -1,6 +1,6 @@
-"""What there is on one machine, login node or compute node: temp directory, shared memory, limits, ports, network,
-clock, containers, versions. Reads /sys and /proc and asks no command but the container runtimes' existence; nothing
-is judged here (`machine_checks` does), and neither torch nor Ray is imported."""
+"""Facts of one machine, login node or compute node: temp directory, shared memory, limits, ports, network, clock,
+containers, versions. They come from /sys and /proc; no command is run. `machine_checks` judges them. Neither torch nor
+Ray is imported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Port(BaseModel):
     active: bool
     state: str
     rate: str
-    """As the kernel has it: "400 Gb/sec (4X NDR)"."""
+    """As the kernel reports it: "400 Gb/sec (4X NDR)"."""
     ethernet: bool
     interfaces: tuple[str, ...]
 
@@ -67,18 +67,18 @@ class MachineFacts(BaseModel):
     interfaces: tuple[Interface, ...] = ()
     adapters: tuple[Port, ...] = ()
     synchronised: bool | None = None
-    """The clock, by its kernel; None: it does not say."""
+    """State of the clock according to the kernel; None: unknown."""
     containers: tuple[str, ...] = ()
     modules: bool = False
     python: str
     prefix: str
     prefix_type: str = ""
     versions: dict[str, str]
-    """raylaunch, ray, torch, nccl, cuda (torch's runtime), as far as they are installed."""
+    """raylaunch, ray, torch, nccl, cuda (torch's runtime), if installed."""
 
 
 def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None = None) -> MachineFacts:
-    """Look at this machine; `key` and `suffix` as for `temp_dir_path`."""
+    """Collect the facts of this machine; `key` and `suffix` as for `temp_dir_path`."""
     temp, temp_error = _temp(temp_base, key, suffix)
     shm = 0
     with contextlib.suppress(OSError):
@@ -107,13 +107,13 @@ def gather(temp_base: str, key: str, env: Mapping[str, str], suffix: str | None 
 
 
 def _temp(base: str, key: str, suffix: str | None) -> tuple[str, str]:
-    """(the cluster's temp directory, why it cannot be)."""
+    """(the cluster's temp directory, why it cannot be used)."""
     try:
         path = temp_dir_path(base, key, suffix)
     except RaylaunchError as error:
         return base, error.message
     if not os.access(base, os.W_OK | os.X_OK):
-        return str(path), f"{base} is not there or may not be written"
+        return str(path), f"{base} does not exist or is not writable"
     return str(path), ""
 
 
@@ -134,7 +134,7 @@ def _ports() -> str:
 def _line(path: Path) -> str:
     try:
         return path.read_text(errors="replace").strip()
-    except OSError:  # also what a driver answers for a link that is down
+    except OSError:  # drivers also fail like this for a link that is down
         return ""
 
 
@@ -168,7 +168,7 @@ def _adapters(root: Path = Path("/sys/class/infiniband")) -> tuple[Port, ...]:
 
 
 def synchronised() -> bool | None:
-    """Whether the kernel's clock follows a time server (adjtimex(2), STA_UNSYNC); None where it does not say."""
+    """Whether the kernel's clock is synchronised (adjtimex(2), STA_UNSYNC); None if unknown."""
     # struct timex of 64-bit Linux begins: modes, offset, freq, maxerror, esterror, status.
     answer = (ctypes.c_long * 32)()
     try:
@@ -180,7 +180,7 @@ def synchronised() -> bool | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what matters, by the packages' metadata; nothing is imported."""
+    """Versions of the relevant packages, from their metadata; nothing is imported."""
     names = {"ray": ("ray",), "torch": ("torch",), "nccl": ("nvidia-nccl-cu13", "nvidia-nccl-cu12"),
              "cuda": ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")}  # fmt: skip
     found = {"raylaunch": __version__}

@@ -1,13 +1,13 @@
-"""What the command line and the node checks tell each other: files in one temporary directory of the state directory.
+"""Messages between the command line and the node checks: files in a temporary directory of the state directory.
 
     DIR/  config.yaml canary   by the command line, before the job
-          N.hello.json         by node N: who and where it is, its facts
-          roster.json          by the command line: all nodes that said hello
+          N.hello.json         by node N: its name, address and facts
+          roster.json          by the command line: all nodes that wrote N.hello.json
           N.checked.json       by node N: which peers it reached, its clock against the first node's, its GPUs
           schedule.json        by the command line: the rounds of pairs
-          N.pairs.json         by node N: what its pairs did
+          N.pairs.json         by node N: results of its pairs
 
-Each is written once, atomically. Whoever waits opens the file itself: a listing of a shared directory may be old.
+Each is written once, atomically. Readers open the file itself, because a listing of a shared directory may be stale.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from raylaunch.tools.doctor.machine_facts import MachineFacts
 CANARY, CONFIG, ROSTER, SCHEDULE = "canary", "config.yaml", "roster.json", "schedule.json"
 CONNECT_LIMIT = 5.0
 PARTNERS = 8
-"""Rounds, and so partners that a node is measured with, at most."""
+"""Maximum number of rounds, and so of partners of a node."""
 ROUND_LIMIT = 30.0
 """Seconds for one round of pairs."""
 GPU_LIMIT = 120.0
-"""Seconds for torch's import, on a thousand nodes from one file system, and the GPU's own check."""
+"""Seconds for importing torch (on a thousand nodes, from one file system) and for the GPU test."""
 HELLO_LIMIT = 120.0
 ORDERS_LIMIT = 240.0
 """Seconds that a node waits for the command line, which may have been killed."""
@@ -41,16 +41,16 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Hello(BaseModel):
-    """A node, when it begins."""
+    """A node at the start of its checks."""
 
     index: int
     node: str
     address: str
     interface: str
     port: int
-    """Where its clock answers."""
+    """Port of its clock server."""
     store: int
-    """Where its pairs meet."""
+    """Port of the store for its pairs."""
     time: float
     facts: MachineFacts
     cpus: int
@@ -58,13 +58,13 @@ class Hello(BaseModel):
     object_store: int
     gpus: tuple[str, ...]
     submit: str | None = None
-    """Why jobs cannot be submitted from this node, "" when they can; None where that was not tried."""
+    """Why jobs cannot be submitted from this node; "" if they can, None if not tested."""
     error: str = ""
-    """Why this node can go no further."""
+    """Why this node cannot continue."""
 
 
 class Peer(BaseModel):
-    """A node as its peers need it."""
+    """The address of a node, for its peers."""
 
     index: int
     node: str
@@ -74,13 +74,13 @@ class Peer(BaseModel):
 
 
 class PeerList(BaseModel):
-    """The nodes that take part, by index."""
+    """The participating nodes, by index."""
 
     nodes: tuple[Peer, ...]
 
 
 class Reached(BaseModel):
-    """A peer as a node reached it: seconds there and back, and how far its clock is ahead; or why not."""
+    """A connection to a peer: round trip and clock offset in seconds, or the error."""
 
     seconds: float = 0.0
     ahead: float = 0.0
@@ -88,23 +88,23 @@ class Reached(BaseModel):
 
 
 class GpuCheck(BaseModel):
-    """What one GPU did. `error`: why it failed."""
+    """Test result of one GPU. `error`: why it failed."""
 
     local: int
     name: str = ""
     memory: int = 0
     taken: int = 0
-    """Bytes that somebody else had before we came."""
+    """Bytes in use before the test."""
     flops: float = 0.0
     error: str = ""
 
 
 class Checked(BaseModel):
-    """A node, before the pairs. `torch`: why its torch cannot be used."""
+    """Results of a node before the pairs. `torch`: why torch cannot be used."""
 
     index: int
     time: float
-    """When it had read the roster, by its clock."""
+    """When it had read the roster, on its clock."""
     reached: dict[int, Reached]
     gpus: tuple[GpuCheck, ...] = ()
     smi: Smi = Smi()
@@ -112,7 +112,7 @@ class Checked(BaseModel):
 
 
 class Schedule(BaseModel):
-    """The rounds of pairs, by index; `locals`: processes (GPUs) of each node that take part."""
+    """The rounds of pairs, by index; `locals`: participating processes (GPUs) per node."""
 
     nodes: tuple[Peer, ...]
     rounds: tuple[tuple[tuple[int, int], ...], ...]
@@ -121,7 +121,7 @@ class Schedule(BaseModel):
 
 
 class PairResult(BaseModel):
-    """What a pair did, as its lower node saw it."""
+    """The result of a pair, from one of its nodes."""
 
     a: int
     b: int
@@ -131,7 +131,7 @@ class PairResult(BaseModel):
 
 
 class Pairs(BaseModel):
-    """A node, at the end."""
+    """Results of a node at the end."""
 
     index: int
     results: tuple[PairResult, ...] = ()
@@ -143,7 +143,7 @@ def write(path: Path, value: BaseModel) -> None:
 
 
 def read(path: Path, model: type[Model]) -> Model | None:
-    """The file's content; None when it is not there (yet), or not what it should be."""
+    """The file's content; None if it does not exist (yet) or is invalid."""
     try:
         return model.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError, ValueError):
@@ -151,11 +151,11 @@ def read(path: Path, model: type[Model]) -> Model | None:
 
 
 def wait(path: Path, model: type[Model], limit: float) -> Model:
-    """The file's content, once it is there; StateError after `limit` seconds."""
+    """Wait for a file and return its content; StateError after `limit` seconds."""
     deadline, pause = time.monotonic() + limit, POLL / 2
     while (value := read(path, model)) is None:
         if time.monotonic() > deadline:
-            raise StateError(f"no {path.name} within {limit:g} s")
+            raise StateError(f"{path.name} did not appear within {limit:g} s")
         time.sleep(pause * random.uniform(0.7, 1.3))  # a thousand nodes should not ask in step
         pause = min(0.5, pause * 1.2)
     return value
@@ -167,7 +167,7 @@ def collect(
     heard: Callable[[Model], object],
     enough: Callable[[dict[int, Model]], bool],
 ) -> dict[int, Model]:
-    """The files, `heard` of each as it comes, until all are there or `enough` (asked after each look) says so."""
+    """Read the files until all exist or `enough` (called after each round) returns true; `heard` is called for each."""
     found: dict[int, Model] = {}
     while True:
         missing = paths.keys() - found.keys()

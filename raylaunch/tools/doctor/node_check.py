@@ -1,6 +1,6 @@
 """The check of one node: `python -m raylaunch.tools.doctor.node_check`, a task of the job that `raylaunch doctor --nodes` submits,
-or a local process. It says hello, reaches its peers, checks its GPUs, and is measured with one partner after the other
-(see `mailbox`). What needs torch runs in processes of its own (`benchmarks`), which are ended when they hang.
+or a local process. It announces itself, connects to its peers, checks its GPUs, and measures the bandwidth with one
+partner after the other (see `mailbox`). torch runs in separate processes (`benchmarks`), which are killed if they hang.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CANARY_PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class CheckedNode:
-    """Which node this is."""
+    """The identity of this node."""
 
     directory: Path
     canary: str
@@ -62,27 +62,27 @@ class CheckedNode:
 
 
 def await_canary(here: CheckedNode) -> None:
-    """Return once this node sees what the login node wrote."""
+    """Wait until this node can read the file that the login node wrote."""
     deadline = time.monotonic() + CANARY_PATIENCE
     while True:
         with contextlib.suppress(OSError):
             if (here.directory / mailbox.CANARY).read_text() == here.canary:
                 return
         if time.monotonic() > deadline:
-            raise StateError(f"the state directory is not shared: {here.directory} is not what the login node wrote")
+            raise StateError(f"the state directory is not shared: {here.directory} lacks the file of the login node")
         time.sleep(mailbox.POLL)
 
 
 @dataclass
 class Probes:
-    """The processes that use torch, and what they have said."""
+    """The processes that use torch, and their output."""
 
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
     _lines: queue.SimpleQueue[tuple[int, dict[str, Any] | None]] = field(default_factory=queue.SimpleQueue)
 
     @classmethod
     def start(cls, visible: tuple[str, ...], env: Mapping[str, str]) -> Probes:
-        """One per GPU, or one."""
+        """Start one process per GPU, or one if there are no GPUs."""
         probes = cls()
         for local, gpu in enumerate(visible or ("",)):
             own = {"RAYLAUNCH_PROBE_LOCAL": str(local)}
@@ -104,7 +104,7 @@ class Probes:
         self._lines.put((local, None))
 
     def said(self, deadline: float) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        """(process, line), or None for its end, as they come until the deadline."""
+        """Yields (process, line) until the deadline; the line is None if the process ended."""
         while True:
             try:
                 yield self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -124,12 +124,12 @@ class Probes:
 
 
 def wants_gpus(config: Config) -> bool:
-    """Whether GPUs are this job's: without a request, what nvidia-smi lists may be other people's."""
+    """Whether the job has GPUs. Without a request, GPUs listed by nvidia-smi may belong to other jobs."""
     return config.slurm.exclusive or batch_script.gpus_per_node(config.slurm) > 0
 
 
 def hello(here: CheckedNode, config: Config, ports: Ports) -> Hello:
-    """Who this node is; `error` where it cannot take part."""
+    """The first message of this node; `error` if it cannot take part."""
     peer = next((n for n in here.peers if n != here.node), None)
     error = ""
     try:
@@ -151,18 +151,18 @@ def hello(here: CheckedNode, config: Config, ports: Ports) -> Hello:
 
 
 def _submits(here: CheckedNode, config: Config) -> str | None:
-    """Why this node cannot submit jobs; "" when it can, None when Slurm does not answer."""
+    """Why this node cannot submit jobs; "" if it can, None if Slurm does not respond."""
     try:
         Slurm().check(batch_script.render(config.slurm, "doctor", here.directory, here.canary))
     except SlurmUnavailable as error:
-        return None if not isinstance(error.__cause__, OSError) else "there is no sbatch on it"
+        return None if not isinstance(error.__cause__, OSError) else "sbatch is not installed"
     except SlurmError as error:
         return " ".join(error.message.split())
     return ""
 
 
 def checked(here: CheckedNode, roster: PeerList, probes: Probes, visible: int) -> Checked:
-    """Reach the first node and the partners of the rounds; hear what the GPUs do."""
+    """Connect to the first node and to the partners of all rounds, and collect the results of the GPU tests."""
     began = time.time()
     order = [place.index for place in roster.nodes]
     mine = order.index(here.index)
@@ -175,10 +175,10 @@ def checked(here: CheckedNode, roster: PeerList, probes: Probes, visible: int) -
     for local, line in probes.said(time.monotonic() + mailbox.GPU_LIMIT):
         if line is None or "ready" in line:
             waiting.discard(local)
-            torch = torch or ("" if line else "its process ended without a word")
+            torch = torch or ("" if line else "the test process ended without output")
         elif "torch" in line:
             torch = str(line["torch"])
-        elif "busy" in line and smi is None:  # under load: what slows it down shows then
+        elif "busy" in line and smi is None:  # under load, so that throttling shows
             smi = gpu_status.ask()
         elif "gpu" in line:
             found[local] = GpuCheck.model_validate(line["gpu"])
@@ -195,7 +195,7 @@ def checked(here: CheckedNode, roster: PeerList, probes: Probes, visible: int) -
 
 
 def paired(here: CheckedNode, schedule: Schedule, probes: Probes) -> Pairs:
-    """Be measured with one partner after the other; what came until the last round's end."""
+    """Measure with one partner after the other; returns the results until the end of the last round."""
     mine = sum(here.index in pair for one in schedule.rounds for pair in one)
     if not mine:
         return Pairs(index=here.index)
@@ -206,19 +206,19 @@ def paired(here: CheckedNode, schedule: Schedule, probes: Probes) -> Pairs:
     error = ""
     for local, line in probes.said(time.monotonic() + (len(schedule.rounds) + 1) * mailbox.ROUND_LIMIT):
         if local == 0 and line is None:
-            error = "its process ended"
+            error = "the test process ended"
             break
         if local == 0 and line is not None and "pair" in line:
             results.append(PairResult.model_validate(line["pair"]))
         if len(results) == mine:
             break
     else:
-        error = "out of time"
+        error = "time limit reached"
     return Pairs(index=here.index, results=tuple(results), error=error)
 
 
 def check(here: CheckedNode) -> None:
-    """All of it, in order; StateError when the command line is gone."""
+    """Run all checks in order; StateError if the command line is gone."""
     await_canary(here)
     config = loader.load_resolved(here.directory / mailbox.CONFIG)
     lease = lease_ports()

@@ -1,8 +1,8 @@
-"""Which nodes are measured with which, and who is slow. Pure.
+"""The schedule of pairs, and which nodes are slow. Pure.
 
-A tournament: in each round every node is in one pair at most, so that no measurement shares a cable with another; no
-pair meets twice. The bandwidth of a pair is that of its slower end, so a node is as quick as its quickest partners
-show it to be, and slow when it is slow with all of them.
+A tournament: in each round, a node is in at most one pair, so that measurements do not share a cable; no pair is in two
+rounds. The bandwidth of a pair is that of its slower node. So a node is rated by its fastest pairs, and is slow if it
+is slow with all partners.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 Pair = tuple[int, int]
 LIMITS = {"nccl": (0.75, 0.5), "gloo": (0.5, 0.3)}
-"""Backend → shares of the usual bandwidth: below the first a node is slow, below the second something of it is broken,
-and so is the way between two quick ones. gloo's depends on what else the processors do."""
+"""Backend → fractions of the median bandwidth: below the first, a node is slow; below the second, the node, or the path
+between two fast nodes, is faulty. gloo also depends on other load on the CPUs."""
 
 
 def rounds(nodes: int, most: int = 8) -> list[list[Pair]]:
     """At most `most` rounds of disjoint pairs (low, high) of nodes 0 … nodes-1, spread evenly over all partners.
 
-    The circle method: all but one turn around a table, seat by seat.
+    The circle method: one node is fixed, the others rotate.
     """
-    seats = nodes + nodes % 2  # an odd one out pauses
+    seats = nodes + nodes % 2  # with an odd number of nodes, one pauses
     turns = seats - 1
     chosen = range(turns) if turns <= most else [i * turns // most for i in range(most)]
     found = []
@@ -33,14 +33,14 @@ def rounds(nodes: int, most: int = 8) -> list[list[Pair]]:
 
 
 def partners(node: int, schedule: Sequence[Sequence[Pair]]) -> list[int | None]:
-    """This node's partner in each round; None where it pauses."""
+    """This node's partner in each round; None if it pauses."""
     return [next((a + b - node for a, b in pairs if node in (a, b)), None) for pairs in schedule]
 
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """`usual`: the bandwidth of a usual node, bytes/s; `slow`: node → its own; `dead`: nodes with whom no pair worked,
-    though others' did; `paths`: pairs that are slow (or None: failed) though both ends are quick with others."""
+    """`usual`: median bandwidth of the nodes, bytes/s; `own`, `slow`: node → its bandwidth; `dead`: nodes whose pairs
+    all failed while others worked; `paths`: slow pairs (None: failed) of nodes that are fast with others."""
 
     usual: float
     own: dict[str, float]
@@ -50,7 +50,7 @@ class PairVerdict:
 
 
 def analyse(measured: Mapping[tuple[str, str], float | None], backend: str = "nccl") -> PairVerdict:
-    """Pair → bytes/s (None: it failed) → who is slow."""
+    """Find slow nodes and paths from the bandwidth of each pair in bytes/s (None: failed)."""
     little, less = LIMITS[backend]
     rates: dict[str, list[float]] = {name: [] for name in sorted({name for pair in measured for name in pair})}
     for pair, rate in measured.items():
@@ -59,7 +59,7 @@ def analyse(measured: Mapping[tuple[str, str], float | None], backend: str = "nc
     own = {name: _own(found) for name, found in rates.items() if found}
     dead = tuple(name for name in rates if name not in own) if own else ()
     usual = statistics.median_high(own.values()) if own else 0.0
-    # Of two nodes the pair's bandwidth says nothing about either.
+    # With two nodes, one bandwidth does not show which of them is slow.
     slow = {name: rate for name, rate in own.items() if rate < little * usual} if len(own) > 2 else {}
     paths = {
         pair: rate
@@ -70,6 +70,6 @@ def analyse(measured: Mapping[tuple[str, str], float | None], backend: str = "nc
 
 
 def _own(rates: Iterable[float]) -> float:
-    """What a node can do: its best pairs' bandwidth, of five and more the second best, so that no lucky one counts."""
+    """A node's bandwidth: that of its best pair; of five or more pairs the second best, to ignore outliers."""
     ordered = sorted(rates, reverse=True)
     return ordered[(len(ordered) - 1) // 4]

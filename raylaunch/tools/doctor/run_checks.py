@@ -1,6 +1,6 @@
-"""The node checks from the command line's side: a temporary directory in the state directory, nodes, their answers in
-three stages (see `mailbox`), what they mean, and the end: however it comes, the nodes are given back and the directory
-is removed. Every wait is bounded.
+"""The command line's side of the node checks: create a temporary directory in the state directory, allocate nodes,
+collect their results in three stages (see `mailbox`), judge them. At the end, also after errors, the nodes are released
+and the directory is removed. Every wait has a time limit.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ from raylaunch.tools.doctor.mailbox import Checked, Hello, Model, Pairs, Peer, P
 
 FOLDER = "doctor"
 GRACE = 5.0
-"""Seconds that the job gets to end by itself, once it is done."""
+"""Seconds that the job gets to end by itself after its checks."""
 STALE = 3600.0
-"""Seconds after which what a killed command left behind is removed."""
+"""Seconds after which directories of killed commands are removed."""
 LATE = (30.0, 4.0)
-"""A node is given up that takes this many seconds, and this many times as long as half of them."""
+"""A node is not awaited beyond this many seconds and this multiple of the time that half of the nodes needed."""
 CHECK_LIMIT = mailbox.GPU_LIMIT + 2 * mailbox.CONNECT_LIMIT + 30
-_DOING = {"hello": "booting", "checked": "reaching peers, importing torch", "pairs": "measuring bandwidth"}
+_DOING = {
+    "hello": "starting the checks",
+    "checked": "testing connections, importing torch",
+    "pairs": "measuring bandwidth",
+}
 
 
 def run(config: Config, state_dir: Path, backend: str, patience: float, show: Show) -> list[Finding]:
-    """Allocate the config's nodes and check them; `patience`: seconds in the queue."""
+    """Allocate the requested nodes and check them; `patience`: maximum seconds in the queue."""
     try:
         with _directory(state_dir) as directory:
             return _on_nodes(config, directory, backend == "local", patience, show)
@@ -60,14 +64,14 @@ def _on_nodes(config: Config, directory: Path, local: bool, patience: float, sho
         findings = Checks(config, directory, held, local, show).run(held.nodes(patience, show))
         grace = GRACE
     finally:
-        show("giving the nodes back")
+        show("releasing the nodes")
         left = held.end(grace)
-    return [*findings, warning("nodes.job", left, "It ends by itself within minutes.")] if left else findings
+    return [*findings, warning("nodes.job", left, "Otherwise, it ends within minutes.")] if left else findings
 
 
 @contextlib.contextmanager
 def _directory(state_dir: Path) -> Iterator[Path]:
-    """A directory of our own in the state directory; what killed commands left there goes, too."""
+    """A temporary directory in the state directory. Old directories of killed commands are removed."""
     folder = files.make_dir(state_dir / FOLDER)
     for old in folder.iterdir():
         with contextlib.suppress(OSError):
@@ -77,7 +81,7 @@ def _directory(state_dir: Path) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        for _ in range(5):  # NFS keeps files that are open on a node which is just ending
+        for _ in range(5):  # NFS keeps files that are still open on a node
             shutil.rmtree(directory, ignore_errors=True)
             if not directory.exists():
                 break
@@ -87,7 +91,7 @@ def _directory(state_dir: Path) -> Iterator[Path]:
 
 
 class Checks:
-    """The three stages, and what they found."""
+    """The three stages of node checks."""
 
     def __init__(self, config: Config, directory: Path, held: Allocation, local: bool, show: Show) -> None:
         self.config, self.directory, self.held, self.local, self.show = config, directory, held, local, show
@@ -121,20 +125,22 @@ class Checks:
         well = sorted(checked.keys() - bad - sick)
         rounds = [[(well[a], well[b]) for a, b in one] for one in pairwise.rounds(len(well), mailbox.PARTNERS)]
         rounds = [[pair for pair in one if pair not in apart] for one in rounds]
-        rounds *= 2 if len(rounds) <= mailbox.PARTNERS // 2 else 1  # few partners: each is asked again
+        rounds *= 2 if len(rounds) <= mailbox.PARTNERS // 2 else 1  # few partners: measure each pair twice
         return findings + self._pairs(able, hellos, well, rounds)
 
     def _broken(self, found: Mapping[int, object], names: Mapping[int, str]) -> list[Finding]:
-        """Why nothing more will come, when the job has ended before its time."""
+        """A finding if the job ended early, so that results are missing."""
         if len(found) == len(names) or self.held.alive():
             return []
-        hint = "Slurm ends the step when it cannot reach a node: look at the one that it names, or that said no word."
-        return [problem("nodes.job", f"the job ended early: {self.held.complaint() or 'without a word'}", hint)]
+        hint = (
+            "Slurm ends the step if it cannot reach a node. Check the node in this message, or one without a response."
+        )
+        return [problem("nodes.job", f"the job ended early: {self.held.complaint() or 'no error message'}", hint)]
 
     def _pairs(
         self, able: Mapping[int, Peer], hellos: Mapping[int, Hello], well: list[int], rounds: list[list[pairwise.Pair]]
     ) -> list[Finding]:
-        """Measure the nodes that are well so far."""
+        """Measure the nodes that passed the checks so far."""
         gpus = min((len(hellos[i].gpus) for i in well), default=0)
         schedule = Schedule(
             nodes=tuple(able[i] for i in well),
@@ -144,7 +150,7 @@ class Checks:
         )
         mailbox.write(self.directory / mailbox.SCHEDULE, schedule)
         if not any(rounds):
-            few = unknown("bandwidth.pairs", "fewer than two nodes are well: no pair to measure")
+            few = unknown("bandwidth.pairs", "not measured: fewer than two nodes passed the other checks")
             return [few] if len(able) > 1 else []
         done = self._collect("pairs", Pairs, well, (len(rounds) + 2) * mailbox.ROUND_LIMIT, alike=False)
         names = {i: able[i].node for i in well}
@@ -156,8 +162,8 @@ class Checks:
         heard: Callable[[Model], object] = lambda _: None, over: Callable[[dict[int, Model]], bool] = lambda _: False,
         alike: bool = True,
     ) -> dict[int, Model]:  # fmt: skip
-        """The nodes' files of a stage; `heard` of each as it comes. No longer than `limit`, nor when it is `over`; where
-        all take `alike` long, no longer than LATE after half of them."""
+        """Collect the nodes' files of a stage; `heard` is called for each. Ends after `limit` seconds, or if `over`. If
+        all nodes need about the same time (`alike`), LATE applies once half of them are done."""
         began, half = time.monotonic(), 0.0
 
         def enough(found: dict[int, Model]) -> bool:
@@ -172,7 +178,7 @@ class Checks:
 
 
 def _silent(found: Mapping[int, object], names: Mapping[int, str]) -> Iterator[Finding]:
-    hint = "See whether the node is alive: `sinfo -N`, and its console."
+    hint = "Check whether the node is up: `sinfo -N`, or its console."
     for index, name in names.items():
         if index not in found:
-            yield problem("nodes.silent", "it began, and then said nothing more", hint, name)
+            yield problem("nodes.silent", "stopped responding during the checks", hint, name)

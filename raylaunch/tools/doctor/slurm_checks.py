@@ -1,4 +1,4 @@
-"""What Slurm's settings, partitions and accounts mean for raylaunch and this user. Pure: rows in, findings out."""
+"""Judge Slurm's settings, partitions and accounts for raylaunch and this user. Pure: rows in, findings out."""
 
 from __future__ import annotations
 
@@ -17,39 +17,42 @@ _AWAY = {"down", "drained", "draining", "drain", "fail", "failing", "error"}
 
 
 def settings(found: Mapping[str, str], soft_files: int | None) -> Iterator[Finding]:
-    """The site's configuration; `soft_files`: the limit of open files here, which Slurm may hand on to the nodes."""
+    """The site's configuration; `soft_files`: this shell's limit of open files, which Slurm may propagate to nodes."""
     version = found.get("SLURM_VERSION", "")
     name = f", cluster {found['ClusterName']}" if found.get("ClusterName") else ""
     text = f"Slurm {version or '(unknown version)'}{name}"
     old = version and tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < OLDEST
-    yield warning("slurm.version", text, "raylaunch is tested with 22.05 and later.") if old else ok("slurm.version", text)  # fmt: skip
+    hint = "raylaunch is tested with Slurm 22.05 and later."
+    yield warning("slurm.version", text, hint) if old else ok("slurm.version", text)
     down, grace, age = (_seconds(found.get(key, "")) for key in ("SlurmdTimeout", "KillWait", "MinJobAge"))
     words = [f"at most {found['MaxJobCount']} jobs"] if "MaxJobCount" in found else []
-    words += [f"a silent node is down after {down} s"] if down else []
+    words += [f"unresponsive nodes are down after {down} s"] if down else []
     words += [f"{grace} s from SIGTERM to SIGKILL"] if grace is not None else []
     if words:
         yield ok("slurm.limits", ", ".join(words))
     if down == 0:
-        hint = "raylaunch goes on without such a node, but its place in the job stays taken."
-        yield warning("slurm.limits", "SlurmdTimeout is 0: Slurm never calls a silent node down", hint)
+        hint = "raylaunch continues without the node, but the node stays allocated to the job."
+        yield warning("slurm.limits", "SlurmdTimeout is 0: Slurm never sets unresponsive nodes to down", hint)
     if age is not None and age < 10:
-        hint = "Why a job ended is then known from sacct alone."
-        yield warning("slurm.limits", f"MinJobAge is {age} s: squeue forgets ended jobs at once", hint)
-    requeue = "is the default" if found.get("JobRequeue") == "1" else "must be asked for, which raylaunch does"
+        hint = "Only sacct can then report why a job ended."
+        yield warning("slurm.limits", f"MinJobAge is {age} s: squeue drops ended jobs almost immediately", hint)
+    requeue = "is the default" if found.get("JobRequeue") == "1" else "must be requested (raylaunch does this)"
     mode, kind = found.get("PreemptMode", "OFF"), found.get("PreemptType", "none").rpartition("/")[2]
     preempts = "no preemption" if mode.upper() == "OFF" or kind == "none" else f"preemption {mode} ({kind})"
     yield ok("slurm.requeue", f"requeue {requeue}; {preempts}")
     if found.get("KillOnBadExit", "0").startswith("1"):
-        yield ok("slurm.steps", "KillOnBadExit is on: raylaunch's own steps switch it off")
+        yield ok("slurm.steps", "KillOnBadExit is set; raylaunch disables it for its own steps")
     track = found.get("ProctrackType", "cgroup")
     if not track.endswith("cgroup"):
-        hint = "raylaunch ends its own; a job that is killed hard may leave some behind. proctrack/cgroup does not."
-        yield warning("slurm.processes", f"{track}: processes that leave their session outlive their job", hint)
+        hint = (
+            "raylaunch ends its own processes, but a killed job may leave some behind. proctrack/cgroup prevents this."
+        )
+        yield warning("slurm.processes", f"{track}: processes with a new session may outlive their job", hint)
     given, spared = found.get("PropagateResourceLimits", "ALL"), found.get("PropagateResourceLimitsExcept", "")
     handed_on = (given == "ALL" or "NOFILE" in given) and "NOFILE" not in spared
     if handed_on and soft_files is not None and soft_files < 1024:
-        text = f"Slurm hands this shell's limit of {soft_files} open files on to the nodes"
-        yield warning("slurm.propagation", text, "Raise it before `up`: `ulimit -n 65536`.")
+        text = f"Slurm propagates this shell's limit of {soft_files} open files to the nodes"
+        yield warning("slurm.propagation", text, "Run `ulimit -n 65536` before `raylaunch up`.")
 
 
 def _seconds(text: str) -> int | None:
@@ -59,22 +62,24 @@ def _seconds(text: str) -> int | None:
 
 
 def partitions(rows: Sequence[PartitionRow], asked: str | None) -> Iterator[Finding]:
-    """A line a partition; the one that is asked for, or the default one, comes first and must work."""
+    """One finding per partition; the requested or default one comes first and must be usable."""
     names = list(dict.fromkeys(row.name for row in rows))
     chosen = (asked or next((row.name for row in rows if row.default), "")).split(",")
     if not rows:
-        yield problem("queue.partition", "Slurm shows you no partition", "Ask your administrators which you may use.")
+        yield problem(
+            "queue.partition", "Slurm lists no partitions", "Ask your administrators which partitions you may use."
+        )
     elif missing := [name for name in chosen if name not in names]:
         hint = f"Set slurm.partition to one of: {few(names)}."
         if asked:
-            yield problem("queue.partition", f"there is no partition {few(missing)}", hint)
+            yield problem("queue.partition", f"unknown partition: {few(missing)}", hint)
         else:
-            yield warning("queue.partition", "there is no default partition", hint)
+            yield warning("queue.partition", "Slurm has no default partition", hint)
     names.sort(key=lambda name: name not in chosen)
     for name in names[:MOST_PARTITIONS]:
         yield _partition(name, [row for row in rows if row.name == name], name in chosen)
     if len(names) > MOST_PARTITIONS:
-        yield ok("queue.partition", f"and {len(names) - MOST_PARTITIONS} more in `sinfo`")
+        yield ok("queue.partition", f"{len(names) - MOST_PARTITIONS} more partitions, see `sinfo`")
 
 
 def _partition(name: str, rows: Sequence[PartitionRow], is_chosen: bool) -> Finding:
@@ -83,40 +88,42 @@ def _partition(name: str, rows: Sequence[PartitionRow], is_chosen: bool) -> Find
     away = sum(row.node_count for row in rows if row.state in _AWAY or "*" in row.flags)
     words = [f"{sum(row.node_count for row in idle)} of {total} nodes idle"]
     if gpus := sum(row.node_count * row.gpus for row in rows):
-        words.append(f"{sum(row.node_count * row.gpus for row in idle)} of {gpus} GPUs on them")
+        words.append(f"{sum(row.node_count * row.gpus for row in idle)} of {gpus} GPUs on idle nodes")
     words += [f"{away} down or drained"] if away else []
     limit = rows[0].time_limit
-    words.append("no time limit" if limit is None else f"up to {timedelta(seconds=limit)}".removesuffix(", 0:00:00"))
+    words.append(
+        "no time limit" if limit is None else f"time limit {timedelta(seconds=limit)}".removesuffix(", 0:00:00")
+    )
     text = f"{name}{' (default)' * rows[0].default}: {', '.join(words)}"
-    text += "" if rows[0].up else "; it takes no jobs (down)"
+    text += "" if rows[0].up else "; does not accept jobs (down)"
     usable = rows[0].up and away < total
     if is_chosen and not usable:
         return problem("queue.partition", text, "Choose another slurm.partition.")
     if not usable:
-        return warning("queue.partition", text, "Do without it.")
+        return warning("queue.partition", text, "Use another partition.")
     return ok("queue.partition", text)
 
 
 def accounts(rows: Sequence[Association] | None, shares: Mapping[str, float], slurm: SlurmConfig) -> Iterator[Finding]:
-    """This user's accounts and QOS, against what the config asks for. None: there is no accounting."""
+    """This user's accounts and QOS, compared with the configuration. None: accounting is not enabled."""
     if rows is None:
-        yield ok("user.accounts", "Slurm keeps no accounting here: no account or QOS to give, and no sacct")
+        yield ok("user.accounts", "Slurm accounting is not enabled: accounts, QOS and sacct are unavailable")
         return
     if not rows:
-        hint = "Ask your administrators for an account (sacctmgr add user), if jobs are refused."
-        yield warning("user.accounts", "you have no account in Slurm's accounting", hint)
+        hint = "If jobs are rejected, ask your administrators for an account (sacctmgr add user)."
+        yield warning("user.accounts", "you have no Slurm account", hint)
         return
     names = list(dict.fromkeys(row.account for row in rows))
     own = [row for row in rows if not slurm.account or row.account.lower() == slurm.account.lower()]
     if not own:
-        text = f"slurm.account {slurm.account} is not yours; you have: {few(names)}"
+        text = f"you cannot use slurm.account {slurm.account}. Your accounts: {few(names)}"
         yield problem("user.accounts", text, "Set slurm.account to one of them.")
         return
     shown = [f"{name} (fair share {shares[name]:.2f})" if name in shares else name for name in names]
     yield ok("user.accounts", f"accounts: {few(shown)}")
     qos = list(dict.fromkeys(name for row in own for name in row.qos))
     if slurm.qos and qos and slurm.qos not in qos:
-        text = f"slurm.qos {slurm.qos} is not yours; you have: {few(qos)}"
+        text = f"you cannot use slurm.qos {slurm.qos}. Your QOS: {few(qos)}"
         yield problem("user.qos", text, "Set slurm.qos to one of them.")
     elif qos:
         default = next((f"; default {row.default_qos}" for row in own if row.default_qos), "")
@@ -124,10 +131,10 @@ def accounts(rows: Sequence[Association] | None, shares: Mapping[str, float], sl
 
 
 def estimate(nodes: str, when: datetime | None, where: str, now: datetime) -> Finding:
-    """What `sbatch --test-only` said of a job like `up`'s."""
+    """The result of `sbatch --test-only` for a job like that of `up`."""
     job = f"a job of {nodes} node{'s' * (nodes != '1')}"
     if when is None:
-        return ok("user.submit", f"sbatch takes {job}; it does not say when it would start")
+        return ok("user.submit", f"sbatch accepts {job}; the start time is unknown")
     wait = (when - now).total_seconds()
-    soon = "at once" if wait < 60 else f"{when:%Y-%m-%d %H:%M} (in {wait / 3600:.1f} h)"
-    return ok("user.submit", f"sbatch takes {job}; start: {soon}" + (f", on {where}" if where else ""))
+    soon = "now" if wait < 60 else f"{when:%Y-%m-%d %H:%M} (in {wait / 3600:.1f} h)"
+    return ok("user.submit", f"sbatch accepts {job}; estimated start: {soon}" + (f", on {where}" if where else ""))

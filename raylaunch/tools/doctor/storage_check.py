@@ -1,9 +1,9 @@
-"""The state directory: what it lies on, how much room there is, how quick it is.
+"""The state directory: its file system, free space and speed.
 
     python -m raylaunch.tools.doctor.storage_check PATH    → one JSON line
 
-It runs as a process of its own (`look`): a file system whose server is gone blocks whoever asks it, for ever. The test
-writes at most 32 MiB into a directory of its own, for a second, and removes it.
+It runs in a separate process (`look`), because a file system without its server blocks processes indefinitely. The test
+writes at most 32 MiB to a temporary directory for at most a second, and removes it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from raylaunch.text import size
 from raylaunch.tools.doctor.finding import Finding, ok, problem, unknown, warning
 
 LIMIT = 15.0
-"""Seconds until a file system counts as hung."""
+"""Seconds after which a file system counts as hung."""
 CHUNK, CHUNKS, SECONDS = 4 << 20, 8, 1.0
 SMALL_FILES = 5
 GIB = 1 << 30
@@ -46,7 +46,7 @@ class Quota(BaseModel):
 
 
 class Storage(BaseModel):
-    """What was found; `at` is the directory that was looked at: the path, or its nearest parent that is there."""
+    """The results; `at` is the checked directory: the path, or its nearest existing parent."""
 
     path: str
     at: str
@@ -58,13 +58,13 @@ class Storage(BaseModel):
     speed: float | None = None
     """Bytes per second, written and fsynced."""
     small: float | None = None
-    """Seconds to write, fsync and rename a small file; the median of some."""
+    """Seconds to write, fsync and rename a small file; the median of several."""
     error: str = ""
     quota: Quota | None = None
 
 
 def file_system(path: str, mounts: str) -> tuple[str, str]:
-    """(type, source) of the mount that a path lies on, from the text of /proc/self/mountinfo; ("", "") if unknown."""
+    """(type, source) of the mount of a path, from the text of /proc/self/mountinfo; ("", "") if unknown."""
     best, found = -1, ("", "")
     for line in mounts.splitlines():
         before, dash, after = line.partition(" - ")
@@ -78,14 +78,14 @@ def file_system(path: str, mounts: str) -> tuple[str, str]:
 
 
 def here(path: Path) -> tuple[str, str]:
-    """(type, source) of what a path lies on, on this machine."""
+    """(type, source) of the mount of a path on this machine."""
     with contextlib.suppress(OSError):
         return file_system(str(path.resolve()), Path("/proc/self/mountinfo").read_text(errors="replace"))
     return "", ""
 
 
 def look(path: Path, limit: float = LIMIT) -> Storage:
-    """Look at a directory, from a process of its own; what could not be found out is in `error`."""
+    """Check a directory in a separate process; a failure is returned in `error`."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "raylaunch.tools.doctor.storage_check", str(path)],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -97,12 +97,12 @@ def look(path: Path, limit: float = LIMIT) -> Storage:
         kill_child(process)
         error = f"no answer within {limit:g} s"
     except ValidationError:
-        error = (err.strip().splitlines() or ["it said nothing"])[-1]
+        error = (err.strip().splitlines() or ["no output of the check"])[-1]
     return Storage(path=str(path), at=str(path), error=error)
 
 
 def measure(path: Path) -> Storage:
-    """Look at a directory, here and now. It is not made."""
+    """Check a directory in this process. The directory is not created."""
     found = Storage(path=str(path), at=str(path))
     try:
         at = next(p for p in (path, *path.parents) if p.exists())
@@ -132,7 +132,7 @@ def _small(place: Path) -> float:
 
 
 def _speed(place: Path) -> float:
-    chunk, began, written = os.urandom(CHUNK), time.perf_counter(), 0  # zeros would be compressed by some
+    chunk, began, written = os.urandom(CHUNK), time.perf_counter(), 0  # some file systems compress zeros
     with (place / "large").open("wb", buffering=0) as out:
         while written < CHUNK * CHUNKS and time.perf_counter() - began < SECONDS:
             written += out.write(chunk)
@@ -141,7 +141,7 @@ def _speed(place: Path) -> float:
 
 
 def _quota(at: Path, kind: str, source: str) -> Quota | None:
-    """This user's quota where a command tells it at once."""
+    """This user's quota, if a command reports it quickly."""
     lustre = kind == "lustre"
     command = ["lfs", "quota", "-q", "-u", str(os.getuid()), str(at)] if lustre else ["quota", "-w", "-p"]
     if kind not in {"lustre", "nfs", "nfs4", "ext4", "xfs"} or shutil.which(command[0]) is None:
@@ -165,26 +165,27 @@ def parse_quota(text: str, source: str | None) -> Quota | None:
 
 
 def judge(found: Storage, shared: bool) -> Iterator[Finding]:
-    """What it means for a state directory that must be `shared` with other machines, or need not be. Pure."""
+    """Findings about a state directory; `shared`: other machines must be able to access it. Pure."""
     if found.error:
         hint = "Choose another cluster.state_dir (or --state-dir)."
-        yield problem("storage.path", f"{found.path} cannot be written: {found.error}", hint)
+        yield problem("storage.path", f"cannot write to {found.path}: {found.error}", hint)
         return
-    not_yet = "" if found.at == found.path else f"; it will be made in {found.at}"
-    yield ok("storage.path", f"{found.path} can be written{not_yet}")
+    not_yet = "" if found.at == found.path else f"; it will be created in {found.at}"
+    yield ok("storage.path", f"{found.path} is writable{not_yet}")
     what = f"file system: {found.type or 'unknown'}{f' from {found.source}' if found.source else ''}"
-    proof = "`raylaunch doctor --nodes 2` proves whether it is shared."
+    proof = "`raylaunch doctor --nodes 2` checks whether it is shared."
     if shared and (found.type in LOCAL or found.at.startswith(("/tmp", "/var/tmp", "/dev/shm", "/run"))):
-        yield warning("storage.type", f"{what}: it looks node-local, and all nodes must share it", f"Choose another cluster.state_dir; {proof}")  # fmt: skip
+        text = f"{what}: looks node-local, but all nodes must share it"
+        yield warning("storage.type", text, f"Choose another cluster.state_dir. {proof}")
     elif shared and found.type not in SHARED and not found.type.startswith("fuse."):
-        yield unknown("storage.type", f"{what}: it is not clear whether nodes share it", proof)
+        yield unknown("storage.type", f"{what}: unknown whether the nodes share it", proof)
     else:
         yield ok("storage.type", what)
     yield _room(found)
     if found.speed is not None and found.small is not None:
-        text = f"writes {size(found.speed)}/s from one process; a small file takes {found.small * 1000:.1f} ms"
+        text = f"write speed {size(found.speed)}/s (one process), {found.small * 1000:.1f} ms per small file"
         slow = found.speed < 50 << 20 or found.small > 0.1
-        hint = "Checkpoints will take long: compare with another file system, and ask whether this one is overloaded."
+        hint = "Checkpoints will be slow. Try another file system, or ask your administrators about its load."
         yield warning("storage.speed", text, hint) if slow else ok("storage.speed", text)
 
 
@@ -193,15 +194,15 @@ def _room(found: Storage) -> Finding:
     if found.quota is not None and found.quota.limit:
         free, of = (
             min(free, max(0, found.quota.limit - found.quota.used)),
-            f"under a quota of {size(found.quota.limit)}",
+            f"of a quota of {size(found.quota.limit)}",
         )
     text = f"{size(free)} free {of}"
     if found.files_free is not None and found.files_free < FILES:
         hint = "Remove some files, or choose another cluster.state_dir."
-        return warning("storage.free", f"{text}, but only {found.files_free} more files may be made", hint)
+        return warning("storage.free", f"{text}, but only {found.files_free} more files can be created", hint)
     if free >= ROOM:
         return ok("storage.free", text)
-    hint = "Checkpoints go there, 12 bytes a parameter with AdamW: free some (`raylaunch checkpoints RUN gc` helps)."
+    hint = "Checkpoints need 12 bytes per parameter with AdamW. `raylaunch checkpoints RUN gc` removes old ones."
     return (problem if free < ROOM_LEAST else warning)("storage.free", text, hint)
 
 

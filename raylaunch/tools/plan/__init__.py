@@ -1,1 +1,1 @@
-"""What a run will need before it starts: memory per GPU, time, checkpoints. Arithmetic alone: no torch, no Ray."""
+"""Estimate memory per GPU, time and checkpoints of a run. Pure arithmetic, without torch and Ray."""

@@ -1,8 +1,8 @@
-"""What a block keeps of a micro-batch for its backward pass, and what that pass needs on top, in bytes.
+"""Bytes that a block keeps of a micro-batch for its backward pass, and that this pass needs in addition.
 
-It follows `trainers.decoder`, `expert_parallel` and `activation_checkpointing` operation by operation: what autograd saves, once each. CPU and GPU
-differ in the norms: a GPU's keeps its input and a number a token, while a CPU's keeps what it made in between, in
-float32. Experts are taken to be loaded evenly.
+The model follows `trainers.decoder`, `expert_parallel` and `activation_checkpointing` operation by operation and counts
+each tensor that autograd saves once. CPU and GPU differ in the norms: on a GPU, a norm keeps its input and one number
+per token; on a CPU, it keeps its float32 intermediates. Experts are assumed to be evenly loaded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class BlockActivations:
-    """One block on one worker. `width`: bytes of an element in the computation. `rows`: samples of a micro-batch;
-    `tokens`: that this worker's products see; `residual`: that it has between them (sequence parallel)."""
+    """One block on one worker. `width`: bytes per element in the computation. `rows`: samples of a micro-batch.
+    `tokens`: tokens in this worker's matrix products; `residual`: tokens between them (sequence parallel)."""
 
     shape: Shape
     on_gpu: bool
@@ -55,9 +55,9 @@ class BlockActivations:
 
     @property
     def norm(self) -> int:
-        """What a norm keeps beside its result, with its input."""
+        """What a norm keeps besides its result, including its input."""
         whole = self.residual * self.shape.dim
-        if self.shape.theirs:  # by hand, in float32; a frozen weight does not want to know what it is multiplied with
+        if self.shape.theirs:  # unfused, in float32; with a frozen weight, the factor is not kept
             return (FLOAT + (0 if self.shape.lora else self.width)) * whole
         if self.on_gpu:
             return self.stream + FLOAT * self.residual
@@ -65,7 +65,7 @@ class BlockActivations:
 
     @property
     def normed(self) -> int:
-        """A norm's result, as the products see it."""
+        """The result of a norm, as input of the matrix products."""
         return self.width * self.tokens * self.shape.dim
 
     @property
@@ -74,21 +74,21 @@ class BlockActivations:
 
     @property
     def _keys(self) -> int:
-        """Keys, or values; with context parallel those of all workers. Under a mask theirs are repeated for each query."""
+        """Keys, or values; with context parallel, of all workers. With a mask, transformers repeats them per head."""
         size = self.shape.q_dim if self.shape.theirs and self.masked else self.shape.kv_dim
         return self.width * self.rows * self.seq_len * size // self.tp
 
     @property
     def _attention(self) -> int:
-        """Kept by attention itself: queries, keys, values, its result, and a number a token and head."""
+        """Kept by attention itself: queries, keys, values, its result, and one number per token and head."""
         sums = FLOAT * self.tokens * self.shape.n_heads // self.tp
         mask = self.width * self.rows * (self.seq_len // self.cp) * self.seq_len if self.masked else 0
-        copy = 0 if self.shape.theirs else self._queries  # theirs lie so that the next product takes them as they are
+        copy = 0 if self.shape.theirs else self._queries  # transformers' layout needs no copy
         return 2 * self._queries + 2 * self._keys + sums + mask + copy
 
     @property
     def _hidden(self) -> int:
-        """One vector of the feed-forward network's inside, for every token (or token and chosen expert)."""
+        """One hidden vector of the feed-forward network for every token (or token and chosen expert)."""
         return self.width * self.tokens * max(1, self.shape.chosen) * self.shape.ffn_dim // self.tp
 
     @property
@@ -98,7 +98,7 @@ class BlockActivations:
 
     @property
     def _feed_forward(self) -> int:
-        """Kept between its norm and the residual stream."""
+        """Kept between the norm and the residual stream."""
         if not self.shape.n_experts:
             return 4 * self._hidden + self._adapters
         router = self.tokens * (FLOAT * self.shape.n_experts + (2 * LONG + 2 * FLOAT) * self.shape.chosen)
@@ -106,14 +106,14 @@ class BlockActivations:
 
     @property
     def _adapters(self) -> int:
-        """Of LoRA's products: what is between the two, and with dropout what was dropped from their inputs."""
+        """Kept by LoRA's products: the intermediate result and, with dropout, the inputs after dropout."""
         inputs = sum(into for _, into in self.shape.products) if self.shape.dropout else 0
         between = self.shape.lora * len(self.shape.products) if self.shape.lora else 0
         return self.tokens * (self.width * between + (self.width + 1) * inputs)
 
     @property
     def _whole(self) -> int:
-        """Kept where nothing is computed again."""
+        """Kept without recomputation."""
         return 2 * (self.norm + self.normed) + self._attention + self._feed_forward
 
     @property
@@ -136,26 +136,26 @@ class BlockActivations:
 
     @property
     def backward(self) -> list[tuple[int, int]]:
-        """The fullest moments while it goes backward: (bytes of activations and their gradients, with what is computed
-        again; elements of the weights' whole gradients by then)."""
+        """The peaks of the backward pass: (bytes of activations and their gradients, including recomputed ones;
+        elements of the unsharded weight gradients at this point)."""
         shape = self.shape
         d, f = shape.dim, shape.ffn_dim
         gradient = self.stream + (self.normed if self.tp > 1 else 0)
         attention = 2 * (self.norm + self.normed) + self._attention + 3 * self._queries + 2 * self._keys
         if shape.n_experts:
             here = shape.n_experts // self.ep
-            # Each expert's gradient is made as large as those of all, and added to the sum.
+            # Each expert's gradient is as large as that of all experts, and is added to the sum.
             weights = (4 * here + 1) * d * f
             inside = self._whole - self._sent + 3 * self._hidden // here
             found = [(self._whole + 2 * self._sent, 0), (inside, weights), (attention, 3 * here * d * f)]
         else:
             late = self.normed if self.recompute == "selective" else 0
-            # Gradients of three, where one of those kept is gone by then.
+            # Gradients of three weights; one of the kept activations is already released.
             down = 0 if shape.lora else d * f // self.tp
             found = [(self._whole + late + 2 * self._hidden, down), (attention + self._adapters, 3 * down)]
         return [(gradient + activations, weights) for activations, weights in found]
 
     @property
     def behind(self) -> int:
-        """When it has gone backward: the gradient of its input."""
+        """After the backward pass of the block: the gradient of its input."""
         return self.stream

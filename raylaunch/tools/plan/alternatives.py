@@ -1,9 +1,8 @@
-"""Which changes would make a plan fit: a few settings, the cheapest first.
+"""Find changes of settings that make a plan fit, the cheapest first.
 
 Candidates are the plan with activation checkpointing, a smaller local batch, more sharding, tensor and pipeline parallel
-and offloading, alone and together. They are tried in the order of `COSTS`, which is an order and no measurement; one
-that only adds to the settings of another that fits already, or sets them further, is left out. The global batch stays
-what it is.
+and offloading, alone and combined. They are tried in the order of `COSTS`, which are rough estimates. A candidate that
+changes the same settings as one that fits, and possibly others, is skipped. The global batch does not change.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from raylaunch.tools.plan.model_shape import Shape
 from raylaunch.tools.plan.sharding import PlannedWorld
 
 ROOM = 0.92
-"""Of a GPU's memory: what is planned above it is tight, since the allocator's pieces do not all fit."""
+"""Fraction of the GPU memory above which a plan is tight, because the allocator fragments memory."""
 COSTS = {"selective": 1.05, "full": 4 / 3, "fsdp": 1.02, "hsdp": 1.01, "halved": 1.03, "tp": 1.10, "pp": 1.03,
          "cpu_offload": 1.8, "change": 1.005}  # fmt: skip
-"""How much longer a step takes, about, for each of these: for tp per doubling, for pp beside its idle ends."""
+"""Rough factors on the time of a step for each change: for tp per doubling, for pp in addition to its bubbles."""
 MOST = 3
 SEVERAL = (2, 4, 8, 16)
-"""Times the nodes, where no plan fits on those there are."""
+"""Multiples of the nodes to try if no plan fits on the given ones."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A plan that fits: `changes` by dotted key, `total` bytes a GPU, `slower`: by so much, about; on `nodes`."""
+    """A plan that fits: `changes` by dotted key, `total` bytes per GPU, `slower`: estimated slowdown (0.1: 10%)."""
 
     changes: dict[str, Any]
     total: int
@@ -50,7 +49,7 @@ def fits(total: int, available: int) -> bool:
 def search(
     config: Config, shape: Shape, where: PlannedWorld, available: int, *, on_gpu: bool, masked: bool = False
 ) -> list[Fit]:
-    """Up to MOST plans that fit, the cheapest first; where none does, one on more nodes, if any."""
+    """Up to MOST plans that fit, the cheapest first; if none fits, one on more nodes, if any."""
 
     def tried(nodes: int, most: int) -> list[Fit]:
         found: list[Fit] = []
@@ -91,7 +90,7 @@ def _candidates(config: Config, where: PlannedWorld, on_gpu: bool) -> Iterator[t
     recompute = order[order.index(plan.activation_checkpointing) :]
     if plan.ep_size > 1 and recompute[0] == "none":  # torch 2.13: `selective` fails around units of FSDP's in a block
         recompute.remove("selective")
-    if not ours:  # transformers' code knows all or nothing
+    if not ours:  # transformers only supports full recomputation
         recompute = ["none", "full"] if recompute[0] == "none" else recompute[:1]
     sharding = ["ddp", "hsdp", "fsdp"][["ddp", "hsdp", "fsdp"].index(plan.strategy) :]
     halvings = sorted({0, 1, 2, local.bit_length() - 1} & set(range(local.bit_length())))
@@ -124,7 +123,7 @@ def _candidates(config: Config, where: PlannedWorld, on_gpu: bool) -> Iterator[t
 
 
 def _changed(config: Config, changes: dict[str, Any], batch: int) -> Config | None:
-    """The config with these changes and the same global batch; None where they do not go together."""
+    """The configuration with these changes and the same global batch; None if the combination is invalid."""
     values = config.model_dump()
     values["step_scheduler"] |= {"global_batch_size": batch, "grad_acc_steps": None}
     for key, value in changes.items():

@@ -1,6 +1,6 @@
-"""The memory that a worker on a CPU has: its part of what Slurm gives the job of a node.
+"""The memory of a worker on a CPU: its share of the job's memory on a node.
 
-slurm.mem, else --mem-per-cpu in slurm.extra, else the site's default of the partition, else the whole node's
+slurm.mem, else --mem-per-cpu in slurm.extra, else the default of the partition or site, else the memory of the node
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Room:
-    """`size`: bytes of a worker, None: unknown. `why`: where that is from, for people; "" where it needs no word."""
+    """`size`: bytes of a worker, None: unknown. `why`: the source of `size`, for people; "" if obvious."""
 
     size: int | None
     why: str = ""
 
 
 def of_worker(gpu: GpuModel, config: Config, slurm: Slurm) -> Room:
-    """The GPU's own; on a CPU the worker's part of its node's."""
+    """The memory of the GPU; on a CPU, the worker's share of its node."""
     if gpu is not CPU:
         return Room(gpu.memory)
     workers = batch_script.workers_per_node(config.slurm)
@@ -43,8 +43,8 @@ def _of_node(config: Config, slurm: Slurm) -> Room:
         return Room(size, "slurm.mem")
     match = re.search(r"--mem-per-cpu[= ](\S+)", " ".join(own.extra))
     if match is not None and (size := _bytes(match[1])):
-        return Room(size * cpus, f"--mem-per-cpu for {_cpus(cpus)} a node")
-    here = Room(memory_limit(os.environ), "this machine's") if own.max_nodes == 1 else Room(None)
+        return Room(size * cpus, f"--mem-per-cpu for {_cpus(cpus)} per node")
+    here = Room(memory_limit(os.environ), "this machine") if own.max_nodes == 1 else Room(None)
     if config.cluster.backend == "local":
         return here
     try:
@@ -54,13 +54,13 @@ def _of_node(config: Config, slurm: Slurm) -> Room:
         if own.exclusive or "--exclusive" in own.extra or str(own.mem) == "0":
             default = {}
         if "DefMemPerCPU" in default:
-            return Room(default["DefMemPerCPU"] * MIB * cpus, f"Slurm's DefMemPerCPU for {_cpus(cpus)} a node")
+            return Room(default["DefMemPerCPU"] * MIB * cpus, f"Slurm's DefMemPerCPU for {_cpus(cpus)} per node")
         if "DefMemPerNode" in default:
             return Room(default["DefMemPerNode"] * MIB, "Slurm's DefMemPerNode")
         nodes = [p.memory for p in slurm.partitions() if (p.name == own.partition if own.partition else p.default)]
     except RaylaunchError:
         return Room(None)
-    return Room(min(nodes) * MIB, "if the job has the whole node") if nodes else Room(None)
+    return Room(min(nodes) * MIB, "if the job uses whole nodes") if nodes else Room(None)
 
 
 def _cpus(count: int) -> str:
@@ -68,6 +68,6 @@ def _cpus(count: int) -> str:
 
 
 def _bytes(text: str) -> int:
-    """Of sbatch's `4G`, `500`; 0 for what is none, and for Slurm's own 0, the whole node."""
+    """Bytes of a size such as `4G` or `500` (MiB); 0 if invalid, and for Slurm's 0, which means the whole node."""
     match = re.fullmatch(r"(\d+)([KMGT]?)B?", text.upper())
     return int(match[1]) << 10 * " KMGT".index(match[2] or "M") if match else 0

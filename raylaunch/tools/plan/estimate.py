@@ -1,7 +1,6 @@
-"""All that `raylaunch plan` says of a config, put together; each part by itself, so that one that cannot be said leaves
-the others.
+"""The complete estimate of `raylaunch plan`. Parts are independent: if one is unknown, the others are still reported.
 
-    config, nodes → place → model → memory, and what would fit → pace → first step, end, saves → Estimate
+config, nodes → place → model → memory, alternatives → throughput → first step, end, saves → Estimate
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from raylaunch.tools.plan.throughput import Throughput
 
 @dataclass(frozen=True)
 class Given:
-    """What a person says beside the config. `workers_per_node`: as many GPUs, or workers on a CPU. `bandwidth` in bytes
-    per second, `failures` per node and hour; None: measured, or assumed."""
+    """The options besides the configuration. `workers_per_node`: GPUs, or workers on a CPU. `bandwidth` in bytes per
+    second, `failures` per node and hour; None: measured, or assumed."""
 
     gpu: GpuModel
     nodes: int
     workers_per_node: int
     available: int | None
-    """Bytes of memory a worker has; None: unknown."""
+    """Bytes of memory per worker; None: unknown."""
     room: str = ""
-    """Where `available` is from, for people."""
+    """Source of `available`, for people."""
     tokens_per_s: float | None = None
     mfu: float | None = None
     like: Measured | None = None
@@ -46,7 +45,7 @@ class Given:
 
 @dataclass
 class Estimate:
-    """None where it cannot be said; `missing` says why, a line each, `notes` what else there is to know."""
+    """Unknown values are None; `missing` lists the reasons, `notes` other messages."""
 
     place: PlannedWorld
     gpu: GpuModel
@@ -66,25 +65,25 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it fits; None where the memory is not known."""
+        """Whether the plan fits; None if the memory is unknown."""
         if self.peak is None or self.available is None:
             return None
         return self.peak.total <= self.available
 
     @property
     def tight(self) -> bool:
-        """It fits, with less room than the allocator is likely to need."""
+        """It fits, but with less headroom than the allocator is likely to need."""
         return bool(
             self.fits and self.peak and self.available and not alternatives.fits(self.peak.total, self.available)
         )
 
 
 def estimate(config: Config, given: Given) -> Estimate:
-    """UsageError for nodes that the plan cannot use; all else that is wrong is among `missing`."""
+    """UsageError if the plan cannot use these nodes; other errors are added to `missing`."""
     where = sharding.place(config, given.nodes, given.workers_per_node)
     found = Estimate(where, given.gpu, given.available, given.room)
     if where.spare:
-        found.notes.append(f"{where.spare} of {where.nodes} nodes are spares: the plan cannot share them")
+        found.notes.append(f"{where.spare} of {where.nodes} nodes are spare: the parallelism settings cannot use them")
     try:
         found.shape = model_shape.of(config)
         _memory(found, config, found.shape)
@@ -100,7 +99,7 @@ def estimate(config: Config, given: Given) -> Estimate:
 
 
 def _times(found: Estimate, config: Config, given: Given, model: Shape) -> None:
-    """What needs the model's shape."""
+    """Times and saves, which depend on the model's shape."""
     where = found.place
     bandwidth, found.bandwidth = _bandwidth(given)
     found.saving = checkpoint_size.plan(
@@ -124,17 +123,17 @@ def _memory(found: Estimate, config: Config, model: Shape) -> None:
     if masked and on_gpu and model.n_heads != model.n_kv_heads and not model.theirs:
         scores = 4 * config.step_scheduler.local_batch_size * model.n_heads // plan.tp_size * config.data.seq_len**2
         found.notes.append(
-            "data.document_mask with grouped queries: where torch has no fused kernel for both, each block keeps "
-            f"{scores / plan.cp_size / 2**30:.1f} GiB of scores more"
+            "data.document_mask with grouped-query attention: without a fused kernel in torch, each block needs "
+            f"{scores / plan.cp_size / 2**30:.1f} GiB more for attention scores"
         )
     if model.n_experts:
         experts, shards_ = model.n_experts // plan.ep_size, _expert_shards(config, found.place)
         if shards_ > experts:
             found.notes.append(
-                f"{shards_} shards of {experts} experts: FSDP pads them to {shards_}; raise ep_size or use hsdp"
+                f"{shards_} shards of {experts} experts: FSDP pads them to {shards_}; increase ep_size or use hsdp"
             )
     if plan.compile or plan.float8:
-        found.notes.append("distributed.compile and float8 are not in the memory: with them it is a little less")
+        found.notes.append("memory saved by distributed.compile and float8 is not included")
 
 
 def _expert_shards(config: Config, where: PlannedWorld) -> int:
@@ -144,7 +143,7 @@ def _expert_shards(config: Config, where: PlannedWorld) -> int:
 
 
 def is_masked(config: Config) -> bool:
-    """Whether documents are kept apart, as `trainers.datasets` decides it."""
+    """Whether attention is masked by document, as decided by `trainers.datasets`."""
     if config.data.document_mask is not None:
         return config.data.document_mask
     for path in config.data.weights:
@@ -164,7 +163,7 @@ def _pace(found: Estimate, config: Config, given: Given) -> Throughput | None:
     if found.shape is not None:
         made = throughput.assumed(config, found.shape, found.place, given.gpu, given.mfu)
     if made is None:
-        found.missing.append("no throughput is known: give --tokens-per-second or --like RUN")
+        found.missing.append("the throughput is unknown: set --tokens-per-second or --like RUN")
     return made
 
 
@@ -177,7 +176,7 @@ def _bandwidth(given: Given) -> tuple[float, str]:
 
 
 def as_dict(found: Estimate, config: Config) -> dict[str, Any]:
-    """For `--json`; docs/plan.md names the keys."""
+    """The output of `--json`; docs/plan.md documents the keys."""
     where, peak, plan = found.place, found.peak, config.distributed
     return {
         "plan": {

@@ -1,8 +1,8 @@
-"""What an earlier run tells about the next one: its pace, its start, its saves.
+"""Measurements of an earlier run for planning the next one: throughput, start-up time, save time.
 
-    a run directory → Measured (per worker and operation) → the pace of another plan
+    a run directory → Measured (per worker and operation) → the throughput of another plan
 
-Refused: a run with no steps.
+A run without steps is rejected.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from raylaunch.tools.plan.sharding import PlannedWorld
 from raylaunch.tools.plan.throughput import Throughput
 
 MOST_ROWS = 200
-"""Of the metrics, the last ones; their median is the pace."""
+"""Rows from the end of the metrics; their median is the throughput."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """`flops`: operations per second and worker, recomputed ones and a pipeline's idle ends among them; None where the
-    model's are not known. `start`: seconds of its first attempt to the first step; `bandwidth`: bytes per second of its
-    saves, None where there were none."""
+    """`flops`: operations per second and worker, including recomputation and pipeline bubbles; None for an unknown
+    model. `start`: seconds of the first attempt to its first step; `bandwidth`: bytes per second of saves, None if
+    there were none."""
 
     run: str
     tokens_per_s: float
@@ -45,18 +45,18 @@ class Measured:
     bandwidth: float | None
 
     def pace(self, config: Config, own: Shape | None, where: PlannedWorld) -> Throughput:
-        """Of another plan on the same kind of machine, were it to scale without loss."""
-        how = f"measured: {self.tokens_per_s:,.0f} tokens/s of {self.workers} workers in run {self.run}"
+        """Throughput of another plan on the same hardware, assuming perfect scaling."""
+        how = f"measured: {self.tokens_per_s:,.0f} tokens/s with {self.workers} workers in run {self.run}"
         if self.flops is None or own is None:
             found = self.tokens_per_s * where.world / self.workers
         else:
             found = self.flops * where.world / throughput.work(config, own, where)
         same = abs(found / self.tokens_per_s - 1) < 1e-3
-        return Throughput(found, how if same else f"{how}, by workers and operations", False, self.start)
+        return Throughput(found, how if same else f"{how}, scaled by workers and operations", False, self.start)
 
 
 def read(run_dir: Path) -> Measured:
-    """RunError for a run that tells nothing."""
+    """RunError if the run has no measurements."""
     name = run_dir.name
     if not (run_dir / records.CONFIG_FILE).is_file():
         raise RunError(f"--like {name}: no such run in {run_dir.parent}", "See `raylaunch status --all`.")
@@ -66,12 +66,13 @@ def read(run_dir: Path) -> Measured:
     found = [(row["tokens_per_s"], row["world_size"]) for row in rows if _is_pace(row)][-MOST_ROWS:]
     if not found:
         raise RunError(
-            f"--like {name}: it has no step with a tokens_per_s", "Name a run that trained, or state the pace."
+            f"--like {name}: the run has no step with tokens_per_s",
+            "Use a run that trained, or set --tokens-per-second.",
         )
     workers = found[-1][1]
     tokens_per_s = statistics.median(rate for rate, world in found if world == workers)
     flops = bandwidth = None
-    with contextlib.suppress(RunError, UsageError):  # a model of one's own
+    with contextlib.suppress(RunError, UsageError):  # a custom model
         own = model_shape.of(config)
         per_node = math.gcd(workers, batch_script.workers_per_node(config.slurm))
         where = sharding.place(config, workers // per_node, per_node)
@@ -81,7 +82,7 @@ def read(run_dir: Path) -> Measured:
 
 
 def _dicts(rows: Iterable[Any]) -> list[dict[str, Any]]:
-    """Whatever a damaged file holds beside them."""
+    """The dictionaries; a damaged file may contain other values."""
     return [row for row in rows if isinstance(row, dict)]
 
 
@@ -95,7 +96,7 @@ def _is_positive(value: object) -> bool:
 
 
 def _start(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Of the first attempt that made a step."""
+    """Start-up seconds of the first attempt that started at step 0 and made a step, by part."""
     for attempt in timeline.read(events, []).attempts:
         if attempt.first_step is None or attempt.from_step:
             continue

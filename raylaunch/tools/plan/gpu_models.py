@@ -1,8 +1,8 @@
-"""What GPUs there are: how much memory a process gets of one, and how quick it is at best.
+"""GPU models: memory available to a process, and peak speed.
 
-`memory` is what torch calls the total capacity (in its out-of-memory messages), a little below the name: the driver keeps
-some. `flops` is the makers' dense bfloat16 figure, without sparsity, from their data sheets (V100: float16, it has no
-bfloat16 of its own). Refused: a name that is not here.
+`memory` is the total capacity in torch's out-of-memory messages. It is less than the nominal size, because the driver
+reserves some. `flops` is the vendors' dense bfloat16 figure, without sparsity, from their data sheets (V100: float16,
+since it does not support bfloat16). Unknown names are rejected.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TABLE = {
             "mi250x-64gb",
             63.98,
             191.5,
-            "AMD Instinct MI250X data sheet, 2022; one of its two dies, which is one device",
+            "AMD Instinct MI250X data sheet, 2022; one of its two dies (one device)",
         ),
         _gpu("a100-80gb", 79.15, 312.0, "NVIDIA A100 data sheet, 2021"),
         _gpu("h100-80gb", 79.10, 989.4, "NVIDIA H100 SXM data sheet, 2023"),
@@ -56,20 +56,19 @@ TABLE = {
 
 
 def find(name: str) -> GpuModel:
-    """By its name, or the part of it before the dash where that is one GPU's; UsageError with the list."""
+    """Find a GPU by its name, or by the part before the dash if unambiguous; UsageError lists the names."""
     word = name.strip().lower()
     found = [gpu for key, gpu in TABLE.items() if key == word] or [
         gpu for key, gpu in TABLE.items() if key.split("-")[0] == word
     ]
     if len(found) != 1:
-        what = "is not known" if not found else f"is one of {', '.join(gpu.name for gpu in found)}"
-        raise UsageError(f"--gpu {name}: {what}", f"Known: {', '.join(TABLE)}.")
+        what = f"ambiguous, one of {', '.join(gpu.name for gpu in found)}" if found else "unknown GPU model"
+        raise UsageError(f"--gpu {name}: {what}", f"Available: {', '.join(TABLE)}.")
     return found[0]
 
 
 def asked_for(gres: str) -> GpuModel | None:
-    """The one that Slurm is asked for by type (`h100:8`, `gpu:a100:4`); None where no type is named or it may be
-    several."""
+    """The GPU type in a Slurm request (`h100:8`, `gpu:a100:4`); None if it has no type, or an ambiguous one."""
     for word in gres.replace(",", ":").split(":"):
         close = [gpu for key, gpu in TABLE.items() if gpu is not CPU and word.lower() in {key, key.split("-")[0]}]
         if len(close) == 1:

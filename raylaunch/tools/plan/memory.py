@@ -1,10 +1,10 @@
-"""The memory of one GPU over a training step: what lies there at its fullest, by cause.
+"""Peak memory of one GPU during a training step, by cause.
 
-    stages and blocks → the moments of a step, each with its bytes by cause → the fullest one
+    stages and blocks → the moments of a step, each with its bytes by cause → the peak
 
-The moments are those that can be the fullest: while the optimizer's states and parameters are made, at the loss, in
-each block's backward pass and exchange of gradients, and at the end of the backward pass. Of a pipeline the fullest
-stage counts. What torch.compile saves, and float8, is not counted: with them it is a little less.
+The moments are those that can be the peak: creation of parameters and optimizer states, the loss, each block's backward
+pass and exchange of gradients, and the end of the backward pass. Of a pipeline, the stage with the highest peak counts.
+Memory saved by torch.compile and float8 is not counted.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from raylaunch.tools.plan.model_shape import Shape
 from raylaunch.tools.plan.sharding import PlannedWorld, Stage, Unit
 
 CAUSES = {
-    "parameters": "float32, this worker's shards",
+    "parameters": "this worker's shards, float32",
     "optimizer": "AdamW's two states, float32",
-    "gradients": "float32 shards, and whole ones until they are exchanged",
+    "gradients": "float32 shards, and unsharded ones until they are exchanged",
     "experts": "parameters, optimizer and gradients of the experts, divided by ep_size and FSDP's shards, not by tp_size",
     "average": "optimizer.ema",
-    "gathered": "parameters that FSDP has gathered for the computation",
+    "gathered": "parameters gathered by FSDP for the computation",
     "exchange": "buffers to gather parameters and to reduce gradients",
-    "activations": "what the backward pass needs of the forward pass",
-    "logits": "the last product, its softmax and their gradients",
+    "activations": "tensors of the forward pass that the backward pass needs",
+    "logits": "logits, their softmax and the gradients of both",
     "runtime": "CUDA, NCCL and cuBLAS (assumed)",
 }
 RUNTIME = 2 << 30
-"""What a process on a GPU needs before the first tensor and for its communicators; an assumption."""
+"""Bytes of a GPU process before its first tensor and for its communicators; an assumption."""
 
 Bytes = Counter[str]
 
 
 @dataclass(frozen=True)
 class Peak:
-    """`host`: bytes of the host's memory that this worker needs for what is offloaded and for copies of saves."""
+    """`host`: bytes of host memory that this worker needs for offloading and for checkpoint copies."""
 
     moment: str
     stage: int
@@ -52,13 +52,13 @@ class Peak:
 
 
 def width_of(config: Config, on_gpu: bool) -> int:
-    """Bytes of an element in the computation, as `trainers.parallel.make_layout` has it."""
+    """Bytes per element in the computation, as in `trainers.parallel.make_layout`."""
     dtype = config.distributed.dtype
     return 2 if dtype == "bfloat16" or (dtype == "auto" and on_gpu) else FLOAT
 
 
 def peak(config: Config, shape: Shape, where: PlannedWorld, *, on_gpu: bool, masked: bool = False) -> Peak:
-    """The fullest moment of the fullest stage."""
+    """The peak of the stage with the highest peak."""
     width = width_of(config, on_gpu)
     block = BlockActivations.of(config, shape, on_gpu=on_gpu, width=width, masked=masked)
     found = [
@@ -80,17 +80,17 @@ class _Step:
         self._offloaded = config.distributed.cpu_offload and on_gpu
         self._accumulates = where.passes > 1
         held = min(config.distributed.pp_size - stage.number, where.passes)
-        self._waiting = held - 1  # micro-batches of a pipeline beside the one that goes backward
+        self._waiting = held - 1  # micro-batches of a pipeline besides the one in its backward pass
 
     def peak(self) -> Peak:
         name, found = max(self._moments(), key=lambda moment: sum(moment[1].values()))
         return Peak(name, self._stage.number, found + Counter(runtime=RUNTIME if self._on_gpu else 0), self._host)
 
-    # -- what lies there all the time --------------------------------------------------------------------
+    # -- permanent state ---------------------------------------------------------------------------------
 
     @property
     def _units(self) -> list[tuple[Unit, int]]:
-        """All of them, with how many there are of each."""
+        """All units, each with its count."""
         return [(unit, self._stage.blocks) for unit in self._stage.block] + [(self._stage.root, 1)]
 
     def _state(self) -> Bytes:
@@ -107,7 +107,7 @@ class _Step:
 
     @property
     def _host(self) -> int:
-        """Bytes of the host's memory: what is offloaded, and the copies of a save in the background."""
+        """Bytes of host memory: offloaded states, and the copies of an asynchronous save."""
         state = sum(self._state().values())
         trained = sum(count * unit.shard(True) for unit, count in self._units)
         copies = trained * FLOAT * (4 if self._config.optimizer.ema is not None else 3)
@@ -119,11 +119,11 @@ class _Step:
     def _moments(self) -> Iterator[tuple[str, Bytes]]:
         state = Counter() if self._offloaded else self._state()
         largest = FLOAT * max(unit.largest for unit, _ in self._units)
-        yield "making the parameters", state + Counter(parameters=largest)
+        yield "the creation of the parameters", state + Counter(parameters=largest)
         for name, found in self._pass():
             yield name, state + found
         gradients = sum(count * self._reduced(unit) for unit, count in self._units)
-        yield "the update", state + Counter(gradients=gradients)
+        yield "the optimizer step", state + Counter(gradients=gradients)
 
     def _pass(self) -> Iterator[tuple[str, Bytes]]:
         """The last micro-batch of a step."""
@@ -133,14 +133,14 @@ class _Step:
         accumulated = [self._accumulated(unit) for unit in stage.block]
         root = self._accumulated(stage.root)
         gathered = sum(self._width * unit.whole() for unit in stage.block)
-        # Forward, FSDP holds what came of the block before until the next one is there; gloo has a copy, too.
+        # In the forward pass, FSDP keeps the previous block's buffer until the next one is gathered; gloo has a copy.
         ahead = waiting + Counter(activations=(stage.blocks - 1) * block.kept)
         ahead["exchange"] += (2 if self._on_gpu else 3) * self._gathering
         if stage.gathered:
             ahead["gathered"] += (stage.blocks - 1) * gathered
         else:
             ahead["gradients"] += root + stage.blocks * sum(accumulated)
-        yield "gathering the last block", ahead
+        yield "the gathering of the last block", ahead
         if stage.has_head:
             kept = stage.blocks * block.kept + block.norm + (0 if self._shape.lora else block.normed)
             base = waiting + Counter(activations=kept, gradients=root + stage.blocks * sum(accumulated))
@@ -149,7 +149,7 @@ class _Step:
                 yield name, base + bytes_
         head = self._head_gradient if stage.has_head else 0
         reduced = sum(self._reduced(unit) for unit in stage.block)
-        # From block to block in between it goes up or down evenly: the ends are enough.
+        # Between these blocks, the sum changes linearly, so the first and last ones are enough.
         for left in sorted({stage.blocks - 1, stage.blocks - 2, 1, 0} & set(range(stage.blocks)), reverse=True):
             done = (stage.blocks - 1 - left) * reduced
             base = waiting + Counter(
@@ -161,18 +161,20 @@ class _Step:
                 base["exchange"] += self._gathering
             yield from self._through_block(base, accumulated, first=left == stage.blocks - 1)
         base = waiting + Counter(gradients=stage.blocks * reduced)
-        base["gathered"] = 0  # the rest, too, is given back before
-        yield from self._exchange("the exchange of the rest", base, stage.root, root or self._fresh(stage.root))
+        base["gathered"] = 0  # the parameters outside the blocks are released before, too
+        yield from self._exchange(
+            "the exchange of the remaining gradients", base, stage.root, root or self._fresh(stage.root)
+        )
 
     def _loss(self) -> Iterator[tuple[str, Bytes]]:
-        """Of logits [tokens, vocabulary]: their softmax, its gradient and theirs, in float32 each; then the head's."""
+        """Logits [tokens, vocabulary], their softmax and its gradient, in float32 each; then the head's gradient."""
         block, shape = self._block, self._shape
         logits = block.tokens * shape.vocab_size
-        yield "the loss", Counter(logits=3 * FLOAT * logits)
+        yield "the loss computation", Counter(logits=3 * FLOAT * logits)
         narrow = self._width * logits
         work = narrow + (FLOAT * logits if self._width < FLOAT else 0)
         work = max(work, narrow * (2 if block.tp > 1 else 1) + block.normed)
-        yield "the head", Counter(logits=work, gradients=self._head_gradient)
+        yield "the backward pass of the head", Counter(logits=work, gradients=self._head_gradient)
 
     def _through_block(self, base: Bytes, accumulated: list[int], *, first: bool) -> Iterator[tuple[str, Bytes]]:
         """A block's backward pass, then the exchange of its gradients, unit by unit."""
@@ -180,16 +182,16 @@ class _Step:
         inside = base + Counter(
             gathered=sum(self._width * unit.whole() for unit in units),
             gradients=sum(accumulated),
-            exchange=0 if first else self._buffer(units[-1]),  # that of the block behind it stays until the next
+            exchange=0 if first else self._buffer(units[-1]),  # the buffer of the block after it is kept until the next
         )
         fresh = sum(self._fresh(unit) for unit in units)
         for activations, weights in block.backward:
             made = self._width * weights if self._shape.n_experts else min(self._width * weights, fresh)
             yield "the backward pass of a block", inside + Counter(activations=activations, gradients=made)
-        yield "the end of a block", inside + Counter(activations=block.behind, gradients=fresh)
-        if not self._on_gpu and base["exchange"]:  # gloo has a copy of what is under way
+        yield "the end of the backward pass of a block", inside + Counter(activations=block.behind, gradients=fresh)
+        if not self._on_gpu and base["exchange"]:  # gloo has a copy of the data in transfer
             kept = Counter(activations=block.kept, exchange=base["exchange"])
-            yield "gathering the next block", inside + kept
+            yield "the gathering of the next block", inside + kept
         whole = [a or self._fresh(unit) for a, unit in zip(accumulated, units, strict=True)]
         for number, unit in enumerate(units):
             others = Counter(
@@ -199,7 +201,7 @@ class _Step:
             yield from self._exchange("the exchange of gradients", base + others, unit, whole[number])
 
     def _exchange(self, name: str, base: Bytes, unit: Unit, gradients: int) -> Iterator[tuple[str, Bytes]]:
-        """Whole gradients into the buffer, and from there this worker's shard of their sum."""
+        """Copy unsharded gradients to the buffer, then reduce them to this worker's shard of the sum."""
         buffer = self._buffer(unit)
         yield name, base + Counter(gradients=gradients, exchange=buffer)
         shard = FLOAT * unit.shard(True)
@@ -210,16 +212,16 @@ class _Step:
 
     @property
     def _head_gradient(self) -> int:
-        """The head's whole gradient, as the backward pass makes it first."""
+        """The head's unsharded gradient, which the backward pass creates first."""
         head = Unit(tuple(p.part(self._block.tp, 1) for p in self._shape.last), 1)
         return self._fresh(head)
 
     def _accumulated(self, unit: Unit) -> int:
-        """Of the micro-batches before: whole, in float32."""
+        """Gradients of the previous micro-batches: unsharded, in float32."""
         return FLOAT * unit.own(True) if self._accumulates else 0
 
     def _fresh(self, unit: Unit) -> int:
-        """What the backward pass of this micro-batch makes; in float32 it is added to what is there at once."""
+        """New gradients of this micro-batch; in float32, each is added to the accumulated ones immediately."""
         if self._accumulates and self._width == FLOAT:
             return FLOAT * max((p.size for p in unit.parameters if p.trained), default=0)
         return self._width * unit.own(True)
@@ -228,12 +230,12 @@ class _Step:
         return 0 if self._offloaded else FLOAT * unit.shard(True)
 
     def _buffer(self, unit: Unit) -> int:
-        """What gradients are reduced in."""
+        """The buffer for reducing gradients."""
         return FLOAT * unit.whole(True)
 
     @property
     def _gathering(self) -> int:
-        """The next block on its way; an offloaded shard is first there as it is."""
+        """Buffers of the next block; an offloaded shard is first copied to the GPU as it is."""
         copied = FLOAT if self._offloaded else 0
         units = [unit for unit in self._stage.block if unit.shards > 1]
         return sum(self._width * unit.whole() + copied * unit.shard() for unit in units)

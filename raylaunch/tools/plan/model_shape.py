@@ -1,9 +1,9 @@
-"""The model as numbers: its parameters, each with its rows, as `trainers.model` (or transformers' Llama) makes them.
+"""The shape of the model: its parameters as created by `trainers.model` (or transformers' Llama).
 
-    config → Shape → the parameters of a block, and of what is outside the blocks → counts
+    config → Shape → the parameters of a block, and those outside the blocks → counts
 
-A parameter is [rows, columns…]; what matters of the rest is its product. Refused: a model whose shape is not known
-without running its code.
+A parameter is [rows, columns…]; only the product of the columns matters. Models whose shape is unknown without running
+their code are rejected.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from raylaunch.errors import RunError
 
 _OURS = ("trainers.fsdp:", "raylaunch.trainers.fsdp:")
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types of transformers whose blocks are ours: attention and a gated network, each behind a norm."""
+"""Model types of transformers with the same blocks as ours: attention and a gated network, each after a norm."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """[rows, columns…] with `columns` elements a row. `split`: what tensor parallel splits; an expert's are split by
-    expert parallel alone. `trained`: it has a gradient."""
+    """[rows, columns…] with `columns` elements per row. `split`: the dimension split by tensor parallel; experts are
+    only split by expert parallel. `trained`: it has a gradient."""
 
     rows: int
     columns: int
@@ -37,7 +37,7 @@ class Parameter:
         return self.rows * self.columns
 
     def part(self, tp: int, ep: int) -> Parameter:
-        """What one worker of a tensor-parallel or expert-parallel group has of it."""
+        """The part on one worker of a tensor-parallel or expert-parallel group."""
         rows = self.rows // ep if self.expert else self.rows // tp if self.split == "rows" else self.rows
         columns = self.columns // tp if self.split == "columns" else self.columns
         return Parameter(rows, columns, "", self.expert, self.trained)
@@ -45,7 +45,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder. `theirs`: it is transformers' code that runs, not ours. `lora`: the rank of its adapters, 0: none."""
+    """A decoder. `theirs`: the model is from transformers. `lora`: rank of the adapters, 0: none."""
 
     dim: int
     n_layers: int
@@ -59,14 +59,14 @@ class Shape:
     theirs: bool = False
     tied: bool = False
     biases: int = 0
-    """How many of `products` have a bias, from the first."""
+    """Number of `products` with a bias, from the first."""
     head_norms: bool = False
     """Queries and keys have a norm."""
     lora: int = 0
     dropout: bool = False
-    """Of its adapters' inputs."""
+    """Dropout on the inputs of the adapters."""
     frozen_width: int = 4
-    """Bytes of an element of what is not trained."""
+    """Bytes per element of frozen parameters."""
 
     @property
     def q_dim(self) -> int:
@@ -101,19 +101,19 @@ class Shape:
 
     @property
     def first(self) -> list[Parameter]:
-        """Before the blocks: the embedding."""
+        """Parameters before the blocks: the embedding."""
         return [Parameter(self.vocab_size, self.dim, "rows", trained=not self.lora)]
 
     @property
     def last(self) -> list[Parameter]:
-        """Behind the blocks: the norm and, unless it is the embedding again, the head."""
+        """Parameters after the blocks: the norm and, unless it is tied to the embedding, the head."""
         own = not self.lora
         head = [] if self.tied else [Parameter(self.vocab_size, self.dim, "rows", trained=own)]
         return [Parameter(self.dim, 1, trained=own), *head]
 
     @property
     def parameters(self) -> dict[str, int]:
-        """How many there are, by part, and how many of them are trained."""
+        """Numbers of parameters: total, trained, and by part."""
         block = self.block
         experts = sum(p.size for p in block if p.expert) * self.n_layers
         blocks = sum(p.size for p in block) * self.n_layers - experts
@@ -126,9 +126,9 @@ class Shape:
         }  # fmt: skip
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Of a training step's forward and backward: 6 for each parameter that a token meets in a product, and
-        12 * layers * q_dim * seq_len for attention, not halved for what a causal one leaves out (Chowdhery et al., PaLM,
-        2022, appendix B). Frozen weights have no gradient of their own: 4 of the 6."""
+        """Operations of forward and backward pass: 6 for each parameter that is multiplied with a token, and
+        12 * layers * q_dim * seq_len for attention, not halved for a causal mask (Chowdhery et al., PaLM, 2022,
+        appendix B). Frozen weights have no gradient and need 4 instead of 6."""
         experts = 3 * self.dim * self.ffn_dim * self.chosen + self.dim * self.n_experts
         products = sum(out * into for out, into in self.products) + experts
         adapters = sum(self.lora * (out + into) for out, into in self.products)
@@ -138,18 +138,18 @@ class Shape:
 
 
 def of(config: Config) -> Shape:
-    """The shape of what a config trains; RunError where that cannot be known here."""
+    """The shape of the configured model; RunError if it is unknown."""
     if config.trainer.script is not None or not config.trainer.function.startswith(_OURS):
         what = config.trainer.script or config.trainer.function
         raise RunError(
             f"memory cannot be estimated for custom trainers ({what})",
-            "To estimate the run time, give --tokens-per-second.",
+            "To estimate the run time, set --tokens-per-second.",
         )
     model = config.model
     if model.target is not None:
         raise RunError(
             f"model._target_ ({model.target}): memory cannot be estimated for custom models",
-            "Try one step: raylaunch train with step_scheduler.max_steps 1 says whether it fits.",
+            "To check whether it fits, train one step: `raylaunch train` with step_scheduler.max_steps=1.",
         )
     if model.hf is not None:
         return _theirs(model)
@@ -160,18 +160,19 @@ def of(config: Config) -> Shape:
 
 
 def _theirs(model: ModelConfig) -> Shape:
-    """Of the config.json of a local directory."""
+    """The shape in config.json of a local directory."""
     directory = Path(str(model.hf)).expanduser()
     if not directory.is_dir():
         raise RunError(
-            f"model.hf: {model.hf} is not a directory, and names on the Hub are not looked up",
-            "Download it once (`hf download NAME --local-dir DIR`) and give that directory.",
+            f"model.hf: {model.hf} is not a directory, and models on the Hub cannot be estimated",
+            "Download the model (`hf download NAME --local-dir DIR`) and set model.hf to the directory.",
         )
     try:
         said: Any = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         if said["model_type"] not in LLAMAS:
             raise RunError(
-                f"model.hf: a model of type {said['model_type']} cannot be estimated", f"Known: {', '.join(LLAMAS)}."
+                f"model.hf: models of type {said['model_type']} cannot be estimated",
+                f"Supported: {', '.join(LLAMAS)}.",
             )
         heads, dim = int(said["num_attention_heads"]), int(said["hidden_size"])
         return Shape(
@@ -184,8 +185,8 @@ def _theirs(model: ModelConfig) -> Shape:
             frozen_width=2 if str(said.get("dtype") or said.get("torch_dtype")) in {"bfloat16", "float16"} else 4,
         )  # fmt: skip
     except (OSError, ValueError, TypeError, KeyError, ArithmeticError) as error:
-        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        why = f"missing key {error}" if isinstance(error, KeyError) else str(error)
         raise RunError(
-            f"model.hf: {directory}/config.json says nothing that can be planned: {why}",
-            "Give a directory that save_pretrained wrote.",
+            f"model.hf: {directory}/config.json cannot be used: {why}",
+            "Use a directory that was written by save_pretrained.",
         ) from error

@@ -14,7 +14,7 @@ from raylaunch.state import files
 
 @dataclass(frozen=True)
 class Queue:
-    """`state`: estimated, unknown (Slurm does not say), refused, unavailable, or absent. `start`: local time, ISO 8601."""
+    """`state`: estimated, unknown (no estimate), refused, unavailable, or absent. `start`: local time, ISO 8601."""
 
     state: str
     text: str
@@ -22,12 +22,12 @@ class Queue:
 
 
 def estimate(config: Config, slurm: Slurm, now: datetime) -> Queue:
-    """What Slurm says of the batch script that `up` would submit; nothing is submitted."""
+    """Slurm's estimate for the batch script that `up` would submit; nothing is submitted."""
     if config.cluster.backend == "local":
         return Queue("absent", "none: cluster.backend is local")
     try:
         if not slurm.available():
-            return Queue("absent", "none: there is no Slurm here")
+            return Queue("absent", "none: Slurm is not available")
         name = config.cluster.name
         start = slurm.would_start(up.render(config, name, files.cluster_dir(up.state_dir_of(config), name)))
     except SlurmUnavailable as error:
@@ -35,11 +35,11 @@ def estimate(config: Config, slurm: Slurm, now: datetime) -> Queue:
     except RaylaunchError as error:
         return Queue("refused", _line(error))
     if start is None:
-        return Queue("unknown", "Slurm gives no estimate")
+        return Queue("unknown", "Slurm did not estimate a start time")
     wait = max(0.0, (start - now).total_seconds())
     return Queue(
         "estimated",
-        f"{start:%Y-%m-%d %H:%M}, {f'in {spell(wait)}' if wait >= 60 else 'at once'} (sbatch --test-only)",
+        f"{start:%Y-%m-%d %H:%M}, {f'in {spell(wait)}' if wait >= 60 else 'now'} (sbatch --test-only)",
         start.isoformat(),
     )
 

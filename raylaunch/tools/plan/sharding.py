@@ -1,10 +1,10 @@
-"""How a model lies over the workers: what one GPU of each pipeline stage holds of it, as `trainers.parallel` does it.
+"""The distribution of a model over the workers: the part on one GPU of each pipeline stage, as in `trainers.parallel`.
 
-    config, nodes, workers a node → Place → the units of each stage (what FSDP gathers and reduces model_parallel_size)
+    config, nodes, workers per node → PlannedWorld → the units of each stage (which FSDP gathers and reduces together)
 
-FSDP cuts each parameter by its rows and pads: a parameter of fewer rows than there are shards costs every worker a
-row, and gathered it is as many rows as there are shards. So eight experts over 64 shards lie there as 64 when gathered.
-Refused: a world that the plan cannot use.
+FSDP splits each parameter by rows and pads it: a parameter with fewer rows than shards takes one row on every worker,
+and as many rows as shards when gathered. So eight experts over 64 shards take the space of 64 when gathered. A world
+that the plan cannot use is rejected.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ from dataclasses import dataclass
 
 from raylaunch.config.schema import Config
 from raylaunch.errors import UsageError
+from raylaunch.text import plural
 from raylaunch.tools.plan.model_shape import Parameter, Shape
 from raylaunch.training import policy
 
 GATHERED_BYTES = 1 << 30
-"""As in `trainers.parallel`: up to this size a stage stays gathered for the length of a step."""
+"""As in `trainers.parallel`: a stage up to this size stays gathered during a step."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What FSDP gathers and reduces model_parallel_size, in elements. `shards`: over how many workers it is cut."""
+    """Parameters that FSDP gathers and reduces together; sizes in elements. `shards`: workers that share the unit."""
 
     parameters: tuple[Parameter, ...]
     shards: int
 
     def shard(self, trained: bool = False) -> int:
-        """One worker's, with padding; of all parameters, or of the trained ones."""
+        """Size on one worker, with padding; of all parameters, or of the trained ones."""
         return sum(math.ceil(p.rows / self.shards) * p.columns for p in self._those(trained))
 
     def whole(self, trained: bool = False) -> int:
-        """Gathered, with padding."""
+        """Gathered size, with padding."""
         return self.shard(trained) * self.shards
 
     def own(self, trained: bool = False) -> int:
-        """Without padding."""
+        """Size without padding."""
         return sum(p.size for p in self._those(trained))
 
     def of_experts(self, are: bool) -> Unit:
-        """Its parameters that are experts', or the others."""
+        """The unit's experts, or its other parameters."""
         return Unit(tuple(p for p in self.parameters if p.expert == are), self.shards)
 
     @property
@@ -56,8 +57,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a pipeline. `block`: the units of each of its `blocks` blocks, that of the experts (if they are cut by
-    themselves) first; `root`: what is outside of them. `gathered`: see GATHERED_BYTES."""
+    """A pipeline stage. `block`: the units of each of its `blocks` blocks, starting with the experts (if they are split
+    separately); `root`: parameters outside the blocks. `gathered`: see GATHERED_BYTES."""
 
     number: int
     blocks: int
@@ -70,8 +71,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class PlannedWorld:
-    """The world of a plan. `replicas`: copies of the model; `samples`: groups of workers that share no sample; `passes`:
-    micro-batches a step of each worker; `spare`: nodes that the plan cannot share."""
+    """The world of a plan. `replicas`: copies of the model; `samples`: groups of workers with different samples;
+    `passes`: micro-batches per step of each worker; `spare`: nodes that the plan cannot use."""
 
     nodes: int
     workers_per_node: int
@@ -84,23 +85,24 @@ class PlannedWorld:
 
 
 def place(config: Config, nodes: int, workers_per_node: int) -> PlannedWorld:
-    """UsageError where these nodes cannot share the plan."""
+    """UsageError if the plan cannot use these nodes."""
     plan, steps = config.distributed, config.step_scheduler
     model_parallel_size = plan.model_parallel
     used = policy.usable(nodes, workers_per_node, model_parallel_size)
     world = used * workers_per_node
     if not world:
         raise UsageError(
-            f"{nodes} nodes of {workers_per_node} workers are fewer than the {model_parallel_size} that the parallelism settings need "
-            f"(tp_size {plan.tp_size} * cp_size {plan.cp_size} * pp_size {plan.pp_size}, ep_size {plan.ep_size})",
-            "Raise --nodes or --gpus-per-node, or change the plan.",
+            f"{plural(nodes, 'node')} with {plural(workers_per_node, 'worker')} each: fewer than the "
+            f"{model_parallel_size} workers needed for tp_size {plan.tp_size} * cp_size {plan.cp_size} * "
+            f"pp_size {plan.pp_size}, ep_size {plan.ep_size}",
+            "Increase --nodes or --gpus-per-node, or reduce these sizes.",
         )
     of_stage, within = world // plan.pp_size, model_parallel_size // plan.pp_size
     if plan.strategy == "hsdp" and (of_stage % workers_per_node or workers_per_node % within):
         raise UsageError(
-            f"distributed.strategy hsdp: {of_stage} workers of a stage on nodes of {workers_per_node}, of which "
-            f"{within} form one group",
-            "Use nodes whose workers are a multiple of that, or strategy: fsdp.",
+            f"distributed.strategy hsdp: groups of {within} of the {of_stage} workers of a pipeline stage do not fit "
+            f"on nodes with {workers_per_node} workers",
+            f"Use a multiple of {within} workers per node, or strategy: fsdp.",
         )
     replicas = {"ddp": of_stage // within, "hsdp": of_stage // workers_per_node}.get(plan.strategy, 1)
     samples = of_stage // (plan.tp_size * plan.cp_size)
@@ -112,7 +114,7 @@ def place(config: Config, nodes: int, workers_per_node: int) -> PlannedWorld:
 
 
 def stages(config: Config, shape: Shape, where: PlannedWorld, width: int) -> list[Stage]:
-    """The parts of the pipeline, one if there is none; `width`: bytes of an element in the computation."""
+    """The stages of the pipeline, one without pipeline parallel; `width`: bytes per element in the computation."""
     plan = config.distributed
     tp, pp, ep = plan.tp_size, plan.pp_size, plan.ep_size
     group = where.world // pp // where.replicas
