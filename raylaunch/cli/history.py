@@ -18,7 +18,7 @@ from raylaunch.cli import options
 from raylaunch.cli.show import note, table_width
 from raylaunch.errors import UsageError
 from raylaunch.observe.history import accounting
-from raylaunch.observe.history.accounting import Accounts
+from raylaunch.observe.history.accounting import StateHistory
 from raylaunch.observe.report import formatting
 from raylaunch.state import audit
 from raylaunch.tools.chaos import schedule
@@ -32,7 +32,7 @@ from raylaunch.tools.chaos import schedule
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.state_dir_option
 def history(since: str | None, trail: bool, as_json: bool, state_dir: Path | None) -> None:
-    """Show past and present runs and clusters: state, times, nodes, steps, node-hours and GPU-hours, with totals per account.
+    """Show past and present runs and clusters: state, times, nodes, steps, node-hours and GPU-hours.
 
     \b
       raylaunch history --since 30d
@@ -63,7 +63,7 @@ def _since(text: str, now: float) -> float:
         raise UsageError(f"--since {text}: not a duration or a date", "Write 7d, 24h, or 2026-11-01.") from error
 
 
-def _print(found: Accounts) -> None:
+def _print(found: StateHistory) -> None:
     if not found.runs and not found.clusters:
         click.echo("nothing yet; `raylaunch up` and `raylaunch train` begin it")
         return
@@ -83,13 +83,6 @@ def _print(found: Accounts) -> None:
         ("jobs", 80, "", lambda c: formatting.clip(", ".join(c.jobs), 40)), ("account", 112, "", lambda c: c.account),
         ("took", 60, "right", lambda c: _took(c.took)), ("nodes", 80, "right", lambda c: c.nodes or ""),
         ("node-hours", 112, "right", lambda c: _hours(c.node_hours)), ("GPU-hours", 0, "right", lambda c: _hours(c.gpu_hours)),
-    ])  # fmt: skip
-    click.echo()
-    _table(found.accounts, [
-        ("account", 0, "", lambda a: a.account or "(none)"), ("clusters", 60, "right", lambda a: a.clusters),
-        ("runs", 60, "right", lambda a: a.runs), ("node-hours", 0, "right", lambda a: _hours(a.node_hours)),
-        ("of these in runs", 80, "right", lambda a: _hours(a.run_node_hours)),
-        ("GPU-hours", 0, "right", lambda a: _hours(a.gpu_hours)),
     ])  # fmt: skip
 
 

@@ -111,10 +111,6 @@ def test_history(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert going.ended is None and going.gpu_hours == pytest.approx(4 * (going.node_hours or 0))
     report = gather(where / "runs" / "old", now=NOW)
     assert old.node_hours == pytest.approx(report.cost.node_hours) and old.gpu_hours == report.cost.gpu_hours_held
-    sums = {a.account: a for a in found.accounts}
-    assert sums["nlp-project"].runs == 2 and sums["nlp-project"].clusters == 2
-    assert sums["nlp-project"].gpu_hours == pytest.approx(sum(c.gpu_hours or 0 for c in found.clusters))
-    assert sums[None].node_hours >= sums[None].run_node_hours > 0
     assert [r.run for r in accounting.gather(where, NOW, NOW - 2 * DAY).runs] == ["new", "going"]
 
 
@@ -152,9 +148,9 @@ def test_the_command(where: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(backends, "of", lambda name: Knows("4711"))
     there = ["--state-dir", str(where)]
     done = CliRunner().invoke(cli, ["history", *there])
-    assert done.exit_code == 0 and all(word in done.output for word in ("old", "nlp-project", "GPU-hours", "(none)"))
+    assert done.exit_code == 0 and all(word in done.output for word in ("old", "nlp-project", "GPU-hours"))
     assert set(json.loads(CliRunner().invoke(cli, ["history", "--json", *there]).output)) == {
-        "runs", "clusters", "accounts", "trouble",
+        "runs", "clusters", "trouble",
     }  # fmt: skip
     monkeypatch.setattr("raylaunch.cli.history.table_width", lambda: 40)
     done = CliRunner().invoke(cli, ["history", *there])

@@ -1,4 +1,4 @@
-"""The history of a state directory: every run and every life of a cluster, with its hours, and totals per account.
+"""The history of a state directory: every run and every life of a cluster, with its hours.
 
     runs/*/run.json, the relevant lines of events.jsonl, the end of metrics.jsonl → runs
     clusters/*/events.jsonl, members.json, config.yaml's slurm.account            → lives, and the nodes held in them
@@ -75,25 +75,11 @@ class LifeRow:
 
 
 @dataclass
-class Account:
-    """The resources held under one account."""
-
-    account: str | None
-    clusters: int = 0
-    runs: int = 0
-    node_hours: float = 0.0
-    gpu_hours: float = 0.0
-    run_node_hours: float = 0.0
-    """The part of these within runs."""
-
-
-@dataclass
-class Accounts:
+class StateHistory:
     """The complete history, oldest first. `trouble`: failed queries."""
 
     runs: list[RunRow]
     clusters: list[LifeRow]
-    accounts: list[Account]
     trouble: list[str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,7 +104,7 @@ class _Cluster:
     holds: list[NodeUse] = field(default_factory=list)
 
 
-def gather(state_dir: Path, now: float, since: float = 0.0) -> Accounts:
+def gather(state_dir: Path, now: float, since: float = 0.0) -> StateHistory:
     """The runs and clusters of a state directory that were active after `since`."""
     clusters = {path.name: _cluster(path) for path in _folders(state_dir / "clusters")}
     trouble = _ask_who_lives(state_dir, clusters.values())
@@ -138,7 +124,7 @@ def gather(state_dir: Path, now: float, since: float = 0.0) -> Accounts:
     kept_lives = [row for row in lives if _is_after(row, since)]
     for kept in (kept_runs, kept_lives):
         kept.sort(key=lambda r: r.began or 0.0)
-    return Accounts(kept_runs, kept_lives, _sums(kept_runs, kept_lives), trouble)
+    return StateHistory(kept_runs, kept_lives, trouble)
 
 
 def _is_after(row: RunRow | LifeRow, since: float) -> bool:
@@ -310,20 +296,3 @@ def _account(directory: Path) -> str | None:
         return None
     value = match[1].strip() if match is not None else ""
     return None if value in {"", "null", "~"} else value.strip("'\"")
-
-
-# -- sums ----------------------------------------------------------------------------------------------------
-
-
-def _sums(run_rows: Sequence[RunRow], lives: Sequence[LifeRow]) -> list[Account]:
-    found: dict[str | None, Account] = {}
-    for life in lives:
-        one = found.setdefault(life.account, Account(life.account))
-        one.clusters += 1
-        one.node_hours += life.node_hours or 0.0
-        one.gpu_hours += life.gpu_hours or 0.0
-    for row in run_rows:
-        one = found.setdefault(row.account, Account(row.account))
-        one.runs += 1
-        one.run_node_hours += row.node_hours or 0.0
-    return sorted(found.values(), key=lambda a: (-a.gpu_hours, -a.node_hours, a.account or ""))

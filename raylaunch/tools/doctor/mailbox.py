@@ -138,6 +138,11 @@ class Pairs(BaseModel):
     error: str = ""
 
 
+def file(directory: Path, index: int, what: str) -> Path:
+    """Where node `index` writes its `hello`, `checked` or `pairs`."""
+    return directory / f"{index}.{what}.json"
+
+
 def write(path: Path, value: BaseModel) -> None:
     files.write_text(path, value.model_dump_json())
 

@@ -15,16 +15,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import hostlist
-
+from raylaunch.cluster.agent.identity import NodeIdentity
 from raylaunch.config import loader
 from raylaunch.config.schema import Config
 from raylaunch.errors import RaylaunchError, SlurmError, SlurmUnavailable, StateError
 from raylaunch.host import processes
-from raylaunch.host.network import interface_of, node_name, own_address
+from raylaunch.host.network import interface_of, own_address
 from raylaunch.host.ports import Ports, lease_ports
 from raylaunch.host.resources import find_resources
 from raylaunch.scheduler.slurm import batch_script
@@ -36,32 +34,7 @@ from raylaunch.tools.doctor.mailbox import Checked, GpuCheck, Hello, PairResult,
 CANARY_PATIENCE = 10.0
 
 
-@dataclass(frozen=True)
-class CheckedNode:
-    """The identity of this node."""
-
-    directory: Path
-    canary: str
-    node: str
-    index: int
-    peers: tuple[str, ...]
-    local: bool
-
-    @classmethod
-    def from_environment(cls, env: Mapping[str, str]) -> CheckedNode:
-        directory, canary = Path(env["RAYLAUNCH_CLUSTER_DIR"]), env["RAYLAUNCH_CANARY"]
-        if "RAYLAUNCH_LOCAL_INDEX" in env:
-            names = tuple(f"local{i + 1}" for i in range(int(env["RAYLAUNCH_LOCAL_COUNT"])))
-            index = int(env["RAYLAUNCH_LOCAL_INDEX"])
-            return cls(directory, canary, names[index], index, names, local=True)
-        names = tuple(hostlist.expand_hostlist(env["SLURM_JOB_NODELIST"]))
-        return cls(directory, canary, node_name(env), int(env["SLURM_NODEID"]), names, local=False)
-
-    def file(self, what: str) -> Path:
-        return self.directory / f"{self.index}.{what}.json"
-
-
-def await_canary(here: CheckedNode) -> None:
+def await_canary(here: NodeIdentity) -> None:
     """Wait until this node can read the file that the login node wrote."""
     deadline = time.monotonic() + CANARY_PATIENCE
     while True:
@@ -128,7 +101,7 @@ def wants_gpus(config: Config) -> bool:
     return config.slurm.exclusive or batch_script.gpus_per_node(config.slurm) > 0
 
 
-def hello(here: CheckedNode, config: Config, ports: Ports) -> Hello:
+def hello(here: NodeIdentity, config: Config, ports: Ports) -> Hello:
     """The first message of this node; `error` if it cannot take part."""
     peer = next((n for n in here.peers if n != here.node), None)
     error = ""
@@ -150,7 +123,7 @@ def hello(here: CheckedNode, config: Config, ports: Ports) -> Hello:
     )  # fmt: skip
 
 
-def _submits(here: CheckedNode, config: Config) -> str | None:
+def _submits(here: NodeIdentity, config: Config) -> str | None:
     """Why this node cannot submit jobs; "" if it can, None if Slurm does not respond."""
     try:
         Slurm().check(batch_script.render(config.slurm, "doctor", here.directory, here.canary))
@@ -161,7 +134,7 @@ def _submits(here: CheckedNode, config: Config) -> str | None:
     return ""
 
 
-def checked(here: CheckedNode, roster: PeerList, probes: Probes, visible: int) -> Checked:
+def checked(here: NodeIdentity, roster: PeerList, probes: Probes, visible: int) -> Checked:
     """Connect to the first node and to the partners of all rounds, and collect the results of the GPU tests."""
     began = time.time()
     order = [place.index for place in roster.nodes]
@@ -194,7 +167,7 @@ def checked(here: CheckedNode, roster: PeerList, probes: Probes, visible: int) -
     return Checked(index=here.index, time=began, reached=reached, gpus=rows, smi=smi or gpu_status.Smi(), torch=torch)
 
 
-def paired(here: CheckedNode, schedule: Schedule, probes: Probes) -> Pairs:
+def paired(here: NodeIdentity, schedule: Schedule, probes: Probes) -> Pairs:
     """Measure with one partner after the other; returns the results until the end of the last round."""
     mine = sum(here.index in pair for one in schedule.rounds for pair in one)
     if not mine:
@@ -217,14 +190,14 @@ def paired(here: CheckedNode, schedule: Schedule, probes: Probes) -> Pairs:
     return Pairs(index=here.index, results=tuple(results), error=error)
 
 
-def check(here: CheckedNode) -> None:
+def check(here: NodeIdentity) -> None:
     """Run all checks in order; StateError if the command line is gone."""
     await_canary(here)
     config = loader.load_resolved(here.directory / mailbox.CONFIG)
     lease = lease_ports()
     said = hello(here, config, lease.ports)
     if said.error:
-        mailbox.write(here.file("hello"), said)
+        mailbox.write(mailbox.file(here.directory, here.index, "hello"), said)
         return
     server = clock_server.serve(said.address, said.port, here.canary)
     network = {"GLOO_SOCKET_IFNAME": said.interface} if said.interface else {}
@@ -234,13 +207,15 @@ def check(here: CheckedNode) -> None:
     own = {"OMP_NUM_THREADS": threads, "TORCH_NCCL_BLOCKING_WAIT": "1", **network, **os.environ}
     probes = Probes.start(said.gpus, own)
     try:
-        mailbox.write(here.file("hello"), said)
+        mailbox.write(mailbox.file(here.directory, here.index, "hello"), said)
         roster = mailbox.wait(here.directory / mailbox.ROSTER, PeerList, mailbox.ORDERS_LIMIT)
         if here.index not in {place.index for place in roster.nodes}:
             return
-        mailbox.write(here.file("checked"), checked(here, roster, probes, len(said.gpus)))
+        mailbox.write(
+            mailbox.file(here.directory, here.index, "checked"), checked(here, roster, probes, len(said.gpus))
+        )
         schedule = mailbox.wait(here.directory / mailbox.SCHEDULE, Schedule, mailbox.ORDERS_LIMIT)
-        mailbox.write(here.file("pairs"), paired(here, schedule, probes))
+        mailbox.write(mailbox.file(here.directory, here.index, "pairs"), paired(here, schedule, probes))
     finally:
         probes.end()
         server.shutdown()
@@ -249,7 +224,7 @@ def check(here: CheckedNode) -> None:
 
 def main() -> int:
     processes.become_subreaper()
-    here = CheckedNode.from_environment(os.environ)
+    here = NodeIdentity.from_environment(os.environ)
     code = 0
     try:
         check(here)

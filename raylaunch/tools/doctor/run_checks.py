@@ -174,7 +174,7 @@ class Checks:
             most = min(limit, max(LATE[0], LATE[1] * half)) if half and alike else limit
             return took > most or over(found) or not self.held.alive()
 
-        return mailbox.collect({i: self.directory / f"{i}.{what}.json" for i in wanted}, model, heard, enough)
+        return mailbox.collect({i: mailbox.file(self.directory, i, what) for i in wanted}, model, heard, enough)
 
 
 def _silent(found: Mapping[int, object], names: Mapping[int, str]) -> Iterator[Finding]:

@@ -126,8 +126,8 @@ def stages(config: Config, shape: Shape, where: PlannedWorld, width: int) -> lis
         size = sum(p.size for p in outside) + blocks * sum(p.size for p in shape.block)
         here = [p.part(tp, ep) for p in shape.block]
         apart = [p for p in here if p.expert] if ep > 1 else []
-        model_parallel_size = [p for p in here if not (p.expert and ep > 1)]
-        units = ([Unit(tuple(apart), group // ep)] if apart else []) + [Unit(tuple(model_parallel_size), shards)]
+        together = [p for p in here if not (p.expert and ep > 1)]
+        units = ([Unit(tuple(apart), group // ep)] if apart else []) + [Unit(tuple(together), shards)]
         root = Unit(tuple(p.part(tp, ep) for p in outside), shards)
         found.append(
             Stage(
