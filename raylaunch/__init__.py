@@ -1,7 +1,7 @@
 """raylaunch keeps N Ray nodes alive on Slurm, and a training function alive on those nodes.
 
-These names are public, for trainers and scripts; everything else is private, whatever it is called. Each is imported
-when it is first used: `Loop` brings torch with it, and the command line needs none of them.
+The names in `__all__` are the public API, for trainers and scripts; everything else is private. Each name is imported on
+first use: `Loop` imports torch, which the command line does not need.
 """
 
 from __future__ import annotations

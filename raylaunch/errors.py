@@ -1,14 +1,14 @@
-"""Everything that raylaunch raises on purpose.
+"""The exceptions that raylaunch raises.
 
-Each error says what happened and the next step. The command line prints both and exits
-with `exit_code`: 2 for usage (the input is wrong), 1 for failure (the world is).
+Each one states what happened and the next step. The command line prints both and exits with `exit_code`: 2 for wrong
+usage, 1 for a failure.
 """
 
 from __future__ import annotations
 
 
 class RaylaunchError(Exception):
-    """Base of all: `message` is what happened, `hint` the next step to take."""
+    """Base class. `message`: what happened; `hint`: the next step."""
 
     exit_code = 1
 
@@ -22,41 +22,41 @@ class RaylaunchError(Exception):
 
 
 class UsageError(RaylaunchError):
-    """The command line or a name on it is wrong."""
+    """A command-line argument is wrong."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A configuration file or a --set is wrong; the message carries file and line."""
+    """A configuration file or a --set value is invalid; the message has file and line."""
 
 
 class SlurmError(RaylaunchError):
-    """A Slurm command failed; the message carries the command and its stderr."""
+    """A Slurm command failed; the message has the command and its stderr."""
 
 
 class SlurmUnavailable(SlurmError):
-    """Slurm's commands are missing, or its controller does not answer in time."""
+    """Slurm's commands are not installed, or slurmctld does not respond in time."""
 
 
 class StateError(RaylaunchError):
-    """The state directory is unusable: full, read-only, not shared, or not ours."""
+    """A file in the state directory cannot be read or written: full, read-only, not shared, or damaged."""
 
 
 class BringUpError(RaylaunchError):
-    """The cluster did not come up; the message names the node and its own error."""
+    """The cluster did not start; the message has the node and its error."""
 
 
 class RunError(RaylaunchError):
-    """A run cannot start or go on."""
+    """A run cannot start or continue."""
 
 
 class DataError(RaylaunchError):
-    """Input cannot be read or a prepared dataset cannot be used; the message names file and place."""
+    """Input data or a prepared dataset cannot be read; the message has the file and the position."""
 
 
 class SandboxError(RaylaunchError):
-    """The sandbox cannot be made or used."""
+    """The sandbox cannot be created or used."""
 
 
 def first_line(error: BaseException) -> str:

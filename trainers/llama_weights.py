@@ -106,5 +106,6 @@ def description(directory: Path) -> dict[str, Any]:
         return dict(json.loads((directory / "config.json").read_text()))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{directory} has no config.json that can be read: {error}", "Give a directory that save_pretrained wrote."
+            f"{directory} has no config.json that can be read: {error}",
+            "Specify a directory written by save_pretrained.",
         ) from error

@@ -1,4 +1,4 @@
-"""A training loop of one's own that goes on when nodes die: `Loop`.
+"""`Loop`: makes a training loop of your own elastic, so that it continues when nodes die.
 
     def train(config, session):
         model = DistributedDataParallel(Net().to(session.device))
@@ -11,11 +11,11 @@
             optimizer.step()
             loop.report(loss=loss.item())
 
-The loop restores the newest commit, hands out each step's samples (a function of seed and step alone, shared
-among the workers there are), saves every `step_scheduler.ckpt_every_steps` steps, leaves when it is asked to, all
-ranks at the same step, and says so. To stop early, call `loop.end()` rather than break; work between the steps that
-takes minutes (a validation) goes into `with loop.validating():`, or it counts as a hang. Model and optimizer may be plain, DDP or FSDP2; what else has a `state_dict` is
-given by name. Random numbers are a function of seed, step and rank (see `seeding`).
+The loop loads the newest checkpoint, assigns the samples of each step (a function of seed and step, divided among the
+workers), saves every `step_scheduler.ckpt_every_steps` steps, and returns on a stop request, on all ranks at the same
+step. To stop early, call `loop.end()` instead of `break`. Wrap work between steps that takes minutes, such as a
+validation, in `with loop.validating():`, or it counts as a hang. Model and optimizer may be plain, DDP or FSDP2. Pass
+any other object with a `state_dict` by name. Random numbers are a function of seed, step and rank (see `seeding`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from raylaunch.training.worker.session import AT_COMMIT, NOW, Session
 
 
 class Stateful(Protocol):
-    """What a checkpoint can hold beside model and optimizer: a scheduler, a scaler, counters of one's own."""
+    """State that a checkpoint can contain beside model and optimizer: a scheduler, a scaler, counters."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -55,10 +55,10 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of one step.
+    """This rank's share of the global batch of one step.
 
-    `indices` [n] int64: the samples. `weight`: multiply the mean loss over them by this, and gradients that are
-    averaged over the ranks (DDP, FSDP) are those of the mean over the global batch; 1 where all parts are equal.
+    `indices` [n] int64: the samples. `weight`: multiply the mean loss over these samples by it. Gradients averaged over
+    the ranks (DDP, FSDP) are then those of the mean over the global batch. It is 1 if all ranks have equal shares.
     """
 
     step: int
@@ -67,7 +67,8 @@ class Batch:
 
 
 class Loop:
-    """Steps that are done once each, whatever dies. All ranks make one, and go through it in step."""
+    """An iterator over training steps that resumes after faults. Each step is done exactly once. Every rank creates one and
+    iterates over it in lockstep."""
 
     def __init__(
         self,
@@ -78,8 +79,10 @@ class Loop:
         samples: int = 0,
         **others: Stateful,
     ) -> None:
-        """`samples`: how many there are to choose from; 0 for a loop over `steps` that finds its data itself.
-        `others`: what else belongs to the state, by name."""
+        """Loads the newest checkpoint, if there is one.
+
+        `samples`: size of the dataset; 0 for a loop over `steps()` with its own data loading. `others`: further state for
+        the checkpoint, by name. Raises RunError if the checkpoint was written with different data settings."""
         session.progress(0, "load")
         if samples and session.global_batch_size < session.world_size:
             raise RunError(
@@ -100,10 +103,10 @@ class Loop:
         self._done_at = time.monotonic()
         self._ends_early = False
         self.step = self._resume()
-        """Steps done so far."""
+        """Completed steps."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """The steps that are left, each with this rank's part of its global batch."""
+        """The remaining steps, each with this rank's share of its global batch."""
         size, seed = self._facts["global_batch_size"], self._facts["seed"]
         rank, world = self._session.rank, self._session.world_size
         for step in self.steps():
@@ -112,8 +115,8 @@ class Loop:
             yield Batch(step, torch.from_numpy(samples), len(mine) * world / size)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, for loops that find their data themselves. What follows the loop runs on all
-        ranks, also when the attempt was stopped: ask `finished`."""
+        """The numbers of the remaining steps, for loops with their own data loading. The code after the loop runs on all
+        ranks, also if the attempt was stopped: check `finished`."""
         most = self._config.step_scheduler.max_steps
         left = False
         while self.step < most and not left:
@@ -128,22 +131,22 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """All steps are done, or `end` was called."""
+        """True if all steps are done, or `end` was called."""
         return self._ends_early or self.step >= self._config.step_scheduler.max_steps
 
     def end(self) -> None:
-        """This step is the last one: save, and be finished. On any rank."""
+        """Make this step the last one: the run saves and is finished. May be called on any rank."""
         self._ends_early = True
 
     @contextlib.contextmanager
     def validating(self) -> Iterator[None]:
-        """Work between the steps that may take its time; all ranks."""
+        """Context for long work between steps, such as validation, so that it does not count as a hang. All ranks."""
         self._session.progress(self.step, "validate")
         yield
         self._session.progress(self.step, "step")
 
     def report(self, **metrics: Any) -> None:
-        """One line of metrics.jsonl for the present step (rank 0's numbers); `loss` is what people look for."""
+        """Append a line to metrics.jsonl for the current step, with the values of rank 0. `loss` is shown by all commands."""
         now = time.monotonic()
         seconds, self._done_at = now - self._done_at, now
         size = self._session.global_batch_size

@@ -62,9 +62,9 @@ class Guard:
             return RunError(
                 f"step {step}: loss {loss}, gradient norm {norm}, as in the {LIMIT} tries before it "
                 f"(optimizer.on_nonfinite: {self.policy})",
-                f"This is no single bad batch: {remedy}",
+                f"This is not a single bad batch: {remedy}",
             )
         return RunError(
             f"step {step}: loss {loss}, gradient norm {norm}",
-            f"The last commit is from before that, and training again goes on from there: first {remedy}",
+            f"The last commit is older than that. Before you resume from it, {remedy}",
         )

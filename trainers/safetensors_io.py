@@ -120,7 +120,9 @@ class _Files:
             raise RunError("pretrained weights need safetensors", "pip install 'raylaunch[hf]'") from error
         paths = sorted(self._directory.glob("*.safetensors"))
         if not paths:
-            raise StateError(f"{self._directory} has no *.safetensors", "Give a directory that save_pretrained wrote.")
+            raise StateError(
+                f"{self._directory} has no *.safetensors", "Specify a directory written by save_pretrained."
+            )
         for path in paths:
             file = self._stack.enter_context(safe_open(path, framework="pt"))
             self._owner |= dict.fromkeys(file.keys(), file)

@@ -34,7 +34,7 @@ def description(model: ModelConfig) -> Any:
     except (OSError, ValueError) as error:
         raise RunError(
             f"model.hf: no config of {model.hf}: {first_line(error)}",
-            "Give a directory that save_pretrained wrote, or a name on the Hugging Face hub (HF_TOKEN for a gated one).",
+            "Specify a directory written by save_pretrained, or a model name on the Hugging Face hub (set HF_TOKEN for gated models).",
         ) from error
 
 

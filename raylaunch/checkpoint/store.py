@@ -119,7 +119,7 @@ def refuse_fenced(directory: Path, run_incarnation: int, attempt: int) -> None:
         raise Fenced(
             f"incarnation {run_incarnation}, attempt {attempt} may no longer commit to {directory}: "
             f"incarnation {higher[0]}, attempt {higher[1]} has taken over",
-            "Nothing to do: the newer attempt goes on from the last commit.",
+            "Nothing to do: the newer attempt continues from the last commit.",
         )
 
 

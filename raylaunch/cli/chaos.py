@@ -56,7 +56,7 @@ def chaos(run: str, state_dir: Path | None, **given: Any) -> None:
     duration = schedule.seconds(given["duration"]) if given["duration"] else None if count else 600.0
     target: Path | None = given["json_file"] and given["json_file"].absolute()
     if target is not None and not target.parent.is_dir():
-        raise UsageError(f"there is no directory {target.parent}", "Create it first.")
+        raise UsageError(f"the directory {target.parent} does not exist", "Create it first.")
     victim = Victim.of(where, run)
     sandbox = sandbox_of(where, os.environ) if victim.cluster.backend == "slurm" else None
     check(kinds, sandbox, victim.cluster.backend)

@@ -53,7 +53,7 @@ def _files(where: Path, name: str | None, node: str | None, rank: int | None, at
     if run is not None:
         return _run_files(run_dir, run, node, rank, attempt)
     if name not in up.names(where):
-        raise UsageError(f"there is no run or cluster named {name}", "See `raylaunch status --all`.")
+        raise UsageError(f"no run or cluster is named {name}", "See `raylaunch status --all`.")
     if rank is not None or attempt is not None:
         option = "--attempt" if rank is None else "--rank"
         raise UsageError(f"{option} belongs to a run, and this is a cluster", "Give --node, or a run's name.")

@@ -93,4 +93,4 @@ def _open(path: Path) -> None:
         os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER")
     )
     if not graphical or not webbrowser.open(path.as_uri()):
-        note(f"there is no browser here; on your own machine: scp {os.uname().nodename}:{path} . && open {path.name}")
+        note(f"no browser here; on your own machine: scp {os.uname().nodename}:{path} . && open {path.name}")

@@ -107,7 +107,7 @@ def status(name: str, as_json: bool) -> None:
 def down(name: str) -> None:
     """Remove the sandbox, including one that did not start completely."""
     there = take_down(name)
-    click.echo(f"sandbox {name} is down" if there else f"there is no sandbox {name}: nothing to do")
+    click.echo(f"sandbox {name} is down" if there else f"no sandbox {name}: nothing to do")
 
 
 def _name_option(name: str) -> str:

@@ -51,16 +51,16 @@ def _verdict(what: str, where: Path) -> tuple[Verdict | str, str]:
     if "/" not in what and (own := Run.read(run_dir)) is not None:
         failed, now = run.last_failure(run_dir), run.describe(own, status.state_of(where, own))
         if failed is None:
-            return f"{now}; no attempt of it has failed", ""
+            return f"{now}; no attempt has failed", ""
         return run.explain(run_dir, failed), "" if own.state == "failed" else f"{now}. Attempt {failed.attempt} failed:"
     if path.is_dir():
-        raise UsageError(f"{what} is a directory", "Give a log file, a run's name or a job's number.")
+        raise UsageError(f"{what} is a directory", "Specify a log file, a run name or a job ID.")
     if path.exists():
         return _of_file(path), ""
     if what.isdigit():
         return job_log.explain(what, Slurm()), ""
     raise UsageError(
-        f"{what} is no run in {where}, no file and no job's number", "See `raylaunch status --all`, or give a log file."
+        f"{what} is not a run in {where}, a file, or a job ID", "See `raylaunch status --all`, or specify a log file."
     )
 
 
@@ -70,9 +70,9 @@ def _of_file(path: Path) -> Verdict:
         with path.open("rb") as source:
             start = source.read(4096)
         if not start.strip():
-            return on(found, cause="the log is empty", action="Look at the other ranks' logs.")
+            return on(found, cause="the log is empty", action="Check the logs of the other ranks.")
         if b"\0" in start:
-            return on(found, cause=f"{path} is no text", action="Give what the job has printed.")
+            return on(found, cause=f"{path} is not a text file", action="Specify the output file of the job.")
     return found
 
 
@@ -89,7 +89,7 @@ def _print(found: Verdict) -> None:
         console.print(f"  {one.file}:{one.line}", style="dim", markup=False, soft_wrap=True)
         console.print(_indented(one.text, 4))
     if found.cascade:
-        console.print("  what only followed:", style="dim")
+        console.print("  consequences:", style="dim")
         for text in found.cascade:
             console.print(_indented(text, 4, "dim"))
     console.print()

@@ -93,7 +93,7 @@ class Manifest:
 def read(directory: Path | str) -> Manifest:
     """The dataset there; DataError when there is none, or a file of it is missing or has another size. (Files at a
     URL are not looked at one by one.)"""
-    hint = "Make it with `raylaunch data prepare`; begun and not finished, the same command goes on."
+    hint = "Create it with `raylaunch data prepare`. An interrupted preparation resumes with the same command."
     is_here = not storage.is_url(str(directory))
     try:
         record = files.read_json(Path(directory) / MANIFEST) if is_here else _fetched(str(directory))

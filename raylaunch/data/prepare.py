@@ -79,7 +79,7 @@ def prepare(request: PrepareRequest, workers: int, tell: Callable[[PrepareProgre
         kind = next((kind for kind in ("sft", table.FORMAT) if kind in formats), "text")
         manifest = Manifest(kind, tokenize.dtype(tokenizer), plan["tokenizer"], tuple(shards))
         if not manifest.documents:
-            raise DataError("there is no document in the input", "Every file is empty, or every document was left out.")
+            raise DataError("the input contains no documents", "Every file is empty, or every document was skipped.")
         manifest.write(request.out)
     return manifest
 

@@ -113,7 +113,9 @@ def _row_groups(name: str, kind: Format, size: int) -> list[Piece]:
     try:
         metadata = pq.ParquetFile(storage.opened(name)).metadata
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{name} is no Parquet file: {first_line(error)}", "Give --format, or leave it out.") from error
+        raise DataError(
+            f"{name} is not a Parquet file: {first_line(error)}", "Set --format, or omit it to detect the format."
+        ) from error
     out, start, filled = [], 0, 0
     for index in range(metadata.num_row_groups):
         filled += metadata.row_group(index).total_byte_size

@@ -1,4 +1,4 @@
-"""Plain tables for models of one's own: the rows of Arrow files, memory-mapped, whatever their columns.
+"""Tables for custom models: rows of memory-mapped Arrow files with any columns.
 
 raylaunch data prepare 'rows/*.parquet' --out table --format table
 
@@ -30,14 +30,14 @@ FORMAT = "table"
 
 
 class Table:
-    """A prepared table. Opening it reads the manifest; files are mapped when they are needed."""
+    """A table written by `raylaunch data prepare --format table`. Files are memory-mapped on first use."""
 
     def __init__(self, directory: Path | str) -> None:
-        """DataError when there is no table."""
+        """`directory`: the --out directory. Raises DataError if it does not contain a table."""
         self._directory = Path(directory)
         manifest = dataset.read(self._directory)
         if manifest.format != FORMAT:
-            raise DataError(f"{directory} holds tokens, no table", "Prepare it with --format table.")
+            raise DataError(f"{directory} contains tokens, not a table", "Prepare it with --format table.")
         self._shards = manifest.shards
         self._starts = [0, *itertools.accumulate(shard.documents for shard in self._shards)]
         self._files: dict[int, pa.ipc.RecordBatchFileReader] = {}
@@ -47,7 +47,8 @@ class Table:
         return self._starts[-1]
 
     def take(self, indices: Sequence[int] | npt.NDArray[np.integer[Any]]) -> dict[str, Any]:
-        """These rows by column: arrays [n] of numbers, [n, k] of lists that are all as long; lists of all else."""
+        """The rows at `indices` [n], by column: arrays [n] for numbers, [n, k] for lists of equal length k, Python lists for
+        everything else."""
         rows = [self._row(int(index)) for index in indices]
         table = pa.Table.from_batches(rows, self.schema)
         return {name: _plain(table.column(name)) for name in table.column_names}

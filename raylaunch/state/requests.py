@@ -209,7 +209,7 @@ def _take(name: str, path: Path, incarnation: int) -> Request | None:
 def _read(path: Path) -> bytes:
     """Of a plain file of a request's size; ValueError for anything else. It waits for nobody, as a pipe would."""
     if not stat.S_ISREG(path.lstat().st_mode):
-        raise ValueError("it is no plain file")
+        raise ValueError("not a regular file")
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as source:
         text = source.read(SIZE_LIMIT + 1)
     if len(text) > SIZE_LIMIT:

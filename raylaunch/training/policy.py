@@ -132,7 +132,7 @@ def decide(facts: TrainingFacts, elastic: ElasticConfig) -> Decision:
         return Finish("finished", "all steps are done")
     if facts.stop_reason is not None:
         if facts.continues:
-            return Finish("paused", f"goes on in the next allocation ({facts.stop_reason})")
+            return Finish("paused", f"continues in the next allocation ({facts.stop_reason})")
         return Finish("stopped", facts.stop_reason)
     if last is not None and last.kind == "stopped":
         return Finish("stopped", "the trainer stopped")

@@ -86,7 +86,7 @@ def test_started_once_and_again_in_another_allocation() -> None:
     run.event("attempt_ended", how="resized", error="grow")
     assert run.start(from_step=10) == []  # the same start, another size
     run.steps(5)
-    held = one(run.event("paused", reason="goes on in the next allocation (walltime)"), "held")
+    held = one(run.event("paused", reason="continues in the next allocation (walltime)"), "held")
     assert "walltime" in held.text and held.severity == "warning"
     run.again()
     run.now += 7200

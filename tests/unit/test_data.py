@@ -181,9 +181,9 @@ def test_damage_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.parquet", b"no parquet", "is no Parquet file"),
+        ("a.parquet", b"no parquet", "is not a Parquet file"),
         ("a.jsonl.gz", b"no gzip", "cannot read"),
-        ("a.txt", b"", "no document in the input"),
+        ("a.txt", b"", "contains no documents"),
     ],
 )
 def test_files_that_are_not_what_they_say(tmp_path: Path, name: str, content: bytes, words: str) -> None:

@@ -189,7 +189,7 @@ def test_no_sbatch_at_all(place: Place) -> None:
     assert "nope" in submitter.may_submit(backend, place.directory, place.cluster, place.config)
     place.slurm.missing = True
     why = submitter.may_submit(backend, place.directory, place.cluster, place.config)
-    assert why == "there is no sbatch here"
+    assert why == "sbatch is not installed here"
     assert [event.kind for event in place.loop.cannot_submit(place.cluster, why)] == ["joiner_refused"]
     assert submitter.head_refusal(place.directory, place.cluster) == why
     place.lose("n2")

@@ -72,7 +72,7 @@ def test_it_is_shown_and_is_no_text(made: Path, tmp_path: Path) -> None:
     assert not dataset.verify(made, dataset.read(made))
     (tmp_path / "a.txt").write_text("text")
     prepare.prepare(PrepareRequest([str(tmp_path / "a.txt")], tmp_path / "text"), 1, lambda _: None)
-    with pytest.raises(DataError, match="holds tokens, no table"):
+    with pytest.raises(DataError, match="contains tokens, not a table"):
         Table(tmp_path / "text")
-    with pytest.raises(DataError, match="no Parquet file"):
+    with pytest.raises(DataError, match="not a Parquet file"):
         prepare.prepare(PrepareRequest([str(tmp_path / "a.txt")], tmp_path / "no", format="table"), 1, lambda _: None)

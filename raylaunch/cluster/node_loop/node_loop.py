@@ -351,7 +351,7 @@ class NodeLoop:
         """Say once that this place cannot submit; it is tried again, seldom."""
         text = " ".join(error.message.split())
         if NO_NODE in text:  # all that there are, are ours, excluded or dead: no matter of who submits
-            self._refused = ("there is no further node that could join", self._clock() + LOOK_AGAIN)
+            self._refused = ("no further node can join", self._clock() + LOOK_AGAIN)
             return
         if self._said.get("refused") != text:
             self._said["refused"] = text

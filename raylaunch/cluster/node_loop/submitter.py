@@ -24,7 +24,7 @@ def may_submit(backend: Backend, directory: Path, cluster: Cluster, config: Conf
     if not isinstance(backend, SlurmBackend):
         return ""
     if not backend.slurm.available():
-        return "there is no sbatch here"
+        return "sbatch is not installed here"
     script = batch_script.render_joiner(config, cluster.name, directory, cluster.canary, 1, [])
     try:
         backend.slurm.check(script)

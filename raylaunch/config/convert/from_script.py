@@ -142,7 +142,7 @@ class _Script:
             else:
                 self.prepare(each)
         if best is None:
-            raise Unreadable("there is no training command in it: torchrun, or python behind srun")
+            raise Unreadable("the script contains no training command (torchrun, or python after srun)")
         return self.settled()
 
     # -- sbatch's options --------------------------------------------------------------------------
@@ -174,7 +174,7 @@ class _Script:
             elif name in _OURS or (name, value) == ("export", "ALL"):
                 continue
             elif by_srun:
-                self.out.note(f"srun {text}: not carried over; workers are no tasks of srun's")
+                self.out.note(f"srun {text}: not converted; workers are not srun tasks")
             else:
                 self.slurm.setdefault("extra", []).append(text)
 

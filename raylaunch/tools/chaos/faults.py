@@ -148,7 +148,7 @@ _IS: dict[str, Callable[[Process], bool]] = {
 
 def _chosen(among: Sequence[T], pick: float, what: str) -> T:
     if not among:
-        raise Miss(f"there is no {what} to hit")
+        raise Miss(f"no {what} to inject the fault into")
     return among[int(pick * len(among))]
 
 

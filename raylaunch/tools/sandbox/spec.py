@@ -172,7 +172,7 @@ class SandboxLayout:
                 ) from None
             others = existing()
             raise SandboxError(
-                f"there is no sandbox {self.name!r}",
+                f"no sandbox is named {self.name!r}",
                 f"there is: {', '.join(others)} (choose with --name)"
                 if others
                 else f"raylaunch sandbox up --name {self.name}",

@@ -1,9 +1,9 @@
-"""All that a trainer sees of the outside: who it is, where its files lie, what it reports.
+"""The interface between a trainer and raylaunch: rank, device, directories, metrics, stop requests.
 
-A trainer is a function `(config, session)`. The driver makes one session per worker; tests make
-them by hand. Nothing here imports Ray or torch. Reporting costs the step nothing: lines go through
-a queue to a background thread of rank 0 (`lines`), and another one looks for a stop request, whatever
-happens to these lines; where this rank is, the driver hears from a third (`pulse`), which every rank has.
+A trainer is a function `(config, session)`. The driver creates one session per worker; tests create
+them directly. Nothing here imports Ray or torch. Reporting does not delay a step: a background thread of
+rank 0 writes the metrics (`appender`), another one checks for a stop request, and a third one, on every
+rank, sends the rank's progress to the driver (`heartbeat`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FINISH_LIMIT = 120.0
 CLOSE_LIMIT = 10.0
 """Seconds to try to write the last metrics."""
 LOOK_EVERY = 0.5
-"""Seconds between two looks for a stop request."""
+"""Seconds between two checks for a stop request."""
 
 
 @dataclass
@@ -56,13 +56,13 @@ class Session:
     cpus: int = 1
     """CPUs that this worker may use."""
     run_incarnation: int = 1
-    """Orders the drivers of this run: with `attempt` it says who may commit (see checkpoint.store)."""
+    """The number of the driver of this run. With `attempt` it decides who may commit (see `checkpoint/store`)."""
     pulse: HeartbeatClient | None = None
-    """The connection to the driver; None: nobody listens (tests by hand)."""
+    """The connection to the driver; None in tests."""
     at_return: tuple[str, int] | None = None
-    """The outcome and step to `finish` with when the trainer returns, if it does without an error."""
+    """The outcome and step for `finish`, used when the trainer returns without an error."""
     step: int = 0
-    """Steps done, as far as `progress` was told."""
+    """Completed steps, as of the last call of `progress`."""
     _metrics: Appender = field(init=False)
     _stop: threading.Event = field(default_factory=threading.Event)
     _closed: threading.Event = field(default_factory=threading.Event)
@@ -72,7 +72,7 @@ class Session:
         self._metrics = Appender(self.run_dir / files.METRICS_FILE)
 
     def start(self) -> None:
-        """Begin the background work: the pulse of every rank, the files of rank 0."""
+        """Start the background threads: heartbeats on every rank, files on rank 0."""
         if self.pulse is not None:
             self.pulse.start()
         if self.rank == 0 and self._thread is None:
@@ -81,17 +81,18 @@ class Session:
             self._thread.start()
 
     def close(self) -> None:
-        """Write out what is queued. The pulse goes on: its end tells the driver that this process has ended."""
+        """Write the queued metrics. Heartbeats continue: their end tells the driver that this process has exited."""
         if self._thread is not None:
             self._closed.set()
             self._thread = None
             self._metrics.close(CLOSE_LIMIT)
 
     def report(self, **metrics: Any) -> None:
-        """Append one line to the run's metrics.jsonl (rank 0 only; returns at once, but for a value on a GPU).
+        """Append one line to the run's metrics.jsonl (rank 0 only). Returns at once, except that a value on a GPU is
+        waited for.
 
-        Values are numbers or texts; tensors and NumPy values of one element are taken for their number. TypeError for
-        what is no JSON."""
+        Values are numbers or strings; a tensor or NumPy array of one element is converted to a number. Raises TypeError
+        for a value that JSON cannot represent."""
         if self.rank == 0:
             metrics = {key: _number(value) for key, value in metrics.items()}
             if self.pulse is not None and "step" in metrics:
@@ -100,8 +101,8 @@ class Session:
             self._metrics.write(json.dumps({key: _plain(value) for key, value in row.items()}).encode() + b"\n")
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append one line to the run's events.jsonl (rank 0 only): an event of your own, with a kind that docs/events.md
-        does not have. A full disk does not end training."""
+        """Append one line to the run's events.jsonl (rank 0 only). `kind` is a name of your choice that docs/events.md
+        does not list. A full disk does not stop training."""
         if self.rank == 0:
             try:
                 event_log.write(self.run_dir, kind, attempt=self.attempt, **fields)
@@ -109,31 +110,32 @@ class Session:
                 print(f"session: event {kind} {fields} was not written: {error}", file=sys.stderr, flush=True)
 
     def record(self, event: Event) -> None:
-        """As `event`, for a kind of raylaunch's."""
+        """Append an event that raylaunch declares (rank 0 only)."""
         self.event(event.kind, **event.values())
 
     def stop_requested(self) -> int:
-        """0: go on. AT_COMMIT: end after the next regular save (the run resizes). NOW: save at this step
-        and end. Known to rank 0 only: share it with the others in a collective that the step has anyway,
-        so that all leave at the same step."""
+        """0: continue. AT_COMMIT: return after the next regular save (the run is resized). NOW: save at this step
+        and return. Only rank 0 receives the request: share it in a collective that each step has anyway, so that all
+        ranks return at the same step."""
         if self.rank != 0:
             return 0
         return NOW if self._stop.is_set() else self.pulse.wish if self.pulse is not None else 0
 
     def progress(self, step: int, phase: str = "step") -> None:
-        """Say that this rank begins `phase` with `step` steps done; any rank, returns at once.
+        """Report that this rank starts `phase` with `step` completed steps. Call it on every rank; it returns at once.
 
-        "step" at the beginning of each, "sync" before the collective that ends it, "load", "validate" and
-        "save" around these. A watchdog looks at it: when no rank has news for long, the attempt counts as
-        hung, and those that are behind the others as missing. Never called: the attempt is not watched."""
+        Phases: "step" at the start of a step, "sync" before the collective at its end, and "load", "validate" and
+        "save" for these. Hang detection uses it: if no rank makes progress for too long, the attempt is aborted, and
+        the ranks that are behind the others are reported. A trainer that never calls it is not checked for hangs."""
         self.step = step
         if self.pulse is not None:
             self.pulse.progress(step, phase)
 
     def finish(self, outcome: str, step: int) -> None:
-        """Say how the attempt ended: "finished" or "stopped", and at which step (rank 0 only).
+        """Record the outcome of the attempt, "finished" or "stopped", and its last step (rank 0 only). Without this call
+        the attempt counts as failed.
 
-        What cannot be written is tried again for a while: without it the attempt counts as failed."""
+        A write that fails is repeated for FINISH_LIMIT seconds; then StateError is raised."""
         if self.rank != 0:
             return
         path = files.attempt_dir(self.run_dir, self.attempt) / "outcome.json"
@@ -149,12 +151,12 @@ class Session:
             pause = min(10.0, 2 * pause)
 
     def returned(self) -> None:
-        """The trainer has returned: what it left for this moment is its outcome."""
+        """Called when the trainer has returned: record the outcome that it left in `at_return`."""
         if self.at_return is not None:
             self.finish(*self.at_return)
 
     def _look(self) -> None:
-        """Look for a stop request about twice a second, until there is one; whatever a look runs into, the next may see."""
+        """Check for a stop request about twice a second, until there is one. A check that fails is repeated."""
         said = ""
         while not self._stop.is_set() and not self._closed.is_set():
             try:
