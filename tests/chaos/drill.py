@@ -111,7 +111,11 @@ class Drill:
     def incarnation(self) -> int:
         return int(files.read_json(self.site.cluster(self.cluster) / "head.json")["incarnation"])
 
-    def life(self) -> str:
+    def wait_another_head(self, incarnation: int, but: str = "") -> None:
+        """A head that was elected after this incarnation's, on another node than `but`."""
+        self.wait("another head", lambda: self.incarnation() > incarnation and self.head() != but)
+
+    def allocation(self) -> str:
         """Of the base job: its id, and how often it began again."""
         return str(files.read_json(self.site.cluster(self.cluster) / "head.json")["allocation"])
 
@@ -230,7 +234,7 @@ class Drill:
         queue = self.site.slurm("squeue", "-h", "-t", "pending,running", "-O", fields)
         rows = [line.split() for line in queue.splitlines()]
         hosts = all(len(row) == 4 and row[2] in hostlist.expand_hostlist(row[3]) for row in rows)
-        return hosts and self.life() in {f"{row[0]}:{row[1]}" for row in rows}
+        return hosts and self.allocation() in {f"{row[0]}:{row[1]}" for row in rows}
 
     @contextmanager
     def stale_writer(self, run: str, node: str) -> Iterator[None]:

@@ -161,7 +161,7 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(drill: Drill, requeue: 
         # (BatchStartTimeout and MessageTimeout), and lets the job go on.
         drill.wait("a job that is old enough", lambda: seconds(drill, job) > 45)
         drill.site.sandbox.kill(host)
-        drill.wait("another head", lambda: drill.incarnation() > incarnation)
+        drill.wait_another_head(incarnation)
         drill.site.sandbox.start(host)
         drill.wait_cluster_event("requeued" if requeue else "successor")
     next_life(drill, run, 3)

@@ -76,7 +76,7 @@ class Gauntlet:
         self.drill.wait_event(RUN, "attempt_started", count=attempts + 1)
 
     def wait_next_head(self, incarnation: int, head: str) -> None:
-        self.drill.wait("another head", lambda: self.drill.incarnation() > incarnation and self.drill.head() != head)
+        self.drill.wait_another_head(incarnation, but=head)
 
     # -- processes ----------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ def test_a_guest_that_leads_is_preempted(drill: Drill) -> None:
     command = drill.train("led")
     attempt = drill.at_gate("led")
     drill.site.inside(drill.head(), "pkill", "-9", "-x", "gcs_server")  # the base's node leads no more
-    drill.wait("a guest that leads", lambda: drill.incarnation() > incarnation)
+    drill.wait_another_head(incarnation)
     leader = drill.head()
     assert drill.site.members(drill.cluster)[leader]["joiner"]
     attempt = drill.at_gate("led", after=attempt)
@@ -70,11 +70,11 @@ def test_a_base_that_slurm_runs_again_beside_a_guest(drill: Drill) -> None:
     incarnation = drill.incarnation()
     drill.wait("all three nodes", lambda: drill.ready() == 3)
     base = next(row["name"] for row in drill.site.members(drill.cluster).values() if not row["joiner"])
-    life = drill.life()
+    allocation = drill.allocation()
     command = drill.train("again", elastic={"max_nodes": 4})
     drill.at_gate("again")
     drill.site.sandbox.kill(base)
-    drill.wait("the base again", lambda: drill.life() != life)
+    drill.wait("the base again", lambda: drill.allocation() != allocation)
     drill.open_gate("again")
     drill.finished(command, "again")
     assert drill.incarnation() > incarnation

@@ -145,7 +145,7 @@ def test_the_head_falls_silent_and_comes_back(drill: Drill, how: str) -> None:
     drill.at_gate(run)
     with drill.stale_writer(run, head), drill.patient_slurm():
         (sandbox.freeze if how == "freeze" else sandbox.cut)(head)
-        drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != head)
+        drill.wait_another_head(incarnation, but=head)
         drill.wait_event(run, "attempt_started", count=2)
         (sandbox.thaw if how == "freeze" else sandbox.heal)(head)
         drill.wait_cluster_event("fenced", node=head, incarnation=incarnation)
@@ -190,7 +190,7 @@ def test_the_head_s_node_is_drained(drill: Drill) -> None:
     drill.at_gate("drained-head")
     drill.site.slurm("scontrol", "update", f"nodename={victim}", "state=drain", "reason=test")
     try:
-        drill.wait("another head", lambda: drill.incarnation() > incarnation and drill.head() != victim)
+        drill.wait_another_head(incarnation, but=victim)
         drill.open_gate("drained-head")
         drill.finished(command, "drained-head")
         drill.wait("the node's end", lambda: drill.nodes()[victim] == "ended")
