@@ -202,6 +202,12 @@ class Drill:
         self.wait(f"{node} is down for Slurm", lambda: "down" in self.site.slurm("sinfo", "-h", "-n", node, "-o", "%T"))
         self.site.sandbox.start(node)
 
+    def boot_all(self) -> None:
+        """Boot the nodes that are dead."""
+        for node in self.site.sandbox.status().nodes:
+            if not node.running:
+                self.boot(node.name)
+
     @contextmanager
     def patient_slurm(self) -> Iterator[None]:
         """A Slurm that takes no silent node for dead, however slow this machine is; all must answer it at the end.

@@ -37,16 +37,16 @@ def ended_well(drill: Drill, run: str, relative: float = SAME_SIZE) -> None:
     drill.site.wait_clean(90)
 
 
-def next_life(drill: Drill, run: str, life: int) -> None:
-    """Until a head of the cluster begins for the `life`-th time; without the two minutes that a requeued job waits."""
+def next_allocation(drill: Drill, run: str, number: int) -> None:
+    """Until a head of the cluster begins for the `number`-th time; without the two minutes that a requeued job waits."""
 
     def begun() -> bool:
         for job, now in map(str.split, drill.site.jobs()):
             if now == "PENDING":  # it may begin in this moment, which is no failure
                 drill.site.slurm("sh", "-c", f"scontrol update jobid={job} StartTime=now || true")
-        return len(drill.cluster_events("head_started")) >= life
+        return len(drill.cluster_events("head_started")) >= number
 
-    drill.wait("the next life", begun)
+    drill.wait("the next allocation", begun)
 
 
 def seconds(drill: Drill, job: str) -> int:
@@ -64,20 +64,20 @@ def test_a_chain_of_jobs_finishes_the_run(drill: Drill) -> None:
         alerts={"command": ["true"], "min_interval": 0},
     )  # fmt: skip
     attempt = 0
-    for life in (1, 2):
-        saved = 0 if life == 1 else gate.FIRST + 1
+    for number in (1, 2):
+        saved = 0 if number == 1 else gate.FIRST + 1
         attempt = drill.at_gate("chain", saved or gate.FIRST, after=attempt, commit=saved)
-        assert drill.wait_cluster_event("requeued", count=life)["job"] == job
+        assert drill.wait_cluster_event("requeued", count=number)["job"] == job
         ended = drill.run_events("chain", "attempt_ended")[-1]
         last = drill.run_events("chain", "commit")[-1]["step"]
         assert ended["committed"] == ended["step"] == last  # saved in time: nothing is done twice
-        next_life(drill, "chain", life + 1)
+        next_allocation(drill, "chain", number + 1)
     drill.site.slurm("scontrol", "update", f"jobid={job}", "TimeLimit=30")  # enough, however busy the machine is
     drill.open_gate("chain")
     assert {row["why"] for row in drill.cluster_events("termination_notice")} == {"walltime"}
     ended_well(drill, "chain")
     alerts = [event["alert"] for event in drill.run_events("chain", "alert")]
-    assert (alerts.count("started"), alerts.count("held"), alerts[-1]) == (3, 2, "finished")  # in each life, once
+    assert (alerts.count("started"), alerts.count("held"), alerts[-1]) == (3, 2, "finished")  # in each allocation, once
     assert "ExitCode=0:0" in drill.site.slurm("scontrol", "show", "job", job)
 
 
@@ -102,7 +102,7 @@ def test_preempted(drill: Drill, partition: str, grace: bool) -> None:
         assert ended["how"] == "stopped" and ended["committed"] == ended["step"]
     wait_for("a job that waits", lambda: any("PENDING" in job for job in drill.site.jobs()), 60)
     drill.site.slurm("scancel", other)
-    next_life(drill, run, 2)
+    next_allocation(drill, run, 2)
     ended_well(drill, run)
 
 
@@ -164,7 +164,7 @@ def test_the_batch_host_boots_before_slurm_found_it_dead(drill: Drill, requeue: 
         drill.wait_another_head(incarnation)
         drill.site.sandbox.start(host)
         drill.wait_cluster_event("requeued" if requeue else "successor")
-    next_life(drill, run, 3)
+    next_allocation(drill, run, 3)
     drill.at_gate(run, after=attempt)
     drill.open_gate(run)
     drill.finished(drill.site.start("attach", run), run, OTHER_SIZE)

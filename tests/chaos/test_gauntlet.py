@@ -64,9 +64,7 @@ class Gauntlet:
 
     def make_whole(self) -> None:
         """Three ready nodes, and two more that Slurm can give."""
-        for node in self.drill.site.sandbox.status().nodes:
-            if not node.running:
-                self.drill.boot(node.name)
+        self.drill.boot_all()
         self.drill.wait("three ready nodes", lambda: self.drill.ready() == 3)
 
     def wait_next_attempt(self, **fields: object) -> None:

@@ -30,9 +30,7 @@ def up(drill: Drill) -> None:
 @pytest.fixture(autouse=True)
 def whole(drill: Drill) -> Iterator[None]:
     """Each test begins with three ready nodes in whole jobs, and mends what it broke."""
-    for node in drill.site.sandbox.status().nodes:
-        if not node.running:
-            drill.boot(node.name)
+    drill.boot_all()
     if not drill.jobs_are_whole():
         drill.clean()
         up(drill)
