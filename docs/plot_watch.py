@@ -19,9 +19,9 @@ WIDTH, HEIGHT = 118, 34
 if __name__ == "__main__":
     where = Path(sys.argv[2]) if len(sys.argv) > 2 else files.default_state_dir()
     reader = snapshot.SnapshotReader(*snapshot.find(where, sys.argv[1]))
-    reader.look()
+    reader.read()
     time.sleep(20)  # the pace is that of the steps since the first look
-    picture = reader.look()
+    picture = reader.read()
     console = shoot.recorder(WIDTH)
     for line in screen.lines(picture, "main", WIDTH, HEIGHT):
         console.print(line, no_wrap=True)

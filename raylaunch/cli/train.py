@@ -134,7 +134,7 @@ def submit(
         with runs.prepared(run_dir, config, config.cluster.name, fresh), options.interruptible():
             directory, record = up.submit(config, backend, run=name)
             with given_back(directory, record, backend):
-                up.look_once_queued(directory, record, backend)
+                up.check_once_queued(directory, record, backend)
     click.echo(record.jobs[0])
 
 

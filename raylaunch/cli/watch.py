@@ -97,7 +97,7 @@ def _submit_beside(directory: Path, record: Cluster) -> None:
 
 def _print_once(reader: snapshot.SnapshotReader) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    picture = reader.look()
+    picture = reader.read()
     shown = screen.lines(picture, "main", console.width, 40)
     for line in shown[:-1]:
         if line.plain.strip():
@@ -109,13 +109,13 @@ class _Looks:
 
     def __init__(self, reader: snapshot.SnapshotReader, every: float) -> None:
         self._reader, self._every = reader, every
-        self.picture = reader.look()
+        self.picture = reader.read()
         threading.Thread(target=self._work, name="looks", daemon=True).start()
 
     def _work(self) -> None:
         while True:
             time.sleep(self._every)
-            self.picture = self._reader.look()
+            self.picture = self._reader.read()
 
 
 def _show(reader: snapshot.SnapshotReader, every: float) -> None:

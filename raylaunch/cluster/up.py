@@ -150,7 +150,7 @@ class BringUpProgress:
     total: int = 0
 
 
-def look_once_queued(directory: Path, cluster: Cluster, backend: Backend) -> None:
+def check_once_queued(directory: Path, cluster: Cluster, backend: Backend) -> None:
     """Raise BringUpError if the job is one that waiting does not start; the caller gives it back then."""
     deadline = time.monotonic() + REASON_LIMIT
     while time.monotonic() < deadline:

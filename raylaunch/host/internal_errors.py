@@ -49,13 +49,13 @@ class InternalErrors:
                 self._expected[work] = str(error)
                 log.error("%s failed error=%r", work, str(error))
         except Exception as error:  # noqa: BLE001 (told below, with its traceback)
-            self.tell(work, error)
+            self.report(work, error)
         else:
             self._expected.pop(work, None)
             if self.present.pop(work, None) is not None:
                 self._changed()
 
-    def tell(self, work: str, error: Exception) -> None:
+    def report(self, work: str, error: Exception) -> None:
         text = described(error)
         place = text.rpartition(" (")[2]  # the words may differ each time: a number, a name
         if (key := (type(error).__name__, place)) in self._told:

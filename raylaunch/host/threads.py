@@ -11,7 +11,7 @@ log = logging.getLogger("raylaunch.threads")
 T = TypeVar("T")
 
 
-def tell_deaths(tell: Callable[[str, str], None]) -> None:
+def on_death(tell: Callable[[str, str], None]) -> None:
     """Call `tell(thread, error)` when any thread of this process dies of an exception, after its traceback was printed."""
     before = threading.excepthook
 

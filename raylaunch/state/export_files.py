@@ -31,7 +31,7 @@ def command(run_dir: Path, config: Config) -> str:
     return shlex.join(words)
 
 
-def tell_cut_off(run_dir: Path) -> None:
+def record_interrupted(run_dir: Path) -> None:
     """Where the driver was lost while it exported, or before: tidy up, and say that it failed; nobody else does."""
     told = event_log.read(run_dir, *runs.FINAL, "exporting", "exported", "export_failed")
     last = told[-1]["kind"] if told else ""

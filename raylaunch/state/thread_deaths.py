@@ -24,4 +24,4 @@ def record(directory: Path, node: str | None = None, rank: int | None = None, **
         except StateError as failure:  # the traceback was printed
             log.error("the event could not be written error=%r", failure.message)
 
-    threads.tell_deaths(tell)
+    threads.on_death(tell)

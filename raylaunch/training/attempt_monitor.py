@@ -106,7 +106,7 @@ class AttemptMonitor:
         """End what is left of the group, and wait (bounded) until it is gone from the nodes that live."""
         began = self.clock()
         self.group.abort()
-        alive = {name for name, node in self.roster.look().items() if node.state in {"ready", "draining"}}
+        alive = {name for name, node in self.roster.nodes().items() if node.state in {"ready", "draining"}}
         left = self.pulse.wait_gone(self.attempt.on & alive, GONE_LIMIT)
         self.event(AttemptAborted(round(self.clock() - began, 3), left or None))
 
@@ -168,7 +168,7 @@ class AttemptMonitor:
         found = hang_detector.judge(beats, attempt.world, age, self.pace, attempt.elastic) if hang else None
         return AttemptSnapshot(
             on=attempt.on,
-            nodes=self.roster.look(),
+            nodes=self.roster.nodes(),
             age=age,
             begun=self.pace.begun or (attempt.unseen and len(beats) == attempt.world),
             workers_per_node=attempt.world // len(attempt.on),

@@ -61,7 +61,7 @@ class ClusterView:
         self._duties: _Cached[dict[str, Any]] = _Cached(duties, partial(files.read_json, duties))
         self._ready_since: dict[str, float] = {}
 
-    def look(self) -> dict[str, TrainingNode]:
+    def nodes(self) -> dict[str, TrainingNode]:
         """Every node, by name; {} while the table is an older head's."""
         table = self._ours()
         if table is None:

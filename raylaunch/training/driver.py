@@ -34,7 +34,7 @@ def main(cluster_dir: Path, run_dir: Path) -> int:
     incarnation = int(os.environ.get("RAYLAUNCH_INCARNATION") or cluster.incarnation)
     config = loader.load_resolved(run_dir / records.CONFIG_FILE)
     driver = TrainingLoop(cluster_dir, run_dir, cluster, config, run, attempt.ConnectedRay(), incarnation)
-    threads.tell_deaths(driver.thread_died)
+    threads.on_death(driver.thread_died)
     helpers = [
         sidecar.start(module, run_dir)
         for module, wanted in ((sidecar.TRACKERS, config.trackers), (sidecar.ALERTS, config.alerts.sinks)) if wanted

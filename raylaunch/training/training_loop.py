@@ -163,7 +163,7 @@ class TrainingLoop:
         began = self.clock()
         while True:
             self._check_fence()
-            table = self.roster.look()
+            table = self.roster.nodes()
             self._tell_drained(table, on=frozenset())
             alive = self.ray.alive()
             known = Gathering(

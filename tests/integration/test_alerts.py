@@ -244,7 +244,7 @@ def test_a_driver_that_died_without_a_word_is_spoken_for(run: Path, site: Site, 
     async def speak() -> None:
         ignore: Any = None
         context = HeadContext(cluster, Cluster("main", "local", 1, "c", 0.0, 1, 1, 1), Config(), ignore, ignore, ignore)
-        await Drivers(context, dict(os.environ)).tell(run, 25.0, *why)
+        await Drivers(context, dict(os.environ)).send_alerts(run, 25.0, *why)
 
     asyncio.run(speak())
     assert [row["alert"] for row in told(run)] == ["started", "stopped" if why else "failed"]

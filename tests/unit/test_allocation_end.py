@@ -77,14 +77,14 @@ def row(state: str, reason: str = "") -> dict[str, JobRow]:
 
 def test_what_squeue_says_counts_where_scontrol_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, jobs=[row("COMPLETING", "JobLaunchFailure")], detail=[SILENT])
-    assert allocation.look("7") == JobSnapshot("COMPLETING", 60, reason="JobLaunchFailure")
+    assert allocation.snapshot("7") == JobSnapshot("COMPLETING", 60, reason="JobLaunchFailure")
 
 
 def test_slurm_may_be_silent_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
     asked(monkeypatch, jobs=[SILENT, row("COMPLETING")], detail=[JobDetail(False, 3, 0, None)])
-    assert allocation.look("7", restarts=2) == JobSnapshot("COMPLETING", 60, again=True)
+    assert allocation.snapshot("7", restarts=2) == JobSnapshot("COMPLETING", 60, again=True)
     asked(monkeypatch, jobs=[SILENT, SILENT])
-    assert allocation.look("7") is None
+    assert allocation.snapshot("7") is None
 
 
 OLD, NEW = "2026-11-30T10:00:00", "2026-11-30T12:00:00"

@@ -147,21 +147,21 @@ class FakeRun:
         self.clock, self.run_dir = clock, directory
         self.state, self.attempt, self.recovers = "running", 1, True
         self.is_training = True
-        self.events: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
         self.broken: list[str] = []
         self.mended: list[str] = []
 
-    def look(self) -> list[dict[str, Any]]:
-        return self.events
+    def events(self) -> list[dict[str, Any]]:
+        return self.rows
 
     def commits(self, after: int) -> list[dict[str, Any]]:
-        return [e for e in self.events[after:] if e["kind"] == "commit"]
+        return [e for e in self.rows[after:] if e["kind"] == "commit"]
 
     def known(self) -> str:
         return "nothing is known"
 
     def commit(self) -> None:
-        self.events.append({"kind": "commit", "attempt": self.attempt, "time": self.clock.now})
+        self.rows.append({"kind": "commit", "attempt": self.attempt, "time": self.clock.now})
 
     # What Faults offers.
     @property

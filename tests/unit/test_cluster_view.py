@@ -20,25 +20,25 @@ def made(tmp_path: Path) -> Made:
 def test_nodes_are_ready_for_as_long_as_we_have_seen_them_so(made: Made) -> None:
     clock = Clock()
     roster = ClusterView(made.directory, 1, clock)
-    assert roster.look() == {} and roster.end() is None
+    assert roster.nodes() == {} and roster.end() is None
     made.members(a="ready", b="starting")
-    assert roster.look() == {"a": TrainingNode("ready", 0), "b": TrainingNode("starting", 0)} and roster.end() == 77.0
+    assert roster.nodes() == {"a": TrainingNode("ready", 0), "b": TrainingNode("starting", 0)} and roster.end() == 77.0
     clock.sleep(5)
     made.members(b="ready")
-    assert roster.look() == {"a": TrainingNode("ready", 5), "b": TrainingNode("ready", 0)}
+    assert roster.nodes() == {"a": TrainingNode("ready", 5), "b": TrainingNode("ready", 0)}
     made.members(a="restarting")
-    assert roster.look()["a"] == TrainingNode("restarting", 0)
+    assert roster.nodes()["a"] == TrainingNode("restarting", 0)
     clock.sleep(5)
     made.members(a="ready")
-    assert roster.look()["a"] == TrainingNode("ready", 0)  # counted anew
+    assert roster.nodes()["a"] == TrainingNode("ready", 0)  # counted anew
 
 
 def test_the_table_of_an_older_head_says_nothing(made: Made) -> None:
     roster = ClusterView(made.directory, 2, Clock())
     made.members(1, a="ready")
-    assert roster.look() == {} and roster.end() is None
+    assert roster.nodes() == {} and roster.end() is None
     made.members(2, a="ready")
-    assert set(roster.look()) == {"a"}
+    assert set(roster.nodes()) == {"a"}
 
 
 def test_a_file_is_read_again_only_when_it_has_changed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_a_file_is_read_again_only_when_it_has_changed(made: Made, monkeypatch: 
     roster, reads, real = ClusterView(made.directory, 1, Clock()), list[Path](), files.read_json
     monkeypatch.setattr(files, "read_json", lambda path: [reads.append(path), real(path)][1])
     for _ in range(3):
-        roster.look()
+        roster.nodes()
     assert len(reads) == 1
 
 

@@ -178,7 +178,7 @@ def test_measuring_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_file_system_that_hangs_is_given_up(tmp_path: Path) -> None:
-    assert "no answer within 0.001 s" in storage_check.look(tmp_path, limit=0.001).error
+    assert "no answer within 0.001 s" in storage_check.check(tmp_path, limit=0.001).error
 
 
 # --- GPUs ----------------------------------------------------------------------------------------

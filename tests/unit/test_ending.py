@@ -30,7 +30,7 @@ class FakeSlurm:
         self.word, self.refuses = Word(), False
         self.asked: list[str] = []
         self.done: list[str] = []
-        monkeypatch.setattr(allocation, "look", lambda *_: self._ask("look", self.look))
+        monkeypatch.setattr(allocation, "snapshot", lambda *_: self._ask("look", self.look))
         monkeypatch.setattr(allocation, "why_ended", lambda *_: self._ask("why", self.word))
         monkeypatch.setattr(allocation, "give_back", lambda jobs: self.done.extend(f"cancel {job}" for job in jobs))
         monkeypatch.setattr(allocation, "Slurm", lambda: self)

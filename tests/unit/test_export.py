@@ -174,7 +174,7 @@ def test_one_whose_driver_was_lost_is_told_by_the_head(tmp_path: Path) -> None:
     (run / records.CONFIG_FILE).write_text(loader.dump(Config()))
 
     def told() -> list[dict[str, Any]]:
-        export_files.tell_cut_off(run)
+        export_files.record_interrupted(run)
         return event_log.read(run, "export_failed")
 
     assert not told()  # nothing was to be exported
@@ -199,7 +199,7 @@ def test_one_whose_driver_was_lost_before_it_exported_is_told(tmp_path: Path) ->
         for kind in kinds:
             event_log.write(run, kind)
         for _ in range(2):
-            export_files.tell_cut_off(run)
+            export_files.record_interrupted(run)
         return len(event_log.read(run, "export_failed"))
 
     assert told(True, "finished") == told(True, "finished", "exporting", "exported", "queued", "finished") == 1

@@ -527,7 +527,7 @@ def test_whoever_is_gone_does_not_count_when_most_are_lost(place: Place, before:
             heard(head, node, state="ended" if before == "ended" else "ready")
         lost(head, "n2", "n3", "n4")
         for node in ("n2", "n3", "n4"):
-            await head.table.blame(head.table.members.table[node], "silent", after=0.0)
+            await head.table.record_loss(head.table.members.table[node], "silent", after=0.0)
         assert head.context.memory.strikes == {}
 
     run(story)
@@ -540,7 +540,7 @@ def test_one_node_of_four_that_is_lost_is_struck_whoever_was_lost_before(place: 
         joined(head, *old, "n1", "n2", "n3", "n4")
         lost(head, *old, ago=3600.0)
         lost(head, "n4")
-        await head.table.blame(head.table.members.table["n4"], "silent", after=0.0)
+        await head.table.record_loss(head.table.members.table["n4"], "silent", after=0.0)
         assert head.context.memory.strikes == {"n4": 1}
 
     run(story)
@@ -584,7 +584,7 @@ def test_nobody_is_struck_by_a_head_that_may_have_been_replaced(place: Place) ->
         joined(head, "n1", "n2", "n3", "n4")
         lost(head, "n4")
         head.context.is_fenced = stale  # type: ignore[method-assign]
-        await head.table.blame(head.table.members.table["n4"], "silent", after=0.0)
+        await head.table.record_loss(head.table.members.table["n4"], "silent", after=0.0)
         assert head.context.memory.strikes == {}
 
     run(story)
@@ -656,7 +656,7 @@ def test_a_mistake_in_the_node_loop_is_told_once_and_shown_until_it_is_over(
 def test_status_shows_a_mistake_of_ours(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         head = place.lead(1)
-        head.context.errors.tell("node loop", KeyError("n1"))
+        head.context.errors.report("node loop", KeyError("n1"))
         head.table.write([])
         await head.context.off_loop(lambda: None)
 
@@ -756,7 +756,7 @@ def test_the_head_s_event_loop_touches_no_file(place: Place, monkeypatch: pytest
         await until(lambda: bool(made))
         made[-1].over.set()  # the driver ends without a word: the alerts are told
         head.table.changed(head.table.members.table["n1"], "silent")
-        head.context.errors.tell("test", KeyError("x"))
+        head.context.errors.report("test", KeyError("x"))
         await until(
             lambda: not head.requests._taken and head.context.memory.running == "" and not head.context.memory.queue
         )

@@ -75,10 +75,10 @@ class Network:
         ]
         files.write_json(self.directory / records.MEMBERS_FILE, {"canary": "c", "incarnation": 3, "nodes": rows})
 
-    async def seek(self, gone: bool = True) -> tuple[Any, Head]:
+    async def search(self, gone: bool = True) -> tuple[Any, Head]:
         return await HeadSearch(
             self.directory, "c", "n2", "token", dict, self.lead, frozenset, lost=LOST, gone=gone
-        ).seek()
+        ).search()
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_hiccup_of_the_network_is_no_end(monkeypatch: pytest.MonkeyPatch, netw
         network.table("n1", "n2", "n3")
         network.heads["a1"] = lambda: Connection() if time.monotonic() > began + 1.0 else OSError()
         network.answers["a3"] = "sees"
-        _, head = await network.seek(gone=False)
+        _, head = await network.search(gone=False)
         assert head == LOST and time.monotonic() < began + 2.0
 
     virtual.run(monkeypatch, main)
@@ -104,7 +104,7 @@ def test_a_newer_head_is_followed(monkeypatch: pytest.MonkeyPatch, network: Netw
         network.table("n1", "n2", "n3")
         network.heads["a3"] = Connection
         NEWER.write(network.directory / records.HEAD_FILE)
-        assert (await network.seek())[1] == NEWER
+        assert (await network.search())[1] == NEWER
 
     virtual.run(monkeypatch, main)
 
@@ -113,7 +113,7 @@ def test_a_majority_that_has_lost_it_elects(monkeypatch: pytest.MonkeyPatch, net
     async def main() -> None:
         network.table("n1", "n2", "n3")
         network.answers["a3"] = "lost"
-        _, head = await network.seek()
+        _, head = await network.search()
         assert (head.node, head.incarnation) == ("n2", 4)
 
     virtual.run(monkeypatch, main)
@@ -130,7 +130,7 @@ def test_no_majority_waits_and_gives_up(monkeypatch: pytest.MonkeyPatch, network
         network.answers["a3"] = "lost"
         began = time.monotonic()
         with pytest.raises(BringUpError, match="no other was elected"):
-            await network.seek()
+            await network.search()
         assert timing.PATIENCE <= time.monotonic() - began < timing.PATIENCE + 10
 
     virtual.run(monkeypatch, main)
@@ -144,7 +144,7 @@ def test_a_head_that_is_no_head_any_more_is_gone(monkeypatch: pytest.MonkeyPatch
         network.table("n1", "n2")
         network.heads["a1"] = lambda: NotHead("a plain member")
         began = time.monotonic()
-        await network.seek(gone=False)
+        await network.search(gone=False)
         assert time.monotonic() - began < timing.VERDICT
 
     virtual.run(monkeypatch, main)
@@ -162,7 +162,7 @@ def test_another_job_s_agent_on_this_node_is_insisted_against_for_a_while(
         network.heads["a1"] = lambda: AlreadyHere("by job 8")
         began = time.monotonic()
         with pytest.raises(AlreadyHere):
-            await network.seek(gone=False)
+            await network.search(gone=False)
         assert time.monotonic() - began >= timing.ALREADY_LIMIT
 
     virtual.run(monkeypatch, main)
@@ -175,7 +175,7 @@ def test_a_winner_that_dies_before_it_is_reached_is_replaced(monkeypatch: pytest
         assert records.claim(network.directory, 4, "n3")
         NEWER.write(network.directory / records.HEAD_FILE)
         began = time.monotonic()
-        _, head = await network.seek()
+        _, head = await network.search()
         assert head.incarnation == 5 and time.monotonic() - began > timing.PUBLISH_LIMIT
 
     virtual.run(monkeypatch, main)
@@ -186,7 +186,7 @@ def test_storage_that_fails_does_not_end_the_search(monkeypatch: pytest.MonkeyPa
         (network.directory / records.MEMBERS_FILE).mkdir()  # it cannot be read
         began = time.monotonic()
         network.heads["a1"] = lambda: Connection() if time.monotonic() > began + 30.0 else OSError()
-        assert (await network.seek())[1] == LOST
+        assert (await network.search())[1] == LOST
 
     virtual.run(monkeypatch, main)
 
@@ -206,7 +206,7 @@ def test_a_claim_that_was_made_though_it_failed_is_passed_over(
     async def main() -> None:
         network.table("n1", "n2", "n3")
         network.answers["a3"] = "lost"
-        assert (await network.seek())[1].incarnation == 5
+        assert (await network.search())[1].incarnation == 5
 
     monkeypatch.setattr(records, "claim", failing)
     virtual.run(monkeypatch, main)
@@ -216,10 +216,10 @@ def test_a_claim_that_was_made_though_it_failed_is_passed_over(
 def test_a_search_that_is_given_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, network: Network) -> None:
     async def main() -> None:
         network.table("n1", "n2", "n3")
-        seeking = asyncio.create_task(network.seek(gone=False))
+        searching = asyncio.create_task(network.search(gone=False))
         await asyncio.sleep(1.0)
-        seeking.cancel()
-        await asyncio.gather(seeking, return_exceptions=True)
+        searching.cancel()
+        await asyncio.gather(searching, return_exceptions=True)
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     virtual.run(monkeypatch, main)

@@ -122,13 +122,13 @@ def directory(tmp_path: Path) -> Path:
 
 def test_a_long_run_is_read_thinly_and_goes_on(directory: Path) -> None:
     reader = snapshot.SnapshotReader(directory, None)
-    first = reader.look()
+    first = reader.read()
     assert first.state == "interrupted: its job is gone" and first.nodes == ()
     assert len(first.points) <= snapshot.POINTS + 1 and first.points[0].step < 500 and first.points[-1].step > 39_000
     assert first.next_save == 200 and first.max_steps == 200  # the default's
     with (directory.parent.parent / "runs/r" / files.METRICS_FILE).open("a") as out:
         out.write('ss": 0.5, "attempt": 1, "time": 1700040003, "world_size": 2}\n')
-    assert reader.look().points[-1].step == 40_001
+    assert reader.read().points[-1].step == 40_001
     assert [kind for _, kind, _ in first.events] == ["commit"]
 
 
@@ -141,13 +141,13 @@ def test_it_is_found_by_the_name_of_the_run_or_of_the_cluster(directory: Path) -
     files.write_json(directory / records.ENDED_FILE, {"reason": "down"})
     with pytest.raises(UsageError, match="no cluster is running"):
         snapshot.find(where, None)
-    assert snapshot.SnapshotReader(directory, None).look().state == "down: down"
+    assert snapshot.SnapshotReader(directory, None).read().state == "down: down"
 
 
 def test_broken_files_leave_the_rest(directory: Path) -> None:
     (directory / records.MEMBERS_FILE).write_text("{")
     (directory.parent.parent / "runs/r" / records.CONFIG_FILE).write_bytes(b"\x00\xff")
-    found = snapshot.SnapshotReader(directory, None).look()
+    found = snapshot.SnapshotReader(directory, None).read()
     assert found.events and found.time
     assert text(found)
 
@@ -159,7 +159,7 @@ def test_a_mistake_of_ours_is_shown(directory: Path, monkeypatch: pytest.MonkeyP
         raise AttributeError("no such name")
 
     monkeypatch.setattr(snapshot.SnapshotReader, "_run", _run)
-    found = snapshot.SnapshotReader(directory, None).look()
+    found = snapshot.SnapshotReader(directory, None).read()
     assert found.events and "internal error (run): AttributeError: no such name" in text(found, width=150)
 
 

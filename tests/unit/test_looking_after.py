@@ -214,7 +214,7 @@ def test_a_watch_that_cannot_look_says_so_once_and_goes_on(started: Bench, monke
         raise KeyError("what")
 
     with monkeypatch.context() as patch:
-        patch.setattr(started.watch.roster, "look", broken)
+        patch.setattr(started.watch.roster, "nodes", broken)
         started.watch.start()
         until(lambda: len(looks) > 3)
         assert started.events == [("watch_failed", {"error": "KeyError('what')"})]

@@ -40,7 +40,7 @@ class FakeDrivers:
         record.save(directory, state=now)
         return status
 
-    async def tell(self, directory: Path, limit: float, *why: str) -> None:
+    async def send_alerts(self, directory: Path, limit: float, *why: str) -> None:
         self.told.append((directory.name, *why))
 
     async def ended(self) -> None:
@@ -393,7 +393,7 @@ def test_a_run_is_finished_whatever_becomes_of_its_weights(
     async def story() -> None:
         head = lead(place, FakeDrivers((0, "finished")))
         head.context.elected = True
-        monkeypatch.setattr("raylaunch.state.export_files.tell_cut_off", fails)
+        monkeypatch.setattr("raylaunch.state.export_files.record_interrupted", fails)
         head.context.spawn(head.queue.run())
         await until(lambda: bool(place.stopped))
         head.context.cancel_all()

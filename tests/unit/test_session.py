@@ -152,7 +152,7 @@ def test_a_stop_is_heard_once_its_file_can_be_read(
 def test_a_thread_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     printed, told = list[str](), list[tuple[str, str]]()
     monkeypatch.setattr(threading, "excepthook", lambda died: printed.append(str(died.exc_value)))
-    threads.tell_deaths(lambda thread, error: told.append((thread, error)))
+    threads.on_death(lambda thread, error: told.append((thread, error)))
 
     def work(error: BaseException) -> None:
         raise error

@@ -158,7 +158,7 @@ class Agent:
         return await HeadSearch(
             self.here.directory, self.here.canary, self.here.node, self.token, self.info, self._lead, self._missing,
             lost, gone,
-        ).seek()  # fmt: skip
+        ).search()  # fmt: skip
 
     async def _lead(self, incarnation: int, why: str) -> Head:
         """Be the head from now on. A joiner leads the allocation that it joined, not its own."""

@@ -39,7 +39,7 @@ class Drivers:
             return NOT_STARTED
         return await self._process.wait()
 
-    async def tell(self, run: Path, limit: float, *why: str) -> None:
+    async def send_alerts(self, run: Path, limit: float, *why: str) -> None:
         """Send the alerts that are left of a run without a driver, within `limit` seconds. `why` it ends, where its
         events do not say so."""
         if not (await self._context.off_loop(loader.load_resolved, run / records.CONFIG_FILE)).alerts.sinks:

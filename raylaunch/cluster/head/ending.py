@@ -119,7 +119,7 @@ class HeadEnding:
 
     def _seen(self, job: str) -> BatchJob | None:
         """What Slurm says of the job. Blocking."""
-        look = allocation.look(job, self._context.head.restarts)
+        look = allocation.snapshot(job, self._context.head.restarts)
         return (
             BatchJob(look.state, look.seconds_left, look.preempted, look.taken, look.again)
             if look is not None
@@ -260,7 +260,7 @@ class HeadEnding:
             if record is None or record.state not in {"running", "holding", "queued"}:
                 return
             if record.state != "queued" or await context.off_loop(runs.stop_continues, run):
-                await self._drivers.tell(run, TELL_LIMIT, f"its cluster ended ({reason})")
+                await self._drivers.send_alerts(run, TELL_LIMIT, f"its cluster ended ({reason})")
 
     def write_end(self, reason: str, left_here: int) -> None:
         """The last word, in a thread: the job starts anew; or ended.json and the job's exit code. Nodes that did not

@@ -103,7 +103,7 @@ class MemberTable:
             self._told(member)
         elif not self._context.course.ending and member.info.state not in OVER:
             self._context.event(NodeLost(member.node, what))
-            self._context.spawn(self.blame(member, what))
+            self._context.spawn(self.record_loss(member, what))
 
     def _joined(self, member: Member) -> None:
         self._context.event(NodeJoined(member.node, member.info.address))
@@ -135,7 +135,7 @@ class MemberTable:
 
     # -- whose fault it was ----------------------------------------------------------------------------
 
-    async def blame(self, member: Member, reason: str, after: float | None = None) -> None:
+    async def record_loss(self, member: Member, reason: str, after: float | None = None) -> None:
         """A strike for a lost node; none when most are lost at once, nor when the same agent is back: the network had
         a hiccup. Nor where the storage does not say whether this head was replaced."""
         node, pid = member.node, member.info.pid
@@ -174,7 +174,7 @@ class MemberTable:
         for member in list(self.members.table.values()):
             if self.state_of(member) == "lost" and member.since >= began:
                 self._context.event(NodeLost(member.node, "it did not follow to the new head"))
-                await self.blame(member, "it did not follow to the new head", after=0.0)
+                await self.record_loss(member, "it did not follow to the new head", after=0.0)
 
     # -- who is to leave -------------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ class RunQueue:
         if outcome in runs.FINAL:
             with self._context.errors.caught(f"weights of run {name}"):
                 run = runs.directory(self._context.directory, name)
-                await self._context.off_loop(export_files.tell_cut_off, run)
+                await self._context.off_loop(export_files.record_interrupted, run)
         return outcome
 
     def _over(self, name: str, outcome: str) -> None:
@@ -150,7 +150,7 @@ class RunQueue:
         outcome = str(await context.retry_on_storage_error(runs.finalize, run, status, record.id))
         if not said and outcome in runs.FINAL:
             with contextlib.suppress(*EXPECTED):
-                await self._drivers.tell(run, RUN_TELL_LIMIT)
+                await self._drivers.send_alerts(run, RUN_TELL_LIMIT)
         context.event(RunEnded(name, outcome, status))
         return outcome
 

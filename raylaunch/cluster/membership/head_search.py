@@ -61,7 +61,7 @@ class HeadSearch:
     _claimed: tuple[int, float] = (0, 0.0)
     """The newest claim that was seen, and since when."""
 
-    async def seek(self) -> tuple[ControlClient, Head]:
+    async def search(self) -> tuple[ControlClient, Head]:
         """The connection to the head that is, old or new; BringUpError when there will be none, AlreadyHere
         when it has this node by another job's agent."""
         self._began = time.monotonic()

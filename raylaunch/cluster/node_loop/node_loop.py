@@ -118,7 +118,7 @@ class NodeLoop:
         if cluster is None:
             raise StateError(f"{self._directory / records.CLUSTER_FILE} is gone", "End the cluster's jobs by hand.")
         try:
-            view = scheduler_view.look(self._backend, self._directory, cluster, self._config)
+            view = scheduler_view.snapshot(self._backend, self._directory, cluster, self._config)
             self._silent = 0.0
         except SlurmUnavailable as error:
             self._silent = min(SILENT, max(BUSY, 2 * self._silent))

@@ -34,7 +34,7 @@ class SchedulerView:
     """Jobs that are this life's by their comment, but not in cluster.json: their submission was cut off."""
 
 
-def look(backend: Backend, directory: Path, cluster: Cluster, config: Config) -> SchedulerView:
+def snapshot(backend: Backend, directory: Path, cluster: Cluster, config: Config) -> SchedulerView:
     """The jobs of this life of the cluster and all nodes, in two questions. Raises SlurmUnavailable."""
     if isinstance(backend, SlurmBackend):
         return view_of(backend.slurm.named(_names(config, cluster)), backend.slurm.nodes(), cluster)

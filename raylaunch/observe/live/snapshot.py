@@ -117,7 +117,7 @@ class SnapshotReader:
         self._errors = InternalErrors(lambda *_: None)
         self._jobs_at, self._is_gone = -JOBS_EVERY, False
 
-    def look(self) -> Picture:
+    def read(self) -> Picture:
         """The current state."""
         changes: dict[str, Any] = {"time": time.time()}
         for part in (self._jobs, self._cluster, self._run, self._all_events):

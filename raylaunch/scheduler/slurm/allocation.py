@@ -90,7 +90,7 @@ class JobSnapshot:
         return self.reason if self.reason in _REASONS else ""
 
 
-def look(job: str, restarts: int = 0) -> JobSnapshot | None:
+def snapshot(job: str, restarts: int = 0) -> JobSnapshot | None:
     """The job of this allocation now, which had been requeued so often before; None when Slurm does not say."""
     if not job.isdigit():
         return None

@@ -62,7 +62,7 @@ class Campaign:
         due = began
         # Numbers go on where an earlier campaign on this run ended: each names one fault of the run.
         earlier = max(
-            (int(e.get("seq", 0)) for e in self.faults.victim.look() if e["kind"] == "fault_injected"), default=0
+            (int(e.get("seq", 0)) for e in self.faults.victim.events() if e["kind"] == "fault_injected"), default=0
         )
         try:
             if not self.faults.victim.is_training:
@@ -99,7 +99,7 @@ class Campaign:
             self.outcomes.append(aim)
             return aim
         victim = self.faults.victim
-        before, attempt = len(victim.look()), victim.attempt
+        before, attempt = len(victim.events()), victim.attempt
         outcome = FaultOutcome(planned.seq, planned.kind, aim.node, time.time(), why="interrupted")
         self.outcomes.append(outcome)
         event_log.append(victim.run_dir, FaultInjected(planned.kind, aim.node, aim.rank, planned.seq))
@@ -135,7 +135,7 @@ class Campaign:
                     why = error.message
             return bool(found)
 
-        before = len(self.faults.victim.look())
+        before = len(self.faults.victim.events())
         self._until(ready, self.limit)
         if found:
             return found[0]
@@ -156,7 +156,7 @@ class Campaign:
             if kind.lasts and self._broken and now >= self.hold:
                 outcome.why = "; ".join(self._mend_all()) or outcome.why
             if late is None and now >= quiet:
-                late = len(victim.look())
+                late = len(victim.events())
             commits = victim.commits(before)
             if any(int(c.get("attempt") or 0) > attempt for c in commits):
                 outcome.recovered = outcome.restarted = True

@@ -35,7 +35,7 @@ class Victim:
     cluster_dir: Path
     cluster: Cluster
     min_nodes: int
-    events: list[dict[str, Any]] = field(default_factory=list)
+    _events: list[dict[str, Any]] = field(default_factory=list)
     _reader: EventReader | None = None
 
     @classmethod
@@ -50,12 +50,12 @@ class Victim:
         config = loader.load_resolved(run_dir / records.CONFIG_FILE)
         return cls(run_dir, directory, cluster, config.elastic.min_nodes or 1)
 
-    def look(self) -> list[dict[str, Any]]:
+    def events(self) -> list[dict[str, Any]]:
         """All events so far."""
         if self._reader is None:
             self._reader = EventReader(self.run_dir)
-        self.events += self._reader.read()
-        return self.events
+        self._events += self._reader.read()
+        return self._events
 
     @property
     def state(self) -> str:
@@ -65,18 +65,18 @@ class Victim:
     @property
     def attempt(self) -> int:
         """The newest attempt that has started."""
-        return max((int(e["attempt"]) for e in self.look() if e["kind"] == "attempt_started"), default=0)
+        return max((int(e["attempt"]) for e in self.events() if e["kind"] == "attempt_started"), default=0)
 
     def commits(self, after: int) -> list[dict[str, Any]]:
         """Commits among the events behind the first `after` ones."""
-        return [e for e in self.look()[after:] if e["kind"] == "commit"]
+        return [e for e in self.events()[after:] if e["kind"] == "commit"]
 
     @property
     def is_training(self) -> bool:
         """The newest attempt has committed, and nothing has been noticed against it."""
         kinds = [
             "withdraw" if e["kind"] == "decision" and e.get("decision") == "withdraw" else str(e["kind"])
-            for e in self.look()
+            for e in self.events()
             if e.get("attempt") == self.attempt
         ]
         asked = [kind for kind in kinds if kind in {"resize_requested", "withdraw"}]
@@ -87,7 +87,7 @@ class Victim:
         """What there is to say about a run that does not go on."""
         cluster = event_log.read_all(self.cluster_dir)
         nodes = ", ".join(f"{row.name} {row.state}" for row in self.members())
-        return f"last of the run: {_shown(self.look())}; of the cluster: {_shown(cluster)}; nodes: {nodes or 'none'}"
+        return f"last of the run: {_shown(self.events())}; of the cluster: {_shown(cluster)}; nodes: {nodes or 'none'}"
 
     def members(self) -> tuple[MemberRow, ...]:
         return (Members.read(self.cluster_dir) or NOBODY).nodes

@@ -27,7 +27,7 @@ def run(config: Config, state_dir: Path, slurm: Slurm | None) -> list[Finding]:
     # As long as a cluster's own directory would be: the temp directory's name follows from it.
     key = str(state_dir / "clusters" / config.cluster.name)
     with ThreadPoolExecutor(8) as pool:
-        room = pool.submit(storage_check.look, state_dir)
+        room = pool.submit(storage_check.check, state_dir)
         driver = pool.submit(gpu_status.ask, SMI_LIMIT)
         here = machine_facts.gather(config.cluster.temp_dir, key, os.environ, None if shared else "1")
         told = _slurm(config, state_dir, slurm, pool) if slurm is not None else []

@@ -84,7 +84,7 @@ def here(path: Path) -> tuple[str, str]:
     return "", ""
 
 
-def look(path: Path, limit: float = LIMIT) -> Storage:
+def check(path: Path, limit: float = LIMIT) -> Storage:
     """Check a directory in a separate process; a failure is returned in `error`."""
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "raylaunch.tools.doctor.storage_check", str(path)],
