@@ -23,7 +23,7 @@ from raylaunch.scheduler.backends import Backend, Job
 from raylaunch.state import event_log, files, records, requests
 from raylaunch.state.cluster_events import ClusterDown
 from raylaunch.state.members import NOBODY, Members
-from raylaunch.state.records import Cluster, Head
+from raylaunch.state.records import Cluster, ClusterEnd, Head
 from raylaunch.state.requests import DownAsk
 from raylaunch.timing import DOWN_LIMIT, GONE_LIMIT, SAVE_LIMIT, TAKEN_LIMIT
 
@@ -142,22 +142,21 @@ def _ask_head(
 
 def _verify(directory: Path, cluster: Cluster, ended: Ended) -> None:
     """What the agents said about their nodes; on this machine also what we see."""
-    word = files.read_json(directory / records.ENDED_FILE)
-    if word is None or word.get("canary") != cluster.canary:
-        word = {"unclean": {}, "lost": []}
-    unclean = dict(word["unclean"])
-    ended.notes += [f"{node} was lost before: its processes could not be ended" for node in word["lost"]]
-    for node, left in unclean.items():
+    end = ClusterEnd.read(directory)
+    if end is None or end.canary != cluster.canary:
+        end = ClusterEnd()
+    ended.notes += [f"{node} was lost before: its processes could not be ended" for node in end.lost]
+    for node, left in end.unclean.items():
         ended.clean = False
         ended.notes.append(
             f"{node}: " + (f"{left} processes or directories remain" if left > 0 else "it did not report its end")
         )
     if cluster.backend == "local":
         table = Members.read(directory) or NOBODY
-        for node in table.nodes:
-            if node.temp_dir and Path(node.temp_dir).exists():
+        for row in table.nodes:
+            if row.temp_dir and Path(row.temp_dir).exists():
                 ended.clean = False
-                ended.notes.append(f"{node.name}: {node.temp_dir} is left")
+                ended.notes.append(f"{row.name}: {row.temp_dir} is left")
 
 
 def forget_secrets(directory: Path) -> None:

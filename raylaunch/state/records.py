@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +31,7 @@ CLUSTER_FILE, CONFIG_FILE, SCRIPT_FILE = "cluster.json", "config.yaml", "script.
 TOKEN_FILE, CANARY_FILE = "token", "canary"
 HEAD_FILE, MEMBERS_FILE, ENDED_FILE, EXIT_CODE_FILE = "head.json", "members.json", "ended.json", "exit_code"
 DUTIES_FILE = "duties.json"
-RUN_FILE = "run.json"
+RUN_FILE, OUTCOME_FILE = "run.json", "outcome.json"
 NODES, REQUESTS, LOGS, INCARNATIONS = "nodes", "requests", "logs", "incarnations"
 WORKER_RESOURCE = "raylaunch_worker"
 """A custom Ray resource: agents start Ray with one unit per training worker, attempts take one per worker."""
@@ -132,6 +132,24 @@ class IncarnationClaim(Record):
         return None if value is None else cls.parse(value)
 
 
+@dataclass(frozen=True)
+class ClusterEnd(Record):
+    """ended.json: a life of a cluster is over."""
+
+    canary: str = ""
+    reason: str = ""
+    unclean: dict[str, int] = field(default_factory=dict)
+    """Node → how much is left there, -1 for a node without a last word."""
+    lost: list[str] = field(default_factory=list)
+    """Nodes that were gone before the end began."""
+    time: float = 0.0
+
+    @classmethod
+    def read(cls, directory: Path) -> ClusterEnd | None:
+        value = files.read_json(directory / ENDED_FILE)
+        return None if value is None else cls.parse(value)
+
+
 def claims(cluster: Path) -> list[int]:
     """The incarnations that were claimed in this life of the cluster, the newest last."""
     return sorted(int(path.name) for path in listed(cluster / INCARNATIONS) if path.name.isdecimal())
@@ -185,18 +203,11 @@ def claim(cluster: Path, incarnation: int, node: str, allocation: str = "") -> b
 
 
 def write_end(
-    cluster: Path, canary: str, reason: str, unclean: dict[str, Any], lost: list[str], exit_code: int
+    cluster: Path, canary: str, reason: str, unclean: dict[str, int], lost: list[str], exit_code: int
 ) -> None:
-    """A life of a cluster is over: the job's exit code, then ended.json. Its token goes.
-
-    `unclean`: node → how much is left there, -1 for a node without a last word. `lost`: nodes that
-    were gone before the end began.
-    """
+    """A life of a cluster is over: the job's exit code, then ended.json. Its token goes."""
     try:
         files.write_text(cluster / EXIT_CODE_FILE, f"{exit_code}\n")
-        files.write_json(
-            cluster / ENDED_FILE,
-            {"canary": canary, "reason": reason, "unclean": unclean, "lost": lost, "time": time.time()},
-        )
+        ClusterEnd(canary, reason, unclean, lost, time.time()).write(cluster / ENDED_FILE)
     finally:
         (cluster / TOKEN_FILE).unlink(missing_ok=True)

@@ -365,7 +365,7 @@ def progressed(ending: AttemptOutcome, from_step: int, committed: int, seconds: 
 
 @dataclass(frozen=True)
 class TrainerOutcome:
-    """The trainer's own word: how its attempt ended, and at which step (0: it tells none)."""
+    """outcome.json, the trainer's own word: how its attempt ended, and at which step (0: it tells none)."""
 
     outcome: str
     step: int = 0

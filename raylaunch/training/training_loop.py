@@ -251,7 +251,7 @@ class TrainingLoop:
         return ending
 
     def _ending(self, number: int, watch: AttemptMonitor, found: AttemptOutcome | None) -> AttemptOutcome:
-        word = files.read_json(files.attempt_dir(self.run_dir, number) / "outcome.json")
+        word = files.read_json(files.attempt_dir(self.run_dir, number) / records.OUTCOME_FILE)
         outcome = TrainerOutcome(word["outcome"], int(word["step"] or 0)) if word is not None else None
         asked = watch.last_asked if runs.stop_reason(self.run_dir) is None else None
         return policy.ending(outcome, watch.verdict, found, asked, self.config.trainer.entry)

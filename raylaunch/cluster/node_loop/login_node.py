@@ -10,10 +10,10 @@ from raylaunch.checkpoint.events import Event
 from raylaunch.cluster.node_loop.node_loop import NodeLoop
 from raylaunch.config.schema import Config
 from raylaunch.scheduler.backends import Backend
-from raylaunch.state import event_log, files, members, records, requests
+from raylaunch.state import event_log, members, requests
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.members import OVER, MemberRow
-from raylaunch.state.records import Cluster
+from raylaunch.state.records import Cluster, ClusterEnd
 from raylaunch.state.requests import DrainAsk
 
 ASK_AGAIN = 30.0
@@ -49,8 +49,8 @@ class LoginLoop:
         cluster = Cluster.read(self._directory)
         if cluster is None or self._first is None or cluster.canary != self._first.canary:
             return "it was brought up anew"
-        if (ended := files.read_json(self._directory / records.ENDED_FILE)) is not None:
-            return str(ended.get("reason"))
+        if (end := ClusterEnd.read(self._directory)) is not None:
+            return end.reason
         memory, table = HeadState.read(self._directory, cluster), members.living(self._directory, cluster).nodes
         self._asked = still_asked(self._asked, table, self._clock())
         turn = self._nodes.turn(table, memory.wanted, memory.strikes, set(self._asked), memory.scaled, memory.continued)

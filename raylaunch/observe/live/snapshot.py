@@ -32,7 +32,7 @@ from raylaunch.state import files, members, records, runs
 from raylaunch.state.event_log import EventReader
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.members import NOBODY
-from raylaunch.state.records import Cluster
+from raylaunch.state.records import Cluster, ClusterEnd
 from raylaunch.state.runs import Run
 
 POINTS = 512
@@ -141,8 +141,8 @@ class SnapshotReader:
         if record is None:
             return {"state": "gone"}
         memory = HeadState.read(self.cluster_dir, record)
-        ended = files.read_json(self.cluster_dir / records.ENDED_FILE)
-        table = NOBODY if ended or self._is_gone else members.living(self.cluster_dir, record)
+        end = ClusterEnd.read(self.cluster_dir)
+        table = NOBODY if end or self._is_gone else members.living(self.cluster_dir, record)
         known = collect.latest(self.cluster_dir, record.canary)
         nodes = tuple(
             {**row.model_dump(), "load": known.get(row.name, {}), "strikes": memory.strikes.get(row.name, 0)}
@@ -150,8 +150,8 @@ class SnapshotReader:
         )
         ready = sum(row.state == "ready" for row in table.nodes)
         words = f"{ready} of {memory.wanted or len(nodes)} nodes ready"
-        if ended or self._is_gone:
-            words = f"down: {ended.get('reason', '')}" if ended else "interrupted: its job is gone"
+        if end or self._is_gone:
+            words = f"down: {end.reason}" if end else "interrupted: its job is gone"
         name = memory.running
         if self._named is None and name and (self._of_run is None or self._of_run.directory.name != name):
             self._of_run = _RunReader(runs.directory(self.cluster_dir, name))

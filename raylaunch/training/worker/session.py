@@ -13,14 +13,15 @@ import math
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from raylaunch.checkpoint.events import Event
 from raylaunch.errors import StateError
-from raylaunch.state import event_log, files
+from raylaunch.state import event_log, files, records
 from raylaunch.state.appender import Appender
+from raylaunch.training.policy import TrainerOutcome
 from raylaunch.training.stop_request import AT_COMMIT, NOW
 from raylaunch.training.worker.heartbeat import HeartbeatClient
 
@@ -138,11 +139,11 @@ class Session:
         A write that fails is repeated for FINISH_LIMIT seconds; then StateError is raised."""
         if self.rank != 0:
             return
-        path = files.attempt_dir(self.run_dir, self.attempt) / "outcome.json"
+        path = files.attempt_dir(self.run_dir, self.attempt) / records.OUTCOME_FILE
         deadline, pause = time.monotonic() + FINISH_LIMIT, 0.5
         while True:
             try:
-                return files.write_json(path, {"outcome": outcome, "step": step})
+                return files.write_json(path, asdict(TrainerOutcome(outcome, step)))
             except StateError as error:
                 if time.monotonic() > deadline:
                     raise
