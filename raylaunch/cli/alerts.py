@@ -48,7 +48,7 @@ def test(path: Path | None, sets: tuple[str, ...]) -> None:
     tried = message(Alert("started", text, time=time.time(), id="test"), "test", "none")
     found = asyncio.run(_try(own, tried))
     for name, result, seconds in found:
-        said = "was taken" if result.ok else f"FAILED: {result.said}"
+        said = "accepted" if result.ok else f"FAILED: {result.said}"
         click.echo(f"{name:8} {said} ({seconds:.1f} s)" + (f"\n         {result.detail}" if result.detail else ""))
     if not all(result.ok for _, result, _ in found):
         raise RaylaunchError(

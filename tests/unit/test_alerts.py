@@ -661,7 +661,7 @@ def test_the_command_line_says_what_came_of_each(here: Path) -> None:
         and "\n         oh\n" in shown.output
     )
     shown = CliRunner().invoke(cli, ["alerts", "test", "c.yaml", "--set", "alerts.command=['true']"])
-    assert shown.exit_code == 0 and shown.output.startswith("command  was taken (")
+    assert shown.exit_code == 0 and shown.output.startswith("command  accepted (")
     shown = CliRunner().invoke(cli, ["alerts", "test"])
     assert isinstance(shown.exception, UsageError) and "alerts.slack" in shown.exception.hint
 
