@@ -17,12 +17,12 @@ TARGET = Path(__file__).with_name("events.md")
 
 COMMON = {
     "address": "The node's IP address.",
-    "cause": "In one word, such as `node_lost`, `worker_lost`, `hang`, `communication` or `hardware`.",
+    "cause": "One word, such as `node_lost`, `worker_lost`, `hang`, `communication` or `hardware`.",
     "cluster": "The cluster's name.",
     "error": "The error's text.",
     "file": "A file name.",
     "hint": "What to do.",
-    "incarnation": "The number of the head: each election counts it up.",
+    "incarnation": "The number of the head. Each election increases it.",
     "into": "A directory.",
     "job": "A Slurm job ID.",
     "line": "File, line and function.",
@@ -96,9 +96,10 @@ def text() -> str:
     former = [f"| `{old}` | `{new}` |" for old, new in event_log.FORMER.items()]
     lines = [
         "# Events", "",
-        "raylaunch appends what happens to `events.jsonl`: one file in the cluster's directory, one in the run's. Each line",
-        "is a JSON object with a `kind`, the Unix `time` in seconds, and the fields below. This page is generated from the",
-        "classes that declare the kinds, by `python docs/make_events.py`.", "",
+        "raylaunch appends events to `events.jsonl`: one file in the directory of the cluster, one in that of the run. Each line",
+        "is a JSON object with a `kind`, the Unix `time` in seconds, and the fields below. Terms such as head, attempt, joiner",
+        "and strike are explained in [ARCHITECTURE.md](../ARCHITECTURE.md#terms); STATE is the state directory. This page is",
+        "generated from the classes that declare the kinds, by `python docs/make_events.py`.", "",
         "- In a run's file, each event of an attempt has the attempt's number as `attempt`.",
         "- An event with `\"by\": \"watch\"` was written by `raylaunch watch` on a login node, instead of the head.",
         "- A field marked optional is left out where it does not apply.",

@@ -22,7 +22,7 @@ GROUPS = {
         "attach": ("raylaunch.cli.train:attach", "Follow a running training run."),
         "stop": ("raylaunch.cli.train:stop", "Save a checkpoint and stop a run."),
         "scale": ("raylaunch.cli.scale:scale", "Change the number of nodes of a running cluster."),
-        "down": ("raylaunch.cli.down:down", "Save the running job and stop a cluster."),
+        "down": ("raylaunch.cli.down:down", "Save a checkpoint and stop a cluster."),
     },
     "Observe": {
         "status": ("raylaunch.cli.status:status", "Show clusters, jobs, nodes and runs."),

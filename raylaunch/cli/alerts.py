@@ -32,11 +32,11 @@ def alerts() -> None:
     """Test the alerts of a configuration, or list those of a run (see `alerts:` in the configuration)."""
 
 
-@alerts.command()
-@click.argument("path", metavar="[CONFIG]", required=False, type=click.Path(path_type=Path))
+@alerts.command(short_help="Send a test alert.")
+@click.argument("path", metavar="[CFG]", required=False, type=click.Path(path_type=Path))
 @options.sets_option
 def test(path: Path | None, sets: tuple[str, ...]) -> None:
-    """Send a test alert from this machine to every destination of CONFIG and of your own config.yaml, and print each result.
+    """Send a test alert from this machine to every destination of CFG and of your own config.yaml, and print each result.
 
     The exit code is 1 if a destination did not accept it."""
     own = secrets.resolved(loader.load(path, sets).alerts)
@@ -57,7 +57,7 @@ def test(path: Path | None, sets: tuple[str, ...]) -> None:
         )
 
 
-@alerts.command("list")
+@alerts.command("list", short_help="List the alerts of RUN.")
 @click.argument("run")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @options.state_dir_option

@@ -33,7 +33,9 @@ from raylaunch.tools.chaos.target import Victim
 @click.option("--count", type=click.IntRange(1), help="Number of faults.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sequence of faults.")
 @click.option("--limit", default="5m", show_default=True, help="Maximum time for a recovery.")
-@click.option("--hold", default="15s", show_default=True, help="Duration of freeze, cut, slurmd and slurmctld.")
+@click.option(
+    "--hold", default="15s", show_default=True, help="Duration of the faults freeze, cut, slurmd and slurmctld."
+)
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Also write the summary to this file, as JSON."
 )
@@ -44,8 +46,14 @@ def chaos(run: str, state_dir: Path | None, **given: Any) -> None:
     \b
       raylaunch chaos demo --faults node,worker,head --every 60s --for 10m --seed 7
     \b
-    Faults on any cluster of yours: worker, hang, raylet, agent, driver, gcs, dashboard.
-    On a sandbox, as root, also: node, head, freeze, cut, drain, slurmd, slurmctld.
+    Faults on any of your clusters:
+      worker, raylet, agent, driver, gcs, dashboard   kill that process
+      hang                                            stop a worker (SIGSTOP)
+    On a sandbox, as root, also:
+      node, head         kill all processes of a node, or of the head; boot it later
+      freeze, cut        freeze a node, or cut it off the network, for --hold
+      drain              drain a node in Slurm, and resume it later
+      slurmd, slurmctld  stop that daemon for --hold
 
     The exit code is 0 if the run recovered from every fault.
     """

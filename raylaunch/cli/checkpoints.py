@@ -105,7 +105,7 @@ def verify(given: Given, steps: tuple[int, ...]) -> None:
 @click.option(
     "--keep",
     type=click.IntRange(1),
-    help="Number of most recent checkpoints to keep. Default: the configuration's. Others that it keeps stay.",
+    help="Number of most recent checkpoints to keep. Default: as configured. keep_every_n_steps and keep_best still apply.",
 )
 @click.option("--bad", is_flag=True, help="Also delete damaged checkpoints that were set aside.")
 @click.option("--dry-run", is_flag=True, help="Print what would be deleted.")
@@ -129,7 +129,7 @@ def gc(given: Given, keep: int | None, bad: bool, dry_run: bool) -> None:
         click.echo("nothing to remove")
 
 
-@checkpoints.command()
+@checkpoints.command(short_help="Export the weights of a checkpoint as safetensors.")
 @click.argument("step", metavar="STEP|latest")
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to create.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)

@@ -27,14 +27,14 @@ def data() -> None:
     """Prepare training data, or inspect it."""
 
 
-@data.command()
+@data.command(short_help="Tokenize documents into a dataset.")
 @click.argument("inputs", nargs=-1, required=True, metavar="IN…")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Output directory.")
 @click.option(
     "--tokenizer",
     default="bytes",
     show_default=True,
-    help="bytes, a tokenizer.json file, or hf:NAME for one of the Hugging Face Hub.",
+    help="bytes, a tokenizer.json file, or hf:NAME for one from the Hugging Face Hub.",
 )
 @click.option(
     "--format", "format_", type=click.Choice(["text", "jsonl", "parquet", "sft", "table"]),
@@ -103,7 +103,7 @@ def _bar() -> Iterator[Callable[[preparation.PrepareProgress], None]]:
         yield tell
 
 
-@data.command()
+@data.command(short_help="Print a summary of a prepared dataset.")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--samples", default=3, show_default=True, type=click.IntRange(0), help="Number of documents to print.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the choice of documents.")

@@ -23,7 +23,7 @@ from raylaunch.timing import SAVE_LIMIT
 )
 @options.state_dir_option
 def down(name: str | None, everything: bool, save_limit: float, state_dir: Path | None) -> None:
-    """Save the running job, stop the cluster, and check that nothing is left."""
+    """Save a checkpoint of the run, stop the cluster, and check that no job or process is left."""
     if name is not None and everything:
         raise UsageError("NAME and --all cannot be combined", "Give one of them.")
     where = options.state_dir(state_dir)

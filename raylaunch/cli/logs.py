@@ -29,7 +29,7 @@ def logs(
     name: str | None, follow: bool, node: str | None, rank: int | None, attempt: int | None, lines: int,
     state_dir: Path | None,
 ) -> None:  # fmt: skip
-    """Print the logs of a RUN's workers and driver, or of a CLUSTER's nodes.
+    """Print logs. NAME is a run (logs of its workers and its driver) or a cluster (logs of its nodes).
 
     Default: the most recently active run.
     """

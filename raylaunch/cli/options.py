@@ -29,7 +29,12 @@ sets_option = click.option(
 _CLUSTER_FLAGS = [
     ("--nodes", "slurm.nodes", "Number of nodes: N, or MIN:MAX.", str),
     ("--name", "cluster.name", "Name of the cluster. Default: main; for submit, the run's name.", str),
-    ("--backend", "cluster.backend", "auto, slurm or local.", click.Choice(["auto", "slurm", "local"])),
+    (
+        "--backend",
+        "cluster.backend",
+        "Where nodes come from: Slurm, or local processes. auto: Slurm if it is set up here, else local.",
+        click.Choice(["auto", "slurm", "local"]),
+    ),
     ("--partition", "slurm.partition", "Slurm partition.", str),
     ("--account", "slurm.account", "Slurm account.", str),
     ("--qos", "slurm.qos", "Slurm quality of service.", str),

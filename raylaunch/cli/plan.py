@@ -51,10 +51,10 @@ def _rate(flag: str, text: str) -> Callable[[F], F]:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", metavar="CFG", type=click.Path(path_type=Path))
 @click.option("--gpu", help="GPU model (h100-80gb, a100-40gb, …) or cpu. Default: the one that `slurm:` requests.")
 @click.option("--nodes", help="Number of nodes. Default: the upper bound of slurm.nodes.")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), help="Workers per node. Default: the configuration's.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="GPUs (workers) per node. Default: as configured.")
 @click.option("--like", "like_run", metavar="RUN", help="Use throughput, start-up time and save time measured in RUN.")
 @_rate("--tokens-per-second", "Throughput of all GPUs together.")
 @click.option(

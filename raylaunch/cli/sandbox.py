@@ -18,7 +18,7 @@ _name = click.option("--name", default=DEFAULT_NAME, show_default=True, help="Na
 
 @click.group()
 def sandbox() -> None:
-    """Run a local Slurm cluster of namespaces on this machine, for experiments and tests.
+    """Run a Slurm cluster on this machine, for experiments and tests. Its nodes are Linux namespaces.
 
     \b
       raylaunch sandbox up
@@ -41,7 +41,7 @@ def up(nodes: int, cpus: int, gpus: int, accounting: bool, name: str) -> None:
     click.echo(f'use it:  eval "$(raylaunch sandbox env{_name_option(name)})"')
 
 
-@sandbox.command()
+@sandbox.command(short_help="Print the exports that select the sandbox.")
 @_name
 def env(name: str) -> None:
     """Print the shell exports that make Slurm's commands use the sandbox."""
@@ -49,12 +49,12 @@ def env(name: str) -> None:
         click.echo(f"export {variable}={shlex.quote(value)}")
 
 
-@sandbox.command("exec", context_settings={"ignore_unknown_options": True})
+@sandbox.command("exec", short_help="Run COMMAND on NODE.", context_settings={"ignore_unknown_options": True})
 @_name
 @click.argument("node")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def exec_(name: str, node: str, command: tuple[str, ...]) -> None:
-    """Run COMMAND on NODE: exec NODE -- COMMAND … The exit code is that of COMMAND."""
+    """Run COMMAND on NODE: `raylaunch sandbox exec NODE -- COMMAND`. The exit code is that of COMMAND."""
     made = Sandbox.load(name)
     line = made.command(node, command)
     os.environ.update(made.env())

@@ -25,7 +25,7 @@ from raylaunch.state.requests import RunAsk
 from raylaunch.state.runs import FINAL
 from raylaunch.training import precheck
 
-_file = click.argument("path", type=click.Path(path_type=Path))
+_file = click.argument("path", metavar="CFG", type=click.Path(path_type=Path))
 _run = click.option(
     "--run", "run_name", help="Name of the run. An existing name resumes that run. Default: the name of the file."
 )

@@ -37,7 +37,7 @@ ENOUGH = 40, 8
 )
 @options.state_dir_option
 def watch(name: str | None, submit: bool, once: bool, every: float, state_dir: Path | None) -> None:
-    """Show a cluster and its run live. NAME is either one; default: the only running cluster.
+    """Show a cluster and its run live. NAME is a cluster or a run; default: the only running cluster.
 
     Keys: m shows everything, n nodes (the worst first), e events, l logs; q or Ctrl-C exits. The cluster keeps running.
 

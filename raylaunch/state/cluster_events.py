@@ -11,7 +11,7 @@ from raylaunch.checkpoint.events import Event
 
 @dataclass(frozen=True)
 class ClusterSubmitted(Event, kind="submitted"):
-    """`up` or `submit` submitted the base job. A new life of the cluster begins."""
+    """`up` or `submit` submitted the base job. Earlier lines are from earlier clusters of the same name."""
 
     job: str
     incarnation: int
@@ -30,7 +30,7 @@ class Election(Event):
 
 @dataclass(frozen=True)
 class HeadStarted(Event):
-    """A head started to serve: the first one, or one that was elected."""
+    """A head started: the first one, or one that was elected."""
 
     node: str
     address: str
@@ -81,7 +81,7 @@ class ClusterEnding(Event, kind="ending"):
 
 @dataclass(frozen=True)
 class SaveTimedOut(Event):
-    """The run did not stop in time, so that it continues from its last commit."""
+    """The run did not stop within the limit. It will resume from its last commit."""
 
     run: str
     seconds: float
@@ -94,7 +94,7 @@ class ClusterEnded(Event, kind="ended"):
 
     reason: str
     unclean: dict[str, int]
-    """Node → processes that are left there; -1 for a node that did not report its end."""
+    """Node → number of processes that are left there; -1 if the node did not report its end."""
     lost: list[str]
     """Nodes that were lost before the end."""
 

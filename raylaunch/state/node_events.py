@@ -33,7 +33,7 @@ class NodeReady(Event):
 
 @dataclass(frozen=True)
 class NodeRestarting(Event):
-    """A node's Ray died, or follows to a new head. The agent starts it again."""
+    """Ray on a node died, or has to connect to a new head. The agent starts it again."""
 
     node: str
     error: str | None = None
@@ -41,7 +41,7 @@ class NodeRestarting(Event):
 
 @dataclass(frozen=True)
 class NodeEnded(Event):
-    """A node left the cluster in order."""
+    """A node left the cluster as planned, not because of a fault."""
 
     node: str
 
@@ -72,17 +72,17 @@ class NodeDraining(Event):
 
 @dataclass(frozen=True)
 class NodeStrike(Event):
-    """A strike against a node: it was lost, could not start, or broke an attempt."""
+    """A strike against a node: it was lost, could not start, or ended an attempt."""
 
     node: str
     count: int
-    """Strikes of the node in this life of the cluster."""
+    """Strikes of the node since the cluster was submitted."""
     reason: str
 
 
 @dataclass(frozen=True)
 class NodeExcluded(Event):
-    """A node has `elastic.exclude_after` strikes: training and new jobs avoid it."""
+    """A node has `elastic.max_strikes` strikes: training and new jobs avoid it."""
 
     node: str
 
@@ -102,7 +102,7 @@ class OomKill(Event):
 
 @dataclass(frozen=True)
 class GpuTrouble(Event):
-    """A GPU reported an XID error, an uncorrected ECC error, or throttling."""
+    """A GPU reported an Xid error, an uncorrected ECC error, or throttling."""
 
     node: str
     what: str
@@ -117,11 +117,13 @@ class NodeDecision(Event):
     """The node loop decided something new. The same decision in a row is written once."""
 
     decision: str
-    """`hold`, `join`, `amend`, `release`, `drain`, `resume` or `give_up`."""
+    """`hold` (nothing to do), `join` (submit a joiner), `amend` (change the excluded nodes of a pending joiner), `release`
+    (cancel pending joiners, or let surplus nodes leave), `drain` (stop training on a node), `resume` (submit a successor
+    of a lost base job) or `give_up`."""
     reason: str
     setting: str
     n: int | None = None
-    """For `join`: nodes to ask Slurm for."""
+    """For `join`: number of nodes to request."""
     exclude: tuple[str, ...] | None = None
     """For `join` and `amend`: nodes that the job must avoid."""
     job: str | None = None
@@ -159,7 +161,7 @@ class JoinerRefused(Event):
 
 @dataclass(frozen=True)
 class SlurmUnreachable(Event):
-    """Slurm did not answer a command that submits or cancels a job."""
+    """Slurm did not respond to a command that submits or cancels a job."""
 
     error: str
 
@@ -201,7 +203,7 @@ class RequeueRefused(Event):
 
 @dataclass(frozen=True)
 class Successor(Event):
-    """A new base job was submitted, in which the cluster continues."""
+    """A new base job (a successor) was submitted. The cluster continues in it."""
 
     job: str
     why: str | None = None

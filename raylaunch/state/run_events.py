@@ -12,11 +12,11 @@ from raylaunch.checkpoint.events import Event
 
 @dataclass(frozen=True)
 class RunQueued(Event, kind="queued"):
-    """The run was handed to a cluster."""
+    """The run was submitted to a cluster."""
 
     cluster: str
     continued: bool
-    """True: a run of this name existed, and continues."""
+    """True: a run of this name existed, and resumes."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RunDecision(Event, kind="decision"):
     """The training loop decided to start an attempt, to change its size, to hold, or to finish."""
 
     decision: str
-    """`start`, `resize`, `withdraw` (a resize), `hold` or `finish`."""
+    """`start`, `resize`, `withdraw` (cancel a requested resize), `hold` (wait for nodes) or `finish`."""
     reason: str
     setting: str
     workers: int | None = None
@@ -108,7 +108,7 @@ class RankHung(Event, kind="hang"):
 
 @dataclass(frozen=True)
 class AttemptAborted(Event):
-    """The workers that were left of an attempt have ended."""
+    """The remaining workers of an attempt have ended."""
 
     seconds: float
     left: list[int] | None = None
@@ -133,7 +133,7 @@ class AttemptEnded(Event):
 
 @dataclass(frozen=True)
 class WatchFailed(Event):
-    """The driver's look at an attempt failed. It tries again; the attempt is not watched until that works."""
+    """The driver could not check an attempt. It tries again; until that works, it does not detect faults of the attempt."""
 
     error: str
 
@@ -154,14 +154,14 @@ class RunFailed(Event, kind="failed"):
 
 @dataclass(frozen=True)
 class RunStopped(Event, kind="stopped"):
-    """The run was stopped, saved."""
+    """The run was stopped, after it saved a checkpoint."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class RunPaused(Event, kind="paused"):
-    """The run was saved, and continues in another allocation."""
+    """The run saved a checkpoint, and continues in another allocation."""
 
     reason: str
 
@@ -197,7 +197,7 @@ class ExportFailed(Event):
 
 @dataclass(frozen=True)
 class ModelBuilt(Event):
-    """The model is on its devices, sharded."""
+    """The model is built, sharded and on its devices."""
 
     parameters: int
     """Of the whole model."""
@@ -248,14 +248,14 @@ class AlertSent(Event, kind="alert"):
     alert: str
     """Its kind, as in `alerts.kinds`."""
     at: float
-    """Unix time of what it is about."""
+    """Unix time of the event that caused it."""
     text: str
     id: str
     """Its number in this run."""
     count: int
-    """Alerts of this kind that it stands for."""
+    """Number of merged alerts of this kind, this one included."""
     sinks: dict[str, dict[str, Any]]
-    """Destination → its `outcome`, the number of `tries`, and the `seconds` that these took."""
+    """Destination → `outcome`, number of `tries`, and the `seconds` that they took."""
 
 
 @dataclass(frozen=True)
@@ -275,4 +275,4 @@ class FaultInjected(Event):
     node: str | None
     rank: int | None
     seq: int
-    """Its number in the campaign."""
+    """Number of the fault in this run."""

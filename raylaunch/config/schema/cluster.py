@@ -16,8 +16,8 @@ class ClusterConfig(Section):
     """Name of the cluster. Its directory has this name, and its Slurm job is called `raylaunch-NAME`. Example:
     `big`."""
     backend: Literal["auto", "slurm", "local"] = "auto"
-    """Where nodes come from: `slurm`, or `local` processes on this machine. `auto` uses Slurm if its commands are
-    installed. Example: `local`."""
+    """Where nodes come from: `slurm`, or `local` processes on this machine. `auto` uses Slurm if `sbatch` is installed
+    and finds its configuration, else `local`. Example: `local`."""
     state_dir: Line | None = None
     """Directory for clusters and runs, on a file system that all nodes and the login node share. Default:
     `$RAYLAUNCH_STATE_DIR`, else `~/.raylaunch`. Example: `/shared/me/raylaunch`."""
@@ -139,10 +139,10 @@ class ElasticConfig(Section):
     min_nodes_timeout: Positive = 1800
     """Seconds to wait for `elastic.min_nodes` before the run ends, with its last checkpoint kept. Example: `7200`."""
     hang_timeout: Annotated[float, Field(ge=5)] = 120.0
-    """Minimum number of seconds without a completed step before the run counts as hung. See `elastic.hang_factor`.
-    Example: `300`."""
+    """The run counts as hung after this many seconds without a completed step, or after `elastic.hang_factor` times
+    the median step time, whichever is longer. Example: `300`."""
     hang_factor: Annotated[float, Field(ge=2)] = 20.0
-    """The run also counts as hung only after this many times the median step time without a completed step. Example:
+    """The time limit for a step, as a multiple of the median step time. At least `elastic.hang_timeout`. Example:
     `50`."""
 
     @model_validator(mode="after")
