@@ -54,7 +54,7 @@ long-campaign: env packages  ## 100 random faults with a fixed seed, and their l
 unit: env  ## the tests that need nothing, in seconds
 	$(BIN)/pytest tests/unit
 
-lint: env  ## style, types, imports between rooms, undeclared dependencies
+lint: env  ## style, types, imports between packages, undeclared dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

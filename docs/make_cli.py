@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import textwrap
 from pathlib import Path
 
 import click
@@ -27,8 +28,8 @@ def described(command: click.Command, name: str) -> list[str]:
     level = "#" * (3 + name.count(" "))
     lines = ["", f"{level} `raylaunch {name}`", "", f"    raylaunch {name} {usage}", ""]
     for block in inspect.cleandoc(command.help or "").replace("\b\n", "\b").split("\n\n"):
-        example = block.startswith("\b")
-        lines += [f"    {line.strip()}" if example else line for line in block.removeprefix("\b").split("\n")] + [""]
+        example, text = block.startswith("\b"), block.removeprefix("\b")
+        lines += [*(textwrap.indent(textwrap.dedent(text), "    ") if example else text).split("\n"), ""]
     lines = [*lines[:-1], *options(command, context)]
     if isinstance(command, click.Group):
         for inner, each in command.commands.items():

@@ -1,4 +1,4 @@
-"""Words that several rooms say to people. Nothing here imports anything of raylaunch's."""
+"""Formatting of numbers and names for users, shared by several packages. Imports nothing of raylaunch."""
 
 from __future__ import annotations
 

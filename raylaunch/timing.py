@@ -1,4 +1,4 @@
-"""Time limits that depend on each other, in seconds, and what has to hold between them.
+"""Time limits that depend on each other, in seconds, and the relations that must hold between them.
 
 A limit that nothing else depends on stands where it is used. These stand here, so that whoever changes one sees the
 others: most are derived, and RELATIONS is checked whenever this module is imported.
@@ -10,95 +10,95 @@ from collections.abc import Mapping
 
 # Slurm's defaults
 SLURMD_TIMEOUT = 300.0
-"""A node that does not answer for so long is down."""
+"""After this time without an answer, slurmctld marks a node down."""
 KILL_WAIT = 30.0
 """From SIGTERM to SIGKILL."""
 
 # Connections between agents (control_channel)
 PING_EVERY = 0.5
 PING_LIMIT = 6 * PING_EVERY
-"""Silence after which the other side counts as gone."""
+"""After this time without a message, the other side counts as gone."""
 HANDSHAKE_LIMIT = 5.0
 ASK_LIMIT = 1.5
-"""For another agent's answer to whether it sees the head."""
+"""Time for another agent to answer whether it sees the head."""
 ALREADY_LIMIT = PING_LIMIT + 2.0
-"""To insist where another job's agent seems to have the node: one that has just died is found by then."""
+"""How long an agent retries when another job's agent holds the node: a dead one is detected by then."""
 
 # Looking for a head (seek, election)
 FILES_EVERY = 0.3
 SLURM_EVERY = 5.0
 CONNECT_LIMIT = 2.0
 VERDICT = PING_LIMIT + 1.5
-"""Within which a living head would have written that it holds us for lost."""
+"""Within this time, a living head that cannot reach us marks us lost in members.json."""
 TOGETHER = 10.0
-"""Between two losses that a cut-off head may see of one cut."""
+"""A head that is cut off may detect the losses of one cut this far apart."""
 LONELY = 1.0
-"""That the only other node waits for the head's word, even if the connection was closed."""
+"""How long the only other node waits for a message of the head, even after the connection closed."""
 TURN = ASK_LIMIT
-"""That each candidate waits for the one before it."""
+"""How long each candidate waits for the one before it."""
 PUBLISH_LIMIT = 15.0
-"""That the winner of an election has to say where it is."""
+"""Time for the winner of an election to publish its address."""
 PATIENCE = 600.0
-"""Without a head after which a node gives up: longer than a switch reboots, and than Slurm takes to call dead nodes
-down, without which a smaller half has no majority."""
+"""A node without a head gives up after this time. It is longer than the reboot of a switch, and longer than Slurm takes
+to mark dead nodes down: without that, the smaller part of the nodes has no majority."""
 
 # Nodes that come, and come back (agent, head, node_loop)
 CANARY_PATIENCE = 10.0
-"""NFS shows a new file late."""
+"""NFS may show a new file late."""
 CONNECT_PATIENCE = 20.0
 COMPANY_PATIENCE = CONNECT_PATIENCE
-"""That a head which cannot stay waits for somebody to take over."""
+"""How long a head that must leave waits for a node that takes over."""
 FOLLOW_LIMIT = 20.0
-"""Within which the nodes come to a new head."""
+"""Time for the nodes to connect to a new head."""
 BLAME_AFTER = 2.0
-"""From a node's loss to its strike: by then it is known whether most are lost, or the node is back."""
+"""Delay from the loss of a node to its strike: by then it is known whether most nodes are lost, or the node is back."""
 REJOIN_GRACE = 5.0
-"""That a lost node gets to come back by itself before it costs a joiner."""
+"""Time for a lost node to return before a joiner is submitted for it."""
 BOOT_LIMIT = 180.0
-"""After its job's start within which a node that has not been heard of still counts as coming."""
+"""After the start of its job, a node that has not connected counts as starting for this time."""
 
 # The end of a node, a cluster, an allocation (agent, head, drivers, teardown, allocation)
 TREE_LIMIT = 5.0
-"""To end all processes of a node."""
+"""Time to end all processes of a node."""
 LOG_PATIENCE = 2.0
-"""That an agent's end waits for the last lines of its log to be written."""
+"""How long an agent waits at its end for the last lines of its log."""
 TERM_LIMIT = 20.0
-"""After SIGTERM in which the run may leave the head's own node."""
+"""Time after SIGTERM for the run to leave the head's node."""
 TERM_PATIENCE = TERM_LIMIT
-"""After SIGTERM that a node waits for its head's order to end."""
+"""How long a node waits after SIGTERM for the head's order to end."""
 ENDING_LIMIT = 2 * TREE_LIMIT
-"""That the head waits for the last words of the nodes."""
+"""How long the head waits for the last reports of the nodes."""
 TELL_LIMIT = 8.0
-"""For the alerts of a run whose driver could not send them, while the cluster ends."""
+"""Time to send the alerts of a run whose driver could not, while the cluster ends."""
 ALLOCATION_ENDING = ENDING_LIMIT + TREE_LIMIT
-"""To end the agents and to requeue."""
+"""Time to end the agents and to requeue."""
 DOWN_LIMIT = ENDING_LIMIT + TELL_LIMIT + 2.0
-"""That `raylaunch down` waits for a head's end, beside the time to save."""
+"""How long `raylaunch down` waits for the head to end, in addition to the time to save."""
 TAKEN_LIMIT = 15.0
-"""Within which a living head takes a request."""
+"""Within this time a living head takes a request."""
 GONE_LIMIT = 2 * KILL_WAIT
-"""From a cancel to the end of the jobs."""
+"""Time from a cancel to the end of the jobs."""
 
 # Saving and telling at the end of a run (loop, trainers, head, beside, alerts)
 PATIENCE_AT_STOP, PATIENCE_AT_END = 60.0, 600.0
-"""For which the last save of an attempt, and of the run, is tried again when it fails."""
+"""How long the last save of an attempt, and of the run, is repeated if it fails."""
 SAVE_LIMIT = PATIENCE_AT_STOP
-"""That a run gets to save when the cluster is to end, unless the request says otherwise."""
+"""Time for a run to save when the cluster ends, unless the request has another limit."""
 LAST_LIMIT = 15.0
-"""That the end of a run waits for the sinks of its alerts."""
+"""How long the end of a run waits for the destinations of its alerts."""
 RUN_TELL_LIMIT = LAST_LIMIT + 10.0
-"""For the same in a process of its own, started for a run whose driver is dead."""
+"""The same, in a process that is started for a run whose driver is dead."""
 BESIDE_LIMIT = 2 * LAST_LIMIT
-"""That a run's end waits for the processes beside its driver."""
+"""How long the end of a run waits for its sidecar processes."""
 
 # Signs of life and load (pulse, watchdog, load)
 BEAT_EVERY = 2.0
 SILENCE = 5.0
-"""Without a sign of life after which a worker is called silent."""
+"""After this time without a heartbeat, a worker counts as silent."""
 LOAD_EVERY = 5.0
-"""Between two samples of a node's load, and between two writes of the latest ones."""
+"""Interval of the samples of a node's load, and of the writes of the latest ones."""
 GONE_AFTER = 60.0
-"""Without word from a node after which it is not part of the mean load."""
+"""After this time without a sample, a node is not part of the mean load."""
 
 RELATIONS = {
     "4 * PING_EVERY <= PING_LIMIT": "a few pings that are late are no silence",

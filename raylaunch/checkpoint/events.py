@@ -1,6 +1,6 @@
 """The events that checkpoints write, and `Event`, the base of all kinds in events.jsonl.
 
-The other kinds are in `state/cluster_events` and `state/run_events`, which stand above this room.
+The other kinds are in `state/cluster_events`, `state/node_events` and `state/run_events`, which are in a higher layer.
 """
 
 from __future__ import annotations

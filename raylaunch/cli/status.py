@@ -38,7 +38,7 @@ def status(as_json: bool, everything: bool, state_dir: Path | None) -> None:
         return
     console = Console(width=table_width(), highlight=False)
     if not picture["clusters"]:
-        console.print("no cluster is up; `raylaunch up` brings one up (`raylaunch status --all` shows ended ones)")
+        console.print("no cluster is up; `raylaunch up` starts one (`raylaunch status --all` shows ended ones)")
     for cluster in picture["clusters"]:
         _print_cluster(console, cluster)
 

@@ -250,7 +250,8 @@ class _Lines:
                 click.echo(text, err=True)
         if (now := _state(news)) != self._state:
             self._state = now
-            click.echo(f"run {news.run.name} is {now}", err=True)
+            if now not in runs.FINAL:  # the last line says it, with more
+                click.echo(f"run {news.run.name} is {now}", err=True)
         for row in news.metrics:
             if "loss" in row:
                 click.echo(f"step {row['step']}/{self._total}  {_figures(row)}{self._left(row)}", err=True)

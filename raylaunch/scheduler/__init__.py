@@ -1,1 +1,1 @@
-"""Slurm, or processes on this machine in its place: the only room that submits, asks for or cancels jobs."""
+"""Slurm, or processes on this machine in its place: the only package that submits, queries or cancels jobs."""

@@ -168,12 +168,9 @@ def decide(facts: TrainingFacts, elastic: ElasticConfig) -> Decision:
     reason = f"{nodes} nodes are alive"
     if last is not None:
         reason = f"{last.kind}: {last.text or last.fingerprint}; {reason}"
-    return Start(
-        nodes * facts.workers_per_node,
-        _delay(facts, elastic),
-        reason,
-        f"elastic.restart_backoff={elastic.restart_backoff:g}",
-    )
+    delay = _delay(facts, elastic)
+    setting = f"elastic.restart_backoff={elastic.restart_backoff:g}" if delay else ""
+    return Start(nodes * facts.workers_per_node, delay, reason, setting)
 
 
 def _delay(facts: TrainingFacts, elastic: ElasticConfig) -> float:

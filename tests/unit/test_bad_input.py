@@ -139,7 +139,7 @@ COMMANDS = [
     ("trian x.yaml", 2, ["trian"]),
     ("up --nonsense", 2, ["--nonsense"]),
     ("up main", 2, ["main", "--name"]),
-    ("train", 2, ["PATH"]),
+    ("train", 2, ["CFG"]),
     ("train {home}/good.yaml", 2, ["no cluster main", "raylaunch up"]),
     ("train {home}/good.yaml --cluster nope", 2, ["no cluster nope", "raylaunch up"]),
     ("train {home}/typo.yaml", 2, ["typo.yaml:3", "did you mean partition"]),

@@ -188,9 +188,9 @@ def test_the_doctor_tells_missing_commands_from_a_missing_configuration(
 
     monkeypatch.setattr(Slurm, "_call", answer)
     error = SlurmUnavailable("`sbatch --version` cannot reach Slurm: Could not establish a configuration source")
-    assert "are here, but they do not answer" in finding()
+    assert "are installed, but find no configuration" in finding()
     error.__cause__ = FileNotFoundError(2, "No such file or directory")
-    assert finding() == "Slurm's commands are not here"
+    assert finding() == "Slurm's commands are not installed"
 
 
 @pytest.mark.parametrize("kind", ["train", "submit"])

@@ -1,4 +1,4 @@
-"""The house in figures: few rooms, small modules, short functions. (Who imports whom: import-linter, `make lint`.)"""
+"""The code in figures: few packages, small modules, short functions. (Who imports whom: import-linter, `make lint`.)"""
 
 from __future__ import annotations
 

@@ -137,9 +137,9 @@ class Slurm:
             done = self._call(["sbatch", "--version"])
         except SlurmUnavailable as error:
             if isinstance(error.__cause__, OSError):
-                return "Slurm's commands are not here"
+                return "Slurm's commands are not installed"
             if "configuration source" in error.message:
-                return "Slurm's commands are here, but they do not answer: they find no configuration (SLURM_CONF)"
+                return "Slurm's commands are installed, but find no configuration (SLURM_CONF)"
             raise
         return "" if done.returncode == 0 else f"`sbatch --version` failed (exit {done.returncode})"
 
@@ -352,7 +352,7 @@ def _unavailable_hint(stderr: str) -> str:
     if "unge" in stderr or "authentication" in stderr:
         return "Munge, which tells Slurm who you are, does not work on this machine: ask its administrators."
     if "cannot stat file" in stderr or "configuration source" in stderr:
-        return "Slurm's configuration is not to be found here: check SLURM_CONF."
+        return "No Slurm configuration was found: check SLURM_CONF, or use `--backend local`."
     return "Slurm's controller is down or overloaded: see `scontrol ping`, and try again later."
 
 

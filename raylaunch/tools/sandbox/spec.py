@@ -173,7 +173,7 @@ class SandboxLayout:
             others = existing()
             raise SandboxError(
                 f"no sandbox is named {self.name!r}",
-                f"there is: {', '.join(others)} (choose with --name)"
+                f"Available: {', '.join(others)} (choose with --name)."
                 if others
                 else f"raylaunch sandbox up --name {self.name}",
             ) from None
