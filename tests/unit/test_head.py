@@ -578,6 +578,23 @@ def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatc
     run(story)
 
 
+def test_only_rows_that_have_changed_are_made_again(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        joined(head, "n1", "n2", "n3", "n4")
+        before = head.table.rows()
+        assert all(a is b for a, b in zip(before, head.table.rows(), strict=True))
+        heard(head, "n2", state="ready")
+        lost(head, "n3")
+        head.context.memory.draining["n4"] = Draining("asked")
+        rows = head.table.rows()
+        assert rows[0] is before[0] and [row.state for row in rows[1:]] == ["ready", "lost", "draining"]
+        del head.table.members.table["n4"]
+        assert [row.name for row in head.table.rows()] == ["n1", "n2", "n3"]
+
+    run(story)
+
+
 def test_nobody_is_struck_by_a_head_that_may_have_been_replaced(place: Place) -> None:
     async def story() -> None:
         head = place.lead(1)
