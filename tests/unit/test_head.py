@@ -329,7 +329,8 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
     async def story() -> None:
         head = place.lead(1)
         wrong = ({"kind": "scale", "nodes": "many"}, {"kind": "scale", "nodes": float("inf")}, {"kind": "scale", "nodes": -1},
-                 {"kind": "down", "save_limit": True}, {"kind": "strike", "node": "n1"}, {"kind": "dance"})  # fmt: skip
+                 {"kind": "down", "save_limit": True}, {"kind": "strike", "node": "n1"}, {"kind": "dance"},
+                 *({"kind": "run", "run": name} for name in ("", "../x", "a\0b", "\udcff", "a" * 300)))  # fmt: skip
         for number, values in enumerate(wrong):
             files.write_json(place.directory / records.REQUESTS / f"0-{number}.json", values)
         (place.directory / records.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
@@ -338,7 +339,7 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
         await head.requests.turn()
         assert place.read("duties.json")["queue"] == ["good"]
         await head.requests.turn()
-        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == [*["bad"] * 7, "json"]
+        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == [*["bad"] * (len(wrong) + 1), "json"]
         await head.context.off_loop(lambda: None)
         assert len(place.events("request_refused")) == len(wrong)
 
