@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import sys
 from typing import Any
 
@@ -102,6 +103,9 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point: errors of ours are a message and an exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names and paths may have bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(standalone_mode=False)
     except RaylaunchError as error:

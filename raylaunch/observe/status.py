@@ -8,12 +8,13 @@ from typing import Any
 
 from raylaunch.cluster import up
 from raylaunch.cluster.node_loop import submitter
-from raylaunch.errors import RaylaunchError, UsageError
+from raylaunch.errors import RaylaunchError, StateError, UsageError
 from raylaunch.observe.history import goodput
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import event_log, files, members, records, runs
 from raylaunch.state.head_state import HeadState
+from raylaunch.state.members import NOBODY
 from raylaunch.state.records import Cluster, Head
 from raylaunch.state.runs import Run
 
@@ -54,11 +55,14 @@ def _cluster(
     directory: Path, record: Cluster, jobs: dict[str, Job], trouble: str | None, every_run: list[dict[str, Any]]
 ) -> dict[str, Any]:
     own = [jobs[j] for j in record.jobs if j in jobs]
-    table = members.living(directory, record)
+    try:
+        table = members.living(directory, record)
+    except StateError as error:  # the other clusters are shown all the same
+        table, trouble = NOBODY, trouble or error.message
     nodes = table.nodes
     head = Head.read(directory)
     alive = any(job.alive for job in own)
-    bases = {row.get("job") for row in event_log.read(directory, "submitted", "successor")}
+    bases = {str(row.get("job")) for row in event_log.read(directory, "submitted", "successor")}
     joiners = {j.id for j in own} - bases
     if (directory / records.ENDED_FILE).exists() or (trouble is None and not alive):
         now = "down"

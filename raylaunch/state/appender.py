@@ -6,6 +6,7 @@ number of bytes waits; beyond that the oldest go. Each batch opens the file anew
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -71,7 +72,7 @@ class Appender:
         with self._changed:
             lost = self._lost + b"".join([self._batch, *self._waiting]).count(b"\n")
         if lost:
-            print(f"{lost} lines of {self._path} are lost: {self._failure}", file=sys.stderr, flush=True)
+            _say(f"{lost} lines of {self._path} are lost: {self._failure}")
         return lost
 
     def _lose(self, data: bytes) -> None:
@@ -94,23 +95,32 @@ class Appender:
                 return
 
     def _take(self) -> bool:
-        """Add all that waits to the batch, once there is something; False at the end."""
+        """Take all that waits, once there is something, when the last batch is written; False at the end. (A batch does
+        not grow while it is tried again: only what waits can go when there is no room.)"""
         with self._changed:
             while not (self._waiting or self._batch or self._closed):
                 self._changed.wait()
-            if self._is_log and self._lost and not self._batch:
+            if self._batch:
+                return True
+            if self._is_log and self._lost:
                 note = f"[raylaunch: {self._lost} lines are lost: the storage did not accept them]\n".encode()
                 self._waiting.appendleft(note)
                 self._size, self._lost = self._size + len(note), 0
-            self._batch += b"".join(self._waiting)
+            self._batch = b"".join(self._waiting)
             self._waiting.clear()
             return bool(self._batch)
 
     def _tell(self, failure: str) -> None:
         """Once for each trouble, not for each try."""
         if failure and failure != self._failure:
-            print(f"{failure}: what is to be written is kept, and tried again", file=sys.stderr, flush=True)
+            _say(f"{failure}: what is to be written is kept, and tried again")
         self._failure = failure
+
+
+def _say(text: str) -> None:
+    """On stderr, which may be a file on the storage that fails."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 class AppendingHandler(logging.Handler):

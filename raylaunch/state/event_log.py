@@ -93,6 +93,6 @@ def read(directory: Path, *kinds: str) -> list[dict[str, Any]]:
         return []
     rows = []
     for line in pattern(kinds).findall(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(current(json.loads(line)))
     return [row for row in rows if isinstance(row, dict) and row.get("kind") in kinds]

@@ -123,7 +123,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StateError(f"cannot read {path}: {error}", "Move the file away and try again.") from error
 
 
@@ -173,8 +173,9 @@ class LineReader:
         self.offset += len(complete)
         rows = []
         for line in complete.splitlines():
-            with contextlib.suppress(ValueError):  # torn by a full disk: the next one counts
-                rows.append(json.loads(line))
+            with contextlib.suppress(ValueError, RecursionError):  # torn by a full disk: the next one counts
+                if isinstance(row := json.loads(line), dict):
+                    rows.append(row)
         return rows
 
 

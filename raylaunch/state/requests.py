@@ -37,9 +37,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
 
 from raylaunch.checkpoint import fence
+from raylaunch.config.schema.base import check_name
 from raylaunch.state import files, records
 from raylaunch.timing import SAVE_LIMIT
 
@@ -60,7 +61,7 @@ class RunAsk(_Ask):
     """`train`: queue this run."""
 
     kind: Literal["run"] = "run"
-    run: str
+    run: Annotated[str, AfterValidator(check_name)]
 
 
 class ScaleAsk(_Ask):

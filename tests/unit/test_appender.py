@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +82,32 @@ def test_what_failed_is_tried_again_and_said_once(storage: Storage, capsys: pyte
     storage.trouble = ""
     assert out.close(PATIENCE) == 0 and storage.content == b"one\ntwo\n"
     assert capsys.readouterr().err.count("Stale file handle") == 1
+
+
+def test_the_oldest_go_while_the_storage_fails(storage: Storage) -> None:
+    storage.trouble = "cannot append to log: Stale file handle"
+    out = started(room=100)
+    out.write(b"first\n")
+    until(lambda: out._failure != "")
+    for number in range(100):
+        out.write(b"%09d\n" % number)
+        time.sleep(0.001)
+    storage.trouble = ""
+    assert out.close(PATIENCE) == 91
+    assert storage.content == b"first\n" + b"".join(b"%09d\n" % number for number in range(91, 100))
+
+
+def test_a_stderr_that_fails_too_ends_nothing(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    storage.trouble = "cannot append to log: No space left on device"
+    out = started()
+    out.write(b"one\n")
+    until(lambda: out._failure != "")
+    storage.trouble = ""
+    out.write(b"two\n")
+    assert out.close(PATIENCE) == 0 and storage.content == b"one\ntwo\n"
 
 
 def test_close_does_not_wait_for_ever(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:

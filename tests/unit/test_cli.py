@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from raylaunch.cli import cli, options
+from raylaunch.cli import cli, main, options
 from raylaunch.cli.train import _Lines
 from raylaunch.cluster import up
 from raylaunch.config import loader
@@ -236,3 +237,14 @@ def test_a_lock_of_a_frozen_hand_over_is_named(here: Path, monkeypatch: pytest.M
     run = files.run_dir(here, "r")
     with runs.handing_over(run), pytest.raises(RaylaunchError, match="submitting a run"), runs.handing_over(run):
         pass
+
+
+def test_a_name_that_is_no_text_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        patch.setattr(cli, "main", lambda **_: print("node \udcff", flush=True))
+        with pytest.raises(SystemExit) as end:
+            main()
+    out.seek(0)
+    assert end.value.code == 0 and out.read() == "node \\udcff\n"

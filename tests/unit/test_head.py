@@ -329,7 +329,8 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
     async def story() -> None:
         head = place.lead(1)
         wrong = ({"kind": "scale", "nodes": "many"}, {"kind": "scale", "nodes": float("inf")}, {"kind": "scale", "nodes": -1},
-                 {"kind": "down", "save_limit": True}, {"kind": "strike", "node": "n1"}, {"kind": "dance"})  # fmt: skip
+                 {"kind": "down", "save_limit": True}, {"kind": "strike", "node": "n1"}, {"kind": "dance"},
+                 *({"kind": "run", "run": name} for name in ("", "../x", "a\0b", "\udcff", "a" * 300)))  # fmt: skip
         for number, values in enumerate(wrong):
             files.write_json(place.directory / records.REQUESTS / f"0-{number}.json", values)
         (place.directory / records.REQUESTS / "1-torn-x.json").write_text('{"kind": "ru')
@@ -338,7 +339,7 @@ def test_one_request_that_is_wrong_keeps_no_other_from_being_done(place: Place) 
         await head.requests.turn()
         assert place.read("duties.json")["queue"] == ["good"]
         await head.requests.turn()
-        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == [*["bad"] * 7, "json"]
+        assert sorted(name.rpartition(".")[2] for name in left_over(place)) == [*["bad"] * (len(wrong) + 1), "json"]
         await head.context.off_loop(lambda: None)
         assert len(place.events("request_refused")) == len(wrong)
 
@@ -574,6 +575,23 @@ def test_the_table_keeps_the_last_of_those_who_are_gone(place: Place, monkeypatc
             lost(head, f"n{i}", ago=100.0 - i)
         head.table.forget_the_longest_gone()
         assert [row.name for row in head.table.rows()] == ["n5", "n6", "n7", "n8", "n9"]
+
+    run(story)
+
+
+def test_only_rows_that_have_changed_are_made_again(place: Place) -> None:
+    async def story() -> None:
+        head = place.lead(1)
+        joined(head, "n1", "n2", "n3", "n4")
+        before = head.table.rows()
+        assert all(a is b for a, b in zip(before, head.table.rows(), strict=True))
+        heard(head, "n2", state="ready")
+        lost(head, "n3")
+        head.context.memory.draining["n4"] = Draining("asked")
+        rows = head.table.rows()
+        assert rows[0] is before[0] and [row.state for row in rows[1:]] == ["ready", "lost", "draining"]
+        del head.table.members.table["n4"]
+        assert [row.name for row in head.table.rows()] == ["n1", "n2", "n3"]
 
     run(story)
 

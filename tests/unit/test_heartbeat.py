@@ -51,6 +51,14 @@ def test_the_driver_hears_where_workers_are_and_when_they_end(server: HeartbeatS
     one.close()
 
 
+def test_a_trainer_s_step_may_be_anything_like_a_number(server: HeartbeatServer, tmp_path: Path) -> None:
+    one = pulse(server, 0, tmp_path)
+    one.progress(7.5, 3)  # type: ignore[arg-type]
+    until(lambda: [(b.step, b.phase) for b in server.beats()] == [(7, "3")])
+    one.progress("none", "step")  # type: ignore[arg-type]
+    one.close()
+
+
 def test_orders_reach_rank_0_also_when_it_comes_late_and_can_be_taken_back(
     server: HeartbeatServer, tmp_path: Path
 ) -> None:

@@ -17,11 +17,13 @@ from raylaunch.config.schema import Config
 from raylaunch.errors import UsageError
 from raylaunch.observe.live import braille_plot, screen, snapshot
 from raylaunch.observe.live.snapshot import Picture, Point
+from raylaunch.observe.why.run import last_failure
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import event_log, files, records
 from raylaunch.state.head_state import HeadState
 from raylaunch.state.records import Cluster
 from raylaunch.state.runs import Run
+from raylaunch.tools.chaos import recovery_summary
 
 NOW = 1_700_000_000.0
 
@@ -150,6 +152,28 @@ def test_broken_files_leave_the_rest(directory: Path) -> None:
     found = snapshot.SnapshotReader(directory, None).read()
     assert found.events and found.time
     assert text(found)
+
+
+def test_events_with_values_of_wrong_types_are_no_mistake_of_ours(directory: Path) -> None:
+    rows = [
+        '{"time": NaN, "kind": "x"}',
+        '{"time": 1e300, "kind": "x"}',
+        '{"time": %s, "kind": "commit"}' % ("9" * 400),
+    ]
+    for value in ("[]", "{}", "1", "true", "null", '"x"', "9" * 400):
+        for kind in ("attempt_started", "attempt_ended", "checkpoint_invalid", "strike", "submitted", "resumed"):
+            fields = ", ".join(
+                f'"{key}": {value}' for key in ("on", "step", "how", "job", "workers", "seconds", "phases")
+            )
+            rows.append(f'{{"time": 1796143600, "kind": "{kind}", "attempt": 1, {fields}}}')
+    run = directory.parents[1] / "runs" / "r"
+    for folder in (directory, run):
+        with (folder / "events.jsonl").open("a") as out:
+            out.write("".join(row + "\n" for row in rows))
+    found = snapshot.SnapshotReader(directory, run).look()
+    assert text(found) and not found.internal_errors and "x" not in {kind for _, kind, _ in found.events}
+    recovery_summary.of(run, [], 0.0, 2e9, 1)
+    assert last_failure(run) is None
 
 
 def test_a_mistake_of_ours_is_shown(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

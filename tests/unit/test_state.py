@@ -58,6 +58,22 @@ def test_a_growing_file_is_read_a_line_at_a_time(tmp_path: Path) -> None:
     assert files.read_lines(path) == [{"step": 1}, {"step": 2}]
 
 
+def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(
+        b'5\n[]\n"x"\nnull\n\xff\n\0\n' + b"[" * 100_000 + b'\n{"kind": "commit", "x": ' + b"[" * 100_000 + b"\n"
+    )
+    event_log.write(tmp_path, "commit", step=1)
+    assert [row["step"] for row in files.read_lines(path)] == [1]
+    assert [row["step"] for row in event_log.read(tmp_path, "commit")] == [1]
+
+
+def test_a_file_that_is_nested_too_deeply_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(StateError):
+        files.read_json(tmp_path / "a.json")
+
+
 def test_events_are_one_line_each(tmp_path: Path) -> None:
     event_log.write(tmp_path, "a", reason="two\nlines")
     event_log.write(tmp_path, "b")

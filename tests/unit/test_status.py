@@ -10,7 +10,9 @@ from click.testing import CliRunner
 from made_runs import Made
 
 from raylaunch.cli import cli
+from raylaunch.observe import status
 from raylaunch.scheduler.backends import SlurmBackend
+from raylaunch.state.records import Cluster
 
 REASON = "the same error 2 times: rank 1: KeyError: [red]\n" + "far " * 100
 
@@ -31,6 +33,17 @@ def test_why_a_run_failed_stands_below_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert "  bug: the same error 2 times: rank 1: KeyError: [red] far far" in shown(run, "failed", monkeypatch)
     assert all(len(line) <= 200 for line in shown(run, "failed", monkeypatch).splitlines())
     assert "the same error" not in shown(run, "finished", monkeypatch)
+
+
+def test_a_cluster_whose_table_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    clusters = tmp_path / "clusters"
+    for name in ("bad", "good"):
+        (clusters / name).mkdir(parents=True)
+        Cluster(name, "local", 1, "canary", 0.0, 1, 8, 1).write(clusters / name / "cluster.json")
+    (clusters / "bad" / "members.json").write_text('{"canary": []}')
+    bad, good = status.gather(tmp_path, with_ended=True)["clusters"]
+    assert (bad["state"], good["state"]) == ("unknown", "down")
+    assert "members.json" in bad["error"] and good["error"] is None
 
 
 def test_nothing_is_under_way_in_a_run_that_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raylaunch.cluster.telemetry.collect import Collector
 from raylaunch.cluster.telemetry.kernel import KernelLog
 from raylaunch.cluster.telemetry.load_table import FIRST_PERIOD, POINTS, LoadSeries, LoadTable, flat
 from raylaunch.cluster.telemetry.sample import Gpus, Sampler
@@ -99,6 +102,18 @@ def test_the_kernel_s_word_comes_before_the_counts() -> None:
     told = table.take("n1", {"oom_kills": 1, "kernel": [{"kind": "oom_kill", "pid": 77, "task": "python3"}]}, 5)
     assert told == [OomKill("n1", 77, "python3")]
     assert "kernel" not in table.latest["n1"]
+
+
+@pytest.mark.parametrize("load", [
+    {"gpus": 5}, {"gpus": [5]}, {"gpus": [{"util": "x", "watts": "x"}]}, {"kernel": 5}, {"kernel": [{}]}, {"cpu": "x"},
+    {"kernel": [{"kind": "oom_kill"}]}, {"kernel": [{"kind": "of a newer version"}]}, {"oom_kills": "x"}, {"memory": [1]},
+])  # fmt: skip
+def test_a_load_of_another_version_ends_no_head(tmp_path: Path, load: dict[str, Any]) -> None:
+    collector = Collector(tmp_path, "canary", lambda: None, lambda event: None, lambda: [])
+    collector.take("a", load)
+    collector.take("a", {"cpu": 0.5, "oom_kills": 0, "gpus": [{"util": 0.5, "watts": 300}]})
+    collector.take("a", load)
+    assert collector._table.row(time.time())["nodes"] == 1
 
 
 def test_all_nodes_in_one_line() -> None:

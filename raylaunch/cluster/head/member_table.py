@@ -13,7 +13,7 @@ from raylaunch.cluster.membership.control_channel import ControlServer, Member
 from raylaunch.cluster.node_loop import policy
 from raylaunch.state import records
 from raylaunch.state.head_state import Draining
-from raylaunch.state.members import OVER, MemberRow, Members
+from raylaunch.state.members import OVER, MemberRow, Members, NodeInfo
 from raylaunch.state.node_events import (
     NodeDraining,
     NodeEnded,
@@ -53,16 +53,23 @@ class MemberTable:
         self.ends: float | None = None
         """When the base job's time is up (Unix)."""
         self.closed = False
+        self._rows: dict[str, tuple[NodeInfo, MemberRow]] = {}
+        """As they were made last: a large table would keep the event loop busy, and most of it is as it was."""
 
     # -- who is here -----------------------------------------------------------------------------------
 
     def rows(self) -> tuple[MemberRow, ...]:
         """The nodes as members.json has them."""
-        return tuple(self._row(m) for m in self.members.table.values())
+        self._rows = {m.node: (m.info, self._row(m)) for m in self.members.table.values()}
+        return tuple(row for _, row in self._rows.values())
 
     def _row(self, m: Member) -> MemberRow:
+        state = self.state_of(m)
+        info, row = self._rows.get(m.node, (None, None))
+        if row is not None and info is m.info and (row.state, row.since) == (state, m.since):
+            return row
         role = "head" if m.node == self._context.head.node else "worker"
-        return MemberRow(**{**dict(m.info), "state": self.state_of(m)}, name=m.node, role=role, since=m.since)
+        return MemberRow(**{**dict(m.info), "state": state}, name=m.node, role=role, since=m.since)
 
     def state_of(self, member: Member) -> str:
         now = member.info.state

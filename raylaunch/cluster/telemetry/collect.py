@@ -45,8 +45,13 @@ class Collector:
         self._nodes, self._table = nodes, LoadTable()
 
     def take(self, node: str, load: dict[str, Any]) -> None:
-        """What an agent has measured."""
-        for news in self._table.take(node, load, time.time()):
+        """What an agent has measured; nothing, where that is no load."""
+        try:
+            found = self._table.take(node, load, time.time())
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+            log.warning("a load that cannot be read node=%s error=%r", node, error)
+            return
+        for news in found:
             self._event(news)
 
     async def run(self) -> None:

@@ -54,9 +54,9 @@ class LoadTable:
     def take(self, node: str, load: dict[str, Any], now: float) -> list[Event]:
         """A node's new load; what of it is news, as events: by the kernel's word where there is one, else by counts."""
         before, figures = self.latest.get(node), flat(load)
+        kernel = list(_of_kernel(node, load.get("kernel", ())))
         self.latest[node] = {"time": round(now, 1), **figures}
         self._series.setdefault(node, LoadSeries(now)).add(now, [figures.get(name) for name in MEASURES])
-        kernel = [_of_kernel(node, row) for row in load.get("kernel", ())]
         return kernel + [e for e in _news(node, before or {}, figures) if type(e) not in {type(k) for k in kernel}]
 
     def keep(self, nodes: Iterable[str]) -> None:
@@ -93,28 +93,35 @@ class LoadTable:
 
 
 def flat(load: dict[str, Any]) -> dict[str, Any]:
-    """A node's load with its GPUs in one: means, the sum of the watts, the hottest, all that throttles."""
+    """A node's load with its GPUs in one: means, the sum of the watts, the hottest, all that throttles. What should be a
+    number and is none (the node may have another version) is left out."""
     gpus: list[dict[str, Any]] = load.get("gpus") or []
-    found = {k: v for k, v in load.items() if k not in {"gpus", "kernel"}}
+    found = {k: v for k, v in load.items() if k not in {"gpus", "kernel"} and _is_number(v)}
     if gpus:
         found["gpus"] = len(gpus)
     for name, key in (("gpu", "util"), ("gpu_memory", "memory")):
-        figures = [gpu[key] for gpu in gpus if key in gpu]
+        figures = [gpu[key] for gpu in gpus if _is_number(gpu.get(key))]
         if figures:
             found[name] = round(sum(figures) / len(figures), 3)
     for key, whole in (("watts", sum), ("temperature", max), ("ecc_errors", sum)):
-        figures = [gpu[key] for gpu in gpus if key in gpu]
+        figures = [gpu[key] for gpu in gpus if _is_number(gpu.get(key))]
         if figures:
             found[key] = whole(figures)
     throttled = [f"GPU {i}: {gpu['throttled']}" for i, gpu in enumerate(gpus) if gpu.get("throttled")]
     return {**found, "throttled": "; ".join(throttled)} if throttled else found
 
 
-def _of_kernel(node: str, row: dict[str, Any]) -> Event:
-    """What the node's agent found in the kernel's log (see `kernel`)."""
-    if row["kind"] == OomKill.kind:
-        return OomKill(node, row["pid"], row["task"])
-    return GpuTrouble(node, row["what"])
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _of_kernel(node: str, rows: Iterable[dict[str, Any]]) -> Iterable[Event]:
+    """What the node's agent found in the kernel's log (see `kernel`); of other kinds, nothing."""
+    for row in rows:
+        if row["kind"] == OomKill.kind:
+            yield OomKill(node, row.get("pid"), row.get("task"))
+        elif row["kind"] == GpuTrouble.kind:
+            yield GpuTrouble(node, row["what"])
 
 
 def _news(node: str, before: dict[str, Any], now: dict[str, Any]) -> Iterable[Event]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from raylaunch.observe.history.recoveries import Recovery, recoveries
-from raylaunch.observe.history.timeline import FINAL, Attempt, History, Row, Step, is_step, latest, read
+from raylaunch.observe.history.timeline import FINAL, Attempt, History, Row, Step, is_number, is_step, latest, read
 from raylaunch.state import event_log, files
 from raylaunch.state.runs import Run
 
@@ -288,7 +288,7 @@ def of_run(run_dir: Path, whole: bool = True, window: tuple[float, float] | None
     record = Run.read(run_dir)
     events = event_log.read_all(run_dir)
     cluster = run_dir.parent.parent / "clusters" / (record.cluster if record else "")
-    begun = min((float(r["time"]) for r in events if isinstance(r.get("time"), (int, float))), default=math.inf)
+    begun = min((float(r["time"]) for r in events if is_number(r.get("time"))), default=math.inf)
     of_cluster = [r for r in event_log.read(cluster, *OF_CLUSTER) if float(r.get("time", 0)) >= begun]
     path = run_dir / files.METRICS_FILE
     metrics = files.read_lines(path) if whole or not _is_large(path) else _in_pieces(path, events)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from raylaunch.observe.history.timeline import Row, read
+from raylaunch.observe.history.timeline import Row, is_number, read
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ def verify_steps(metrics: Iterable[Row], events: Iterable[Row], every: int = 1) 
     repeated: set[int] = set()
     twice: set[int] = set()
     committed = 0
-    bad = {(r["step"], r["time"]) for r in history.events if r["kind"] == "checkpoint_invalid" and "step" in r}
+    bad = {
+        (r["step"], r["time"]) for r in history.events if r["kind"] == "checkpoint_invalid" and is_number(r.get("step"))
+    }
     gone_back = {a for r in history.events if r["kind"] == "nonfinite" for a in [r.get("attempt")]}
     good: set[int] = set()
     for attempt in history.attempts:

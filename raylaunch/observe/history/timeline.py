@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -141,7 +141,7 @@ def read(events: Iterable[Row], metrics: Iterable[Row], cluster: Iterable[Row] =
         if row["kind"] == "attempt_started":
             made = Attempt(
                 number, _integer(row.get("run_incarnation")), row["time"], _integer(row.get("workers")),
-                _integer(row.get("from_step")), tuple(str(n) for n in row.get("on") or ()),
+                _integer(row.get("from_step")), tuple(map(str, on)) if isinstance(on := row.get("on"), list) else (),
             )  # fmt: skip
             attempts[made.key] = newest[number] = made
         elif number in newest:
@@ -204,4 +204,5 @@ def _integer(value: object, default: int = 0) -> int:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Finite, also as a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -25,6 +25,7 @@ from raylaunch.config.schema import Config
 from raylaunch.errors import UsageError
 from raylaunch.host.internal_errors import InternalErrors
 from raylaunch.observe.history import goodput
+from raylaunch.observe.history.safe_read import sound
 from raylaunch.observe.history.timeline import is_step
 from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Job
@@ -232,8 +233,8 @@ class _Events:
         self._rows: deque[tuple[float, str, str]] = deque(maxlen=EVENTS)
 
     def read(self) -> Iterator[tuple[float, str, str]]:
-        for row in self._reader.read():
-            with contextlib.suppress(KeyError, TypeError, ValueError):
+        for line in self._reader.read():
+            if (row := sound(line)) is not None:
                 self._rows.append((float(row["time"]), str(row["kind"]), _words(row)))
         yield from self._rows
 

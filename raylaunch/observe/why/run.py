@@ -56,7 +56,7 @@ def last_failure(run_dir: Path) -> Failed | None:
     """None if no attempt failed."""
     found = None
     for line, event in _events(run_dir / files.EVENTS_FILE, "attempt_ended"):
-        if event.get("how") in {"fault", "error"}:
+        if event.get("how") in ("fault", "error"):
             found = Failed(
                 int(event["attempt"]), str(event["how"]), str(event.get("cause") or ""), str(event.get("error") or ""),
                 event.get("rank"), event.get("node"), line,

@@ -106,9 +106,9 @@ class HeartbeatClient:
         """End the thread, with a last word where the worker is."""
         self._end.set()
         if (link := self._link) is not None:
-            with contextlib.suppress(OSError):  # the driver has gone first
+            with contextlib.suppress(OSError, ValueError, TypeError):  # the driver has gone first, or that is no number
                 if self._where is not None:
-                    _send(link, Progress(step=self._where[0], phase=self._where[1], age=0.0))
+                    _send(link, _progress(self._where, self._where[2]))
                 link.shutdown(socket.SHUT_RDWR)
         if self._thread.is_alive():
             self._thread.join(2 * LOOK_EVERY)
@@ -154,7 +154,7 @@ class HeartbeatClient:
                 armed = now
             where = self._where
             if where is not None and (where != told or now - told_at >= BEAT_EVERY):
-                _send(link, Progress(step=where[0], phase=where[1], age=round(now - where[2], 3)))
+                _send(link, _progress(where, now))
                 told, told_at = where, now
             elif now - told_at >= BEAT_EVERY:
                 _send(link, Progress())
@@ -178,6 +178,11 @@ class HeartbeatClient:
                 out.flush()
                 faulthandler.dump_traceback(out, all_threads=True)
             _send(link, Progress(dumped=str(self._stack_file)))
+
+
+def _progress(where: tuple[int, str, float], now: float) -> Progress:
+    """A trainer may have given its step and phase as anything that looks like a number and a text."""
+    return Progress(step=int(where[0]), phase=str(where[1]), age=round(now - where[2], 3))
 
 
 def _send(link: socket.socket, message: wire.Message) -> None:
