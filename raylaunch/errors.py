@@ -6,6 +6,11 @@ usage, 1 for a failure.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class RaylaunchError(Exception):
     """Base class. `message`: what happened; `hint`: the next step."""
@@ -57,6 +62,12 @@ class DataError(RaylaunchError):
 
 class SandboxError(RaylaunchError):
     """The sandbox cannot be created or used."""
+
+
+def first_problem(error: ValidationError) -> str:
+    """Of a value that does not fit its model (pydantic): where, and what."""
+    found = error.errors()[0]
+    return f"{'.'.join(map(str, found['loc'])) or 'the file'}: {found['msg']}"
 
 
 def first_line(error: BaseException) -> str:

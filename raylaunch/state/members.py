@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from raylaunch.errors import StateError
+from raylaunch.errors import StateError, first_problem
 from raylaunch.state import files, records
 from raylaunch.state.records import Cluster
 
@@ -85,10 +85,8 @@ class Members(BaseModel):
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
             raise StateError(
-                f"cannot read {path}: {where}: {first['msg']}", "Move the file away and try again."
+                f"cannot read {path}: {first_problem(error)}", "Move the file away and try again."
             ) from error
 
     @classmethod

@@ -40,7 +40,7 @@ FAILED_LINE = "RAYLAUNCH_FAILED"
 
 
 FORMER_KEYS = {"life": "allocation", "base": "incarnation_offset"}
-"""Of a record's file → the present key. Clusters and runs of an earlier version have them."""
+"""Of a record's file, before December 2026 → the present key."""
 
 
 class Record:
@@ -52,8 +52,14 @@ class Record:
         current = {FORMER_KEYS.get(k, k): v for k, v in value.items()}
         return cls(**{k: v for k, v in current.items() if k in known})
 
+    def values(self) -> dict[str, Any]:
+        """As the file has them. Former keys stand beside the present ones, for processes that were started before the
+        upgrade: a run's driver would fence itself, and agents would not follow a new head."""
+        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        return values | {former: values[now] for former, now in FORMER_KEYS.items() if now in values}
+
     def write(self, path: Path) -> None:
-        files.write_json(path, asdict(self))  # type: ignore[call-overload]
+        files.write_json(path, self.values())
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,6 @@ class Head(Record):
     def restarts(self) -> int:
         """How often Slurm had requeued it by then."""
         return int(self.allocation.partition(":")[2] or 0)
-
-    def values(self) -> dict[str, Any]:
-        """As head.json has it. `life`: for agents that were started before December 2026 and know no `allocation`."""
-        return {**asdict(self), "life": self.allocation}
-
-    def write(self, path: Path) -> None:
-        files.write_json(path, self.values())
 
     @classmethod
     def read(cls, directory: Path) -> Head | None:

@@ -37,10 +37,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from raylaunch.checkpoint import fence
 from raylaunch.config.schema.base import check_name
+from raylaunch.errors import first_problem
 from raylaunch.state import files, records
 from raylaunch.timing import SAVE_LIMIT
 
@@ -140,7 +141,10 @@ class Request:
     @property
     def what(self) -> Ask:
         """What it asks for; ValueError for what no head understands."""
-        return _ASK.validate_python(self.values)
+        try:
+            return _ASK.validate_python(self.values)
+        except ValidationError as error:
+            raise ValueError(first_problem(error)) from error
 
     def done(self) -> None:
         """What it asks for is remembered."""

@@ -116,6 +116,7 @@ def test_records_of_before_are_read(tmp_path: Path) -> None:
     files.write_json(tmp_path / records.RUN_FILE, run)
     found = Run.read(tmp_path)
     assert found is not None and found.incarnation_offset == 12
+    assert found.values()["base"] == 12, "a driver of before the upgrade is not fenced by those before it"
 
 
 def test_a_driver_of_before_starts_workers_of_after() -> None:

@@ -25,6 +25,7 @@ from raylaunch.cluster.head.context import Replaced
 from raylaunch.cluster.membership.control_channel import Member
 from raylaunch.cluster.node_loop.node_loop import LoopResult
 from raylaunch.config.schema import Config
+from raylaunch.errors import StateError
 from raylaunch.scheduler.backends import Job
 from raylaunch.state import files, records, requests, runs
 from raylaunch.state.head_state import Draining
@@ -810,3 +811,19 @@ def test_a_driver_opens_what_it_looks_at(place: Place, monkeypatch: pytest.Monke
     place.head(2).write(place.directory / records.HEAD_FILE)
     monkeypatch.setattr(Path, "stat", lambda *_, **__: old)
     assert seen.fenced()
+
+
+@pytest.mark.parametrize("content", ["{", '{"nodes": [{"name": 3}]}', "[]", "null"])
+def test_a_table_that_nobody_can_read_keeps_nobody_from_leading(place: Place, content: str) -> None:
+    head = place.lead(2)
+    (place.directory / records.MEMBERS_FILE).write_text(content)
+    assert head._nodes_before() == ()
+
+
+def test_a_table_that_the_storage_does_not_give_is_not_taken_for_an_empty_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = place.lead(2)
+    (place.directory / records.MEMBERS_FILE).mkdir()
+    with pytest.raises(StateError):
+        head._nodes_before()

@@ -7,7 +7,6 @@ import errno
 import logging
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,11 +143,11 @@ class HeadContext:
         if memory.allocation and memory.allocation != self.head.allocation:
             memory.continued += 1
         memory.allocation = self.head.allocation
-        self.duties_file.write(asdict(memory))
+        self.duties_file.write(memory.values())
 
     def remember(self) -> None:
         """Write down what the next head must know."""
-        self._files.submit(self._write_memory, asdict(self.memory))
+        self._files.submit(self._write_memory, self.memory.values())
 
     def _write_memory(self, memory: dict[str, Any]) -> None:
         with self.errors.caught("duties.json"):

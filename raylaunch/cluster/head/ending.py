@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -295,7 +295,7 @@ class HeadEnding:
     def _go_on(self, course: Course) -> None:
         context = self._context
         # A full disk is no reason not to go on: the last commit is good.
-        within(self._patience, None, context.tried, context.duties_file.write, asdict(context.memory))
+        within(self._patience, None, context.tried, context.duties_file.write, context.memory.values())
         for event in allocation.go_on(context.directory, context.head.job, course.goes_on, Continuation(course.way)):
             within(self._patience, None, context.tried, event_log.append, context.directory, event)
 

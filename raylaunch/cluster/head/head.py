@@ -10,6 +10,7 @@ resigns at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -24,13 +25,15 @@ from raylaunch.cluster.head.run_queue import RunQueue
 from raylaunch.cluster.membership.control_channel import ControlServer
 from raylaunch.cluster.telemetry.collect import Collector
 from raylaunch.config.schema import Config
+from raylaunch.errors import StateError
 from raylaunch.host.ports import Ports
 from raylaunch.state import records
 from raylaunch.state.cluster_events import Election, FileRestored, HeadFenced, HeadStarted
-from raylaunch.state.members import Members
+from raylaunch.state.members import NOBODY, MemberRow, Members
 from raylaunch.state.published import Published
 from raylaunch.state.records import Cluster, Head
 
+log = logging.getLogger("raylaunch.head")
 FENCE_EVERY = 0.5
 
 
@@ -86,8 +89,7 @@ class HeadController:
         await context.off_loop(context.recall, self._nodes)
         context.elected = bool(why)
         if why:
-            table = await context.off_loop(Members.read, context.directory)
-            self.table.inherit(table.nodes if table is not None else ())
+            self.table.inherit(await context.off_loop(self._nodes_before))
         self._members.lead(head.incarnation, self.table.changed, self._collector.take)
         await context.still_leads()
         await context.off_loop(self._file.write, head.values())
@@ -99,6 +101,17 @@ class HeadController:
             self.nodes.run(), self._collector.run(), self._serve_metrics(),
         ):  # fmt: skip
             context.spawn(duty)
+
+    def _nodes_before(self) -> tuple[MemberRow, ...]:
+        """What the head before this one wrote of its nodes. A file that nobody can read keeps nobody from leading: the
+        nodes come by themselves."""
+        try:
+            return (Members.read(self.context.directory) or NOBODY).nodes
+        except StateError as error:
+            if not isinstance(error.__cause__, ValueError):
+                raise
+            log.error("the former node table cannot be used error=%r", error.message)
+            return ()
 
     async def _serve_metrics(self) -> None:
         await self.enough.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import asdict
 from typing import Any
 
 from raylaunch.cluster.head.allocation_policy import JOB_ENDS
@@ -57,7 +56,7 @@ class RequestLoop:
         over = [request for name, request in self._taken.items() if name in memory.taken]
         if not over:
             return
-        if await context.off_loop(self._finish, asdict(memory), over):
+        if await context.off_loop(self._finish, memory.values(), over):
             for request in over:
                 del self._taken[request.name]
                 memory.taken.remove(request.name)
@@ -70,7 +69,7 @@ class RequestLoop:
         except ValueError as error:
             taken.remove(request.name)
             del self._taken[request.name]
-            self._context.event(RequestSetAside(request.name, " ".join(str(error).split())))
+            self._context.event(RequestSetAside(request.name, str(error)))
             await self._context.off_loop(request.set_aside)
             return
         if self.do(what):
