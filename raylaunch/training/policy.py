@@ -169,7 +169,8 @@ def decide(facts: TrainingFacts, elastic: ElasticConfig) -> Decision:
     if last is not None:
         reason = f"{last.kind}: {last.text or last.fingerprint}; {reason}"
     delay = _delay(facts, elastic)
-    setting = f"elastic.restart_backoff={elastic.restart_backoff:g}" if delay else ""
+    if delay:
+        setting = f"elastic.restart_backoff={elastic.restart_backoff:g}"
     return Start(nodes * facts.workers_per_node, delay, reason, setting)
 
 

@@ -47,7 +47,7 @@ def facts(**given: object) -> TrainingFacts:
 
 
 def test_starts_with_every_worker_of_every_node() -> None:
-    assert decide(facts(), ElasticConfig()) == Start(8, 0.0, "4 nodes are alive", "")
+    assert decide(facts(), ElasticConfig()) == Start(8, 0.0, "4 nodes are alive", "elastic.min_nodes=1")
 
 
 def test_goes_on_smaller_after_a_fault_at_once() -> None:
