@@ -170,7 +170,7 @@ def test_events_with_values_of_wrong_types_are_no_mistake_of_ours(directory: Pat
     for folder in (directory, run):
         with (folder / "events.jsonl").open("a") as out:
             out.write("".join(row + "\n" for row in rows))
-    found = snapshot.SnapshotReader(directory, run).look()
+    found = snapshot.SnapshotReader(directory, run).read()
     assert text(found) and not found.internal_errors and "x" not in {kind for _, kind, _ in found.events}
     recovery_summary.of(run, [], 0.0, 2e9, 1)
     assert last_failure(run) is None
