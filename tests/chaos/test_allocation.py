@@ -112,7 +112,7 @@ def test_a_job_that_waits_again_already_gets_no_successor(drill: Drill) -> None:
     job = drill.site.slurm("sbatch", "--parsable", "--hold", "--wrap", "true").strip()
     ask = (
         "import sys; from pathlib import Path; from raylaunch.scheduler.slurm.allocation import *;"
-        "print([kind for kind, _ in go_on(Path('/nowhere'), sys.argv[1], 'preempted', Continuation.REQUEUE)])"
+        "print([event.kind for event in go_on(Path('/nowhere'), sys.argv[1], 'preempted', Continuation.REQUEUE)])"
     )
     try:
         assert drill.site.inside("node1", sys.executable, "-c", ask, job).strip() == "['requeued']"
