@@ -14,9 +14,9 @@ from raylaunch.config.schema import Config, Section
 TARGET = Path(__file__).with_name("configuration.md")
 
 
-def field_notes(section: type[Section]) -> dict[str, str]:
-    """The docstring under each field."""
-    body = ast.parse(inspect.getsource(section)).body[0]
+def field_notes(kind: type) -> dict[str, str]:
+    """The docstring under each field of a class."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(body, ast.ClassDef)
     notes: dict[str, str] = {}
     for field, after in zip(body.body, body.body[1:], strict=False):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import re
 from pathlib import Path
 from types import ModuleType
+
+from make_configuration import field_notes
 
 from raylaunch.checkpoint import events as checkpoint_events
 from raylaunch.checkpoint.events import Event
@@ -60,13 +61,7 @@ def kinds(module: ModuleType) -> list[type[Event]]:
 
 def meanings(kind: type[Event]) -> dict[str, str]:
     """Field → its docstring, or what it means in all kinds; "" for neither."""
-    body = ast.parse(inspect.getsource(kind)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    own: dict[str, str] = {}
-    for field, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(after, ast.Expr):
-            assert isinstance(after.value, ast.Constant)
-            own[field.target.id] = " ".join(str(after.value.value).split())
+    own = field_notes(kind)
     return {f.name: own.get(f.name) or COMMON.get(f.name, "") for f in dataclasses.fields(kind)}
 
 

@@ -22,7 +22,7 @@ from raylaunch.scheduler import backends
 from raylaunch.scheduler.backends import Backend, Job
 from raylaunch.state import event_log, files, records, requests
 from raylaunch.state.cluster_events import ClusterDown
-from raylaunch.state.members import NOBODY, Members
+from raylaunch.state.members import Members
 from raylaunch.state.records import Cluster, ClusterEnd, Head
 from raylaunch.state.requests import DownAsk
 from raylaunch.timing import DOWN_LIMIT, GONE_LIMIT, SAVE_LIMIT, TAKEN_LIMIT
@@ -152,8 +152,7 @@ def _verify(directory: Path, cluster: Cluster, ended: Ended) -> None:
             f"{node}: " + (f"{left} processes or directories remain" if left > 0 else "it did not report its end")
         )
     if cluster.backend == "local":
-        table = Members.read(directory) or NOBODY
-        for row in table.nodes:
+        for row in Members.read(directory).nodes:
             if row.temp_dir and Path(row.temp_dir).exists():
                 ended.clean = False
                 ended.notes.append(f"{row.name}: {row.temp_dir} is left")

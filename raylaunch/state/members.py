@@ -90,11 +90,11 @@ class Members(BaseModel):
             ) from error
 
     @classmethod
-    def read(cls, directory: Path) -> Self | None:
-        """A cluster's; None before its head has written one. Raises StateError."""
+    def read(cls, directory: Path) -> Self:
+        """A cluster's; an empty one before its head has written it. Raises StateError."""
         path = directory / records.MEMBERS_FILE
         value = files.read_json(path)
-        return None if value is None else cls.parse(value, path)
+        return cls() if value is None else cls.parse(value, path)
 
     def node(self, name: str) -> MemberRow | None:
         return next((row for row in self.nodes if row.name == name), None)
@@ -106,4 +106,4 @@ NOBODY = Members()
 def living(directory: Path, cluster: Cluster) -> Members:
     """The table of this life of the cluster; an empty one before its head has written it."""
     table = Members.read(directory)
-    return table if table is not None and table.canary == cluster.canary else NOBODY
+    return table if table.canary == cluster.canary else NOBODY

@@ -35,15 +35,9 @@ class NodeIdentity:
             index, count = int(env["RAYLAUNCH_LOCAL_INDEX"]), int(env["RAYLAUNCH_LOCAL_COUNT"])
             names = tuple(f"local{i + 1}" for i in range(count))
             return cls(
-                directory,
-                canary,
-                f"local{index + 1}",
-                index,
-                names,
-                local=True,
-                allocation="local",
+                directory, canary, f"local{index + 1}", index, names, local=True, allocation="local",
                 joiner=index >= count,
-            )
+            )  # fmt: skip
         nodes = tuple(hostlist.expand_hostlist(env["SLURM_JOB_NODELIST"]))
         return cls(
             directory, canary, node_name(env), int(env["SLURM_NODEID"]), nodes, local=False,

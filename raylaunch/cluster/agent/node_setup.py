@@ -22,8 +22,7 @@ from raylaunch.state.records import Cluster
 def ports_before(here: NodeIdentity) -> Ports | None:
     """The block of the agent that was here before, as the head has it (see `lease_ports` for why not again)."""
     with contextlib.suppress(RaylaunchError, OSError):
-        table = Members.read(here.directory)
-        row = table.node(here.node) if table is not None else None
+        row = Members.read(here.directory).node(here.node)
         if row is not None and row.ports is not None:
             return Ports(row.ports[0])
     return None

@@ -26,7 +26,7 @@ async def give_back_orphaned(here: NodeIdentity, terminated: asyncio.Event, env:
     """
     try:
         table = await retry_within(functools.partial(Members.read, here.directory), READ_LIMIT)
-        row = table.node(here.node) if table is not None else None
+        row = table.node(here.node)
         disowned = row is not None and row.state == "lost"  # the head's last word on us
     except Exception as error:  # noqa: BLE001  whatever is wrong with it: the job would keep its nodes
         log.warning("members.json cannot be read error=%r", str(error))

@@ -29,7 +29,7 @@ from raylaunch.errors import StateError
 from raylaunch.host.ports import Ports
 from raylaunch.state import records
 from raylaunch.state.cluster_events import Election, FileRestored, HeadFenced, HeadStarted
-from raylaunch.state.members import NOBODY, MemberRow, Members
+from raylaunch.state.members import MemberRow, Members
 from raylaunch.state.published import Published
 from raylaunch.state.records import Cluster, Head
 
@@ -106,7 +106,7 @@ class HeadController:
         """What the head before this one wrote of its nodes. A file that nobody can read keeps nobody from leading: the
         nodes come by themselves."""
         try:
-            return (Members.read(self.context.directory) or NOBODY).nodes
+            return Members.read(self.context.directory).nodes
         except StateError as error:
             if not isinstance(error.__cause__, ValueError):
                 raise

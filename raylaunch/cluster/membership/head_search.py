@@ -146,7 +146,7 @@ class HeadSearch:
                 log.info("a newer head node=%s incarnation=%d", head.node, head.incarnation)
             return
         table = await asyncio.to_thread(Members.read, self.directory)
-        if table is not None and table.canary == self.canary:
+        if table.canary == self.canary:
             self._rows, mine = table.nodes, table.node(self.node)
             of_lost = table.incarnation == self.lost.incarnation
             self._disowned = of_lost and mine is not None and mine.state == "lost"

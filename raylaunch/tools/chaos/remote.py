@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from raylaunch.errors import RaylaunchError, SandboxError
 from raylaunch.scheduler.slurm.client import run
 from raylaunch.scheduler.slurm.environment import clean_env
-from raylaunch.state.members import NOBODY, Members
+from raylaunch.state.members import Members
 from raylaunch.state.records import Cluster
 from raylaunch.tools.chaos import probe
 from raylaunch.tools.sandbox import Sandbox
@@ -92,7 +92,7 @@ def _in_sandbox(sandbox: Sandbox, node: str, argv: Sequence[str]) -> str:
 
 def _in_job(directory: Path, cluster: Cluster, node: str, argv: Sequence[str]) -> str:
     """By a step of our own beside the agents' in the job that has the node."""
-    row = (Members.read(directory) or NOBODY).node(node)
+    row = Members.read(directory).node(node)
     job = (row.job if row is not None else "") or cluster.jobs[0]
     options = ["--overlap", "--nodes=1", "--ntasks=1", "--quiet", "--mem=0", "--gres=none", "--input=none"]
     return _finished(node, ["srun", f"--jobid={job}", *options, f"--nodelist={node}", *argv], clean_env(os.environ))

@@ -12,7 +12,7 @@ from raylaunch.config import loader
 from raylaunch.errors import UsageError
 from raylaunch.state import event_log, files, records, runs
 from raylaunch.state.event_log import EventReader
-from raylaunch.state.members import NOBODY, MemberRow, Members
+from raylaunch.state.members import MemberRow, Members
 from raylaunch.state.records import Cluster, Head
 
 _FIRST_LINE = re.compile(r"raylaunch worker run=(\S+) attempt=(\d+) rank=(\d+) .*?node=(\S+) .*?pid=(\d+)")
@@ -90,7 +90,7 @@ class Victim:
         return f"last of the run: {_shown(self.events())}; of the cluster: {_shown(cluster)}; nodes: {nodes or 'none'}"
 
     def members(self) -> tuple[MemberRow, ...]:
-        return (Members.read(self.cluster_dir) or NOBODY).nodes
+        return Members.read(self.cluster_dir).nodes
 
     def ready(self) -> list[str]:
         """Nodes that may train, by name."""
